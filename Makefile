@@ -1,0 +1,32 @@
+# make demo: install, train the improved ViT on real digits, evaluate it, write the report.
+# make test: install what is missing, run the whole suite.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format install
+demo: $(VENV)/installed
+	$(BIN)/python -m vitcls.main --config=configs/vit_digits.py --workdir=runs/digits
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@

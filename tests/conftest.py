@@ -1,0 +1,38 @@
+"""Every test runs on eight virtual CPU devices, with rank promotion and warnings as errors, and leaves no trace."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def private_cache(tmp_path_factory):
+    """Keeps compiled programs and indexes of this run out of the user's cache directory."""
+    os.environ["VITCLS_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def tiny_config():
+    """A config that trains in a second: 96 synthetic 8x8 images, an improved ViT with one block of width 16."""
+    from vitcls.config import default_config
+
+    config = default_config("improved_vit_tiny")
+    config.batch_size = 16
+    config.total = "12 steps"
+    config.log_every = "4 steps"
+    config.eval_every = "6 steps"
+    config.checkpoint_every = "4 steps"
+    config.steps_per_call = 2
+    config.dataset.update(name="synthetic", num_examples=120, num_classes=3, image_size=8)
+    config.model.update(patch_size=2, hidden_dim=16, depth=1, num_heads=2, mlp_dim=16, drop_path=0.1, dropout=0.1)
+    config.augment.crop.probability = 1.0
+    config.augment.mixup.probability = 0.5
+    config.optimizer.ema_decay = 0.99
+    return config

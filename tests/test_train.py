@@ -1,0 +1,179 @@
+"""A run that is killed and started again ends as if nothing had happened."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from vitcls import checkpoint, workdir
+from vitcls import config as configs
+from vitcls.errors import RunError, UserError
+from vitcls.train import train_and_evaluate
+from vitcls.writers import read_history
+
+CONFIG = """
+import json
+from vitcls import config as configs
+
+def get_config():
+    return configs.from_json(open({path!r}).read())
+"""
+TIMED = ("train/images_per_second", "train/seconds")
+
+
+def start(config, directory, **popen):
+    """Starts a run as a user would, in a process of its own."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    as_json = directory.parent / f"{directory.name}.json"
+    as_json.write_text(configs.to_json(configs.resolve(config)))
+    config_file = as_json.with_suffix(".py")
+    config_file.write_text(CONFIG.format(path=str(as_json)))
+    command = [sys.executable, "-m", "vitcls.main", f"--config={config_file}", f"--workdir={directory}"]
+    return subprocess.Popen(
+        command, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **popen
+    )
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, err
+    return out, err
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def losses(directory):
+    return [{k: v for k, v in event.items() if k not in TIMED} for event in read_history(directory)]
+
+
+def arrays(directory):
+    """Every file of numbers of the last checkpoint, restored without a template."""
+    import orbax.checkpoint as ocp
+
+    folder = directory / "checkpoints" / str(checkpoint.latest_whole(directory / "checkpoints", set_aside=False))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(folder / "tree")
+
+
+def assert_same_run(actual, expected):
+    import jax
+
+    assert losses(actual) == losses(expected)
+    a, b = arrays(actual), arrays(expected)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("pipeline", ["resident", "streaming"])
+def test_a_killed_run_ends_bit_equal_to_an_uninterrupted_one(tiny_config, tmp_path, pipeline):
+    tiny_config.dataset.pipeline = pipeline
+    tiny_config.total = "400 steps"
+    tiny_config.log_every = "14 steps"
+    tiny_config.eval_every = "50 steps"
+    tiny_config.checkpoint_every = "10 steps"
+    tiny_config.steps_per_call = 2
+    tiny_config.schedule.name = "plateau"
+    tiny_config.schedule.patience = 1
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start(tiny_config, whole))
+
+    process = start(tiny_config, killed)
+    wait_for(lambda: len(checkpoint.steps(killed / "checkpoints")) >= 2, process)
+    process.kill()
+    process.communicate()
+    assert 0 < checkpoint.latest_whole(killed / "checkpoints", set_aside=False) < 400
+
+    process = start(tiny_config, killed)
+    reached = checkpoint.steps(killed / "checkpoints")[-1]
+    wait_for(lambda: (checkpoint.steps(killed / "checkpoints") or [0])[-1] > reached, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = finish(process, 128 + signal.SIGTERM)
+    stopped = checkpoint.latest_whole(killed / "checkpoints", set_aside=False)
+    assert f"stopped at step {stopped}, which is saved" in err
+    assert reached < stopped < 400
+
+    _, err = finish(start(tiny_config, killed))
+    assert f"resumed from step {stopped}" in err
+    assert_same_run(killed, whole)
+
+
+def test_a_run_writes_all_that_it_promises(tiny_config, tmp_path):
+    results = train_and_evaluate(tiny_config, tmp_path)
+    written = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert written["accuracy"] == results["accuracy"]
+    for name in ("config.json", "dataset.json", "metrics.jsonl", "report/index.html", "checkpoints/12/manifest.json"):
+        assert (tmp_path / name).is_file(), name
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+    events = read_history(tmp_path)
+    logged = [event["step"] for event in events if "train/loss" in event]
+    evaluated = [event["step"] for event in events if "eval/accuracy" in event]
+    assert (logged, evaluated) == ([4, 8, 12], [6, 12])
+    schedule_end = [event["train/learning_rate"] for event in events if "train/loss" in event]
+    np.testing.assert_allclose(schedule_end, [0.5e-3 * (1 + np.cos(np.pi * t / 12)) for t in (3, 7, 11)], rtol=1e-5)
+
+
+def test_a_finished_run_is_not_trained_again(tiny_config, tmp_path):
+    train_and_evaluate(tiny_config, tmp_path)
+    before = losses(tmp_path)
+    train_and_evaluate(tiny_config, tmp_path)
+    assert losses(tmp_path) == before
+
+
+def test_another_config_does_not_touch_the_run_that_is_there(tiny_config, tmp_path):
+    train_and_evaluate(tiny_config, tmp_path)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    tiny_config.optimizer.learning_rate = 0.5
+    with pytest.raises(UserError, match="optimizer.learning_rate was 0.001, is 0.5; use another --workdir"):
+        train_and_evaluate(tiny_config, tmp_path)
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_a_diverging_run_stops_and_names_the_steps(tiny_config, tmp_path):
+    tiny_config.optimizer.name = "sgd"
+    tiny_config.optimizer.learning_rate = 1e30
+    tiny_config.schedule.name = "constant"
+    tiny_config.nonfinite_limit = 3
+    tiny_config.total = "40 steps"
+    with pytest.raises(RunError, match=r"not finite in 3 updates in a row, steps (\d+) to (\d+)") as error:
+        train_and_evaluate(tiny_config, tmp_path)
+    first, last = map(int, re.search(r"steps (\d+) to (\d+)", str(error.value)).groups())
+    assert last - first == 2
+    assert 1 <= first <= 5
+
+
+def test_early_stopping_ends_the_run_and_it_stays_ended(tiny_config, tmp_path):
+    tiny_config.total = "100 steps"
+    tiny_config.eval_every = "2 steps"
+    tiny_config.optimizer.learning_rate = 0.0
+    tiny_config.early_stopping.patience = 3
+    train_and_evaluate(tiny_config, tmp_path)
+    # With no learning no evaluation improves on the first, so the third after it is the last.
+    assert [event["step"] for event in read_history(tmp_path) if "eval/loss" in event] == [2, 4, 6, 8]
+    train_and_evaluate(tiny_config, tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints")[-1] == 8
+
+
+def test_the_best_checkpoint_can_be_reported(tiny_config, tmp_path):
+    tiny_config.report.checkpoint = "best"
+    tiny_config.eval_every = "2 steps"
+    results = train_and_evaluate(tiny_config, tmp_path)
+    scores = {event["step"]: event["eval/accuracy"] for event in read_history(tmp_path) if "eval/accuracy" in event}
+    assert results["checkpoint_step"] == max(scores, key=scores.get)
+    assert workdir.open_workdir(tmp_path).find_step("best") == results["checkpoint_step"]
+
+
+def test_a_dry_run_leaves_nothing(tiny_config, tmp_path):
+    assert train_and_evaluate(tiny_config, tmp_path / "run", dry_run=True) == {}
+    assert not (tmp_path / "run").exists()

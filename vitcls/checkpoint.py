@@ -1,0 +1,185 @@
+"""Checkpoints that can be trusted: Orbax, asynchronous, each with a manifest of SHA-256 sums; the only Orbax file.
+
+A checkpoint is a folder `<step>/`. Orbax writes it under a temporary name and renames it when it is complete; the
+manifest is written just before that rename, so a folder with a plain number and a matching manifest is whole. A
+folder that does not match (a bad disk, a torn copy) is passed over for the next older one.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from vitcls.errors import RunError
+
+PyTree = Any
+MANIFEST = "manifest.json"
+_UNSTABLE = "_CHECKPOINT_METADATA"  # Orbax stamps it with the time of the commit, after the manifest
+_logger = logging.getLogger("vitcls")
+
+
+def maximized(metric: str) -> bool:
+    """Whether more of a metric is better: everything but a loss or an error."""
+    return not metric.endswith(("loss", "error", "ece"))
+
+
+class Checkpoints(contextlib.AbstractContextManager):
+    """Writes checkpoints under `directory`: the last `keep`, and the best by `metric`."""
+
+    def __init__(self, directory: os.PathLike | str, *, keep: int, metric: str):
+        self._directory = pathlib.Path(directory).absolute()
+        self._saving: int | None = None
+        policy = preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(keep),
+                preservation_policy.BestN(
+                    get_metric_fn=lambda metrics: metrics[metric],
+                    reverse=not maximized(metric),
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy,
+                best_mode="max" if maximized(metric) else "min",
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+            ),
+        )
+
+    def save(self, step: int, tree: PyTree, *, record: dict, metrics: dict[str, float] | None) -> None:
+        """Starts to save a tree of arrays and a small JSON record; returns when the arrays are copied to the host.
+
+        `metrics`: of an evaluation of just this tree, else None; they decide which checkpoint is the best.
+        """
+        if step in self._manager.all_steps():
+            return
+        self._manager.wait_until_finished()
+        self._saving = step
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                tree=ocp.args.PyTreeSave(tree), record=ocp.args.JsonSave(record | {"metrics": metrics})
+            ),
+            metrics=metrics,
+            force=True,
+        )
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def __exit__(self, *error) -> None:
+        self._manager.close()  # waits
+
+    def _write_manifest(self) -> None:
+        """Runs in Orbax's thread, when all files of a checkpoint are written and before it takes its final name."""
+        if jax.process_index():
+            return
+        (folder,) = self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        text = json.dumps(_digests(folder), indent=1, sort_keys=True)
+        with open(folder / MANIFEST, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def steps(directory: os.PathLike | str) -> list[int]:
+    """The steps of which there is a finished checkpoint, oldest first."""
+    directory = pathlib.Path(directory)
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit()) if directory.is_dir() else []
+
+
+def damage(folder: pathlib.Path) -> str | None:
+    """What is wrong with the checkpoint in `folder`, or None where every file is as it was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or unreadable"
+    digests = _digests(folder)
+    for name, digest in manifest.items():
+        if digests.get(name) != digest:
+            return f"{name} is {'damaged' if name in digests else 'missing'}"
+    return None
+
+
+def latest_whole(directory: os.PathLike | str, *, set_aside: bool) -> int | None:
+    """The newest step whose checkpoint is whole, None where there is no checkpoint at all.
+
+    With `set_aside`, damaged newer ones are renamed to `<step>.damaged`, so that the run can write theirs again.
+    Raises RunError where there are checkpoints, but none is whole.
+    """
+    directory = pathlib.Path(directory)
+    found = steps(directory)
+    for step in reversed(found):
+        folder = directory / str(step)
+        problem = damage(folder)
+        if problem is None:
+            return step
+        _logger.warning("checkpoint %s is passed over: %s", folder, problem)
+        if set_aside and jax.process_index() == 0:
+            folder.rename(_free_name(folder))
+    if found:
+        raise RunError(f"no checkpoint in {directory} is whole; restore one from a copy, or start in another workdir")
+    return None
+
+
+def best(directory: os.PathLike | str, metric: str) -> int | None:
+    """The step with the best `metric` among the whole checkpoints that were saved with one."""
+    scores = {}
+    for step in steps(directory):
+        folder = pathlib.Path(directory) / str(step)
+        if damage(folder) is None:
+            metrics = _record(folder)["metrics"]
+            if metrics is not None:
+                scores[step] = metrics[metric]
+    if not scores:
+        return None
+    return (max if maximized(metric) else min)(scores, key=scores.get)
+
+
+def restore(directory: os.PathLike | str, step: int, template: PyTree) -> tuple[PyTree, dict]:
+    """Reads the tree and the record of `step`.
+
+    `template` gives the structure, shapes, dtypes and shardings (arrays, or ShapeDtypeStructs); it may leave out
+    parts of what was saved.
+    """
+    folder = pathlib.Path(directory).absolute() / str(step)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.restore(
+            folder / "tree",
+            args=ocp.args.PyTreeRestore(
+                item=template,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(template),
+                partial_restore=True,
+            ),
+        )
+    return tree, _record(folder)
+
+
+def _record(folder: pathlib.Path) -> dict:
+    return json.loads((folder / "record" / "metadata").read_text())
+
+
+def _digests(folder: pathlib.Path) -> dict[str, str]:
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and path.name != _UNSTABLE and name != MANIFEST:
+            with open(path, "rb") as file:
+                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def _free_name(folder: pathlib.Path) -> pathlib.Path:
+    names = (folder.with_name(f"{folder.name}.damaged{suffix}") for suffix in ("", *range(2, 1000)))
+    return next(name for name in names if not name.exists())

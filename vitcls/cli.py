@@ -1,0 +1,92 @@
+"""What all commands share: `vitcls VERB ...` is `python -m vitcls.VERB ...`, and every command ends in the same ways.
+
+Exit codes: 0 done; 1 failure; 2 bad config, flags or input (one line on stderr); 143 stopped by SIGTERM after saving.
+"""
+
+import argparse
+import importlib
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+
+from vitcls import errors
+from vitcls.errors import RunError, Stopped, UserError
+
+VERBS = {
+    "train": "vitcls.main",
+    "evaluate": "vitcls.evaluate",
+    "predict": "vitcls.predict",
+    "prepare": "vitcls.prepare",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line that the caller prints."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
+
+
+def run(command: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
+    """Runs a command on its arguments (sys.argv[1:]) and returns its exit code."""
+    quiet_libraries()
+    try:
+        return command(sys.argv[1:] if argv is None else argv) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.code
+
+
+def quiet_libraries() -> None:
+    """Sends the words of vitcls to stderr, one plain line each, and only the complaints of the libraries."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("vitcls")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def cache_dir() -> pathlib.Path:
+    """The private cache: $VITCLS_CACHE_DIR, else ~/.cache/vitcls; only the user may read or write it.
+
+    Compiled programs are loaded from it and run, so a folder that others can write is refused.
+    """
+    path = pathlib.Path(os.environ.get("VITCLS_CACHE_DIR") or pathlib.Path.home() / ".cache" / "vitcls")
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.stat()
+    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+        raise UserError(f"the cache directory {path} can be written by others; run 'chmod 700 {path}' or move it with VITCLS_CACHE_DIR")
+    return path
+
+
+def start_jax(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Joins the other processes, if any, and turns on the persistent compilation cache."""
+    import jax
+
+    if coordinator is not None:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+
+
+def main() -> int:
+    """The installed script `vitcls`."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: vitcls {{{','.join(VERBS)}}} ...\n\nvitcls VERB --help tells more of each.")
+        return 0 if arguments else 2
+    verb, *rest = arguments
+    if verb not in VERBS:
+        print(f"error: {errors.unknown('verb', verb, VERBS)}", file=sys.stderr)
+        return 2
+    return run(importlib.import_module(VERBS[verb]).main, rest)

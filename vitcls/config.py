@@ -1,0 +1,259 @@
+"""Every key of a config with its default, and the checks that a config must pass before any device work.
+
+A config file (configs/*.py) calls `default_config(model_name)` and changes values; it never adds or removes keys.
+"""
+
+import json
+import math
+import os
+
+from ml_collections import ConfigDict
+
+from vitcls import durations, errors, losses, models, optim
+from vitcls.data.augment import make_augment
+from vitcls.errors import UserError
+from vitcls.partition import STRATEGIES
+
+
+def default_config(model_name: str) -> ConfigDict:
+    """Returns a locked config for `model_name`, with every key that vitcls reads.
+
+    The block `model` has one key per field of the model; a field left at None takes the value of the named preset.
+    """
+    config = ConfigDict()
+    config.seed = 0
+    config.batch_size = 128  # examples per update, over all devices and processes
+    config.total = "10 epochs"  # durations: 'N steps', 'N epochs', 'N examples' or 'N%' of total
+    config.log_every = "50 steps"
+    config.eval_every = "1 epochs"
+    config.checkpoint_every = "1 epochs"
+    config.steps_per_call = 1  # training steps in one device dispatch
+    config.nonfinite_limit = 10  # stop after so many skipped (non-finite) updates in a row
+
+    config.dataset = ConfigDict()
+    config.dataset.name = "digits"  # 'digits', 'synthetic', 'folder', 'npz' or any TFDS classification set
+    config.dataset.data_dir = ""  # folder: its root; npz: the file; TFDS: data directory ('' = TFDS's own default)
+    config.dataset.pipeline = "auto"  # 'resident', 'streaming' or 'auto' (by size)
+    config.dataset.image_size = 0  # pixels; 0 keeps the native size, which all images must then share
+    config.dataset.validation = 0.1  # fraction of train carved off, stratified; 0 for none
+    config.dataset.test = 0.2  # fraction carved off for test where the source has no test split
+    config.dataset.split_seed = 0
+    config.dataset.num_folds = 0  # k-fold cross-validation: with k > 1, fold `fold` of train is the validation split
+    config.dataset.fold = 0
+    config.dataset.sampling = "uniform"  # 'uniform' or 'balanced' (every class equally often)
+    config.dataset.mean = ()  # per channel, in [0, 1]; () computes it from the training split
+    config.dataset.std = ()
+    config.dataset.random_resized_crop = False  # on the host; streaming only
+    config.dataset.crop_area = (0.08, 1.0)  # of the image
+    config.dataset.crop_ratio = (3 / 4, 4 / 3)  # width / height
+    config.dataset.num_examples = 1000  # 'synthetic' only
+    config.dataset.num_classes = 10  # 'synthetic' only
+
+    config.augment = ConfigDict()
+    config.augment.crop = dict(probability=0.0, padding=4)  # pixels of zero padding on each side
+    config.augment.flip = dict(probability=0.0)  # horizontal
+    config.augment.rotate = dict(probability=0.0, degrees=15.0)  # uniform in +-degrees
+    config.augment.scale = dict(probability=0.0, low=0.8, high=1.25)  # zoom factor
+    config.augment.color = dict(probability=0.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+    config.augment.noise = dict(probability=0.0, std=0.05)  # of images in [0, 1]
+    config.augment.erase = dict(probability=0.0, min_area=0.02, max_area=1 / 3, fill="noise")  # or 'zero' (cutout)
+    config.augment.randaugment = dict(probability=0.0, num_ops=2, magnitude=9.0)  # magnitude in [0, 10]
+    config.augment.trivialaugment = dict(probability=0.0)
+    config.augment.mixup = dict(probability=0.0, alpha=0.8)
+    config.augment.cutmix = dict(probability=0.0, alpha=1.0)
+
+    config.model = ConfigDict({"name": model_name, **models.field_placeholders(model_name)})
+
+    config.loss = ConfigDict()
+    config.loss.name = "cross_entropy"  # or 'focal'
+    config.loss.label_smoothing = 0.0
+    config.loss.focal_gamma = 2.0
+    config.loss.class_weights = ()  # () for none, ('balanced',), or one weight per class
+    config.loss.l2 = 0.0  # l2 / 2 * sum of squares of the decayed parameters, added to the loss
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # 'adam', 'adamw', 'sgd', 'lamb', 'lion', 'muon'
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.weight_decay = 0.0  # decoupled; masked off biases, norms and embeddings ('adam' takes loss.l2)
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.momentum = 0.9  # 'sgd' and 'muon'
+    config.optimizer.nesterov = False  # 'sgd' and 'muon'
+    config.optimizer.clip_norm = 0.0  # global norm; 0 for no clipping
+    config.optimizer.accumulate = 1  # the batch is processed in so many parts, one after the other
+    config.optimizer.ema_decay = 0.0  # EMA of parameters, used for evaluation; 0 for none
+    config.optimizer.multipliers = ()  # (('regex of parameter path', learning-rate multiplier), ...); 0 freezes
+    config.optimizer.base_batch_size = 0  # scale the learning rate by batch_size / base_batch_size; 0 for off
+
+    config.schedule = ConfigDict()
+    config.schedule.name = "cosine"  # 'constant', 'step', 'exponential', 'linear', 'cosine', 'onecycle', 'plateau'
+    config.schedule.warmup = "0 steps"  # linear, from 0 to the learning rate
+    config.schedule.final = 0.0  # last value, as a fraction of the learning rate ('linear', 'cosine', 'onecycle')
+    config.schedule.boundaries = ("50%", "75%")  # 'step': durations at which the rate is multiplied by `factor`
+    config.schedule.factor = 0.1  # 'step', 'plateau': multiplier; 'exponential': multiplier per `every`
+    config.schedule.every = "1 epochs"  # 'exponential'
+    config.schedule.peak = 0.3  # 'onecycle': fraction of the run at which the rate peaks
+    config.schedule.metric = "eval/loss"  # 'plateau': the metric watched, and
+    config.schedule.patience = 5  # so many evaluations without improvement before a reduction
+
+    config.early_stopping = ConfigDict()
+    config.early_stopping.metric = "eval/loss"
+    config.early_stopping.patience = 0  # evaluations without improvement; 0 for off
+    config.early_stopping.min_delta = 0.0
+
+    config.partition = ConfigDict()
+    config.partition.strategy = "data"  # 'data', 'fsdp', 'pmap'
+    config.partition.min_shard_elements = 2**14  # 'fsdp': smaller parameters stay replicated
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.keep = 3  # the last K; the best by `metric` is kept besides
+    config.checkpoint.metric = "eval/accuracy"
+
+    config.report = ConfigDict()
+    config.report.checkpoint = "last"  # 'last' or 'best': the weights that are reported
+    config.lock()
+    return config
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """Returns the config as it will run and as config.json keeps it.
+
+    The model's fields are filled in from its preset, and the data directory no longer depends on where one stands.
+    Raises UserError for an unknown model or a field that the model does not have.
+    """
+    resolved = ConfigDict(config.to_dict())
+    fields = {key: value for key, value in config.model.items() if key != "name" and value is not None}
+    models.create(config.model.name, 2, **fields)
+    resolved.model = ConfigDict({"name": config.model.name, **models.fields(config.model.name), **fields})
+    if config.dataset.data_dir:
+        resolved.dataset.data_dir = os.path.abspath(os.path.expanduser(config.dataset.data_dir))
+    return resolved.lock()
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError, one line that names the key, for a value that cannot work whatever the data and the devices."""
+    for key, valid in _CHOICES.items():
+        if _get(config, key) not in valid:
+            raise errors.unknown(f"config.{key}", str(_get(config, key)), valid)
+    for key, (low, high) in _RANGES.items():
+        value = _get(config, key)
+        if not low <= value <= high:
+            bounds = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+            raise UserError(f"config.{key}={value} is impossible; it must be {bounds}")
+    for key in _DURATIONS:
+        value = _get(config, key)
+        for duration in value if isinstance(value, tuple) else (value,):
+            try:
+                durations.to_steps(duration, batch_size=config.batch_size, num_examples=1, total_steps=1)
+            except UserError as error:
+                raise UserError(f"config.{key}: {error}") from None
+    if config.batch_size % config.optimizer.accumulate:
+        raise UserError(
+            f"config.batch_size={config.batch_size} cannot be divided into "
+            f"config.optimizer.accumulate={config.optimizer.accumulate} parts"
+        )
+    if config.dataset.num_folds == 1 or not 0 <= config.dataset.fold < max(config.dataset.num_folds, 1):
+        raise UserError(
+            f"config.dataset.fold={config.dataset.fold} of config.dataset.num_folds={config.dataset.num_folds}: "
+            "num_folds must be 0 or at least 2, and fold one of 0 .. num_folds - 1"
+        )
+    make_augment(config.augment)
+    pairs = config.augment.mixup.probability + config.augment.cutmix.probability
+    if pairs and config.batch_size % 2:
+        raise UserError(f"config.batch_size={config.batch_size} must be even: mixup and CutMix mix pairs of examples")
+
+
+def validate_metrics(config: ConfigDict, *, evaluates: bool) -> None:
+    """Raises UserError for a named metric that the run will not have; `evaluates`: it has a validation split."""
+    watched = {"checkpoint.metric": False}
+    if config.early_stopping.patience:
+        watched["early_stopping.metric"] = True
+    if config.schedule.name == "plateau":
+        watched["schedule.metric"] = True
+    for key, needed in watched.items():
+        if _get(config, key) not in EVAL_METRICS:
+            raise errors.unknown(f"config.{key}", _get(config, key), EVAL_METRICS)
+        if needed and not evaluates:
+            raise UserError(
+                f"config.{key}='{_get(config, key)}' needs evaluations; set config.dataset.validation above 0 and "
+                "config.eval_every, or turn off what watches it"
+            )
+    if config.report.checkpoint == "best" and not evaluates:
+        raise UserError("config.report.checkpoint='best' needs a validation split; set config.dataset.validation above 0")
+
+
+def to_json(config: ConfigDict) -> str:
+    """The text of config.json."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """Reads config.json back; keys that a newer version has added take their defaults.
+
+    Raises UserError for text that is not a config.
+    """
+    try:
+        values = json.loads(text)
+        config = default_config(values["model"]["name"])
+        config.update(_tuples(values))
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"config.json cannot be read: {error}") from None
+    return resolve(config)
+
+
+def _tuples(value):
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _get(config: ConfigDict, key: str):
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+EVAL_METRICS = ("eval/loss", "eval/accuracy", "eval/top5_accuracy")
+_CHOICES = {
+    "dataset.pipeline": ("auto", "resident", "streaming"),
+    "dataset.sampling": ("uniform", "balanced"),
+    "loss.name": losses.NAMES,
+    "optimizer.name": optim.OPTIMIZERS,
+    "schedule.name": optim.SCHEDULES,
+    "partition.strategy": STRATEGIES,
+    "report.checkpoint": ("last", "best"),
+}
+_RANGES = {
+    "seed": (0, 2**31 - 1),
+    "batch_size": (1, math.inf),
+    "steps_per_call": (1, math.inf),
+    "nonfinite_limit": (1, math.inf),
+    "dataset.image_size": (0, math.inf),
+    "dataset.validation": (0, 0.9),
+    "dataset.test": (0.01, 0.9),
+    "dataset.split_seed": (0, 2**31 - 1),
+    "dataset.num_folds": (0, math.inf),
+    "dataset.num_examples": (1, math.inf),
+    "dataset.num_classes": (2, math.inf),
+    "loss.label_smoothing": (0, 0.99),
+    "loss.focal_gamma": (0, math.inf),
+    "loss.l2": (0, math.inf),
+    "optimizer.accumulate": (1, math.inf),
+    "optimizer.clip_norm": (0, math.inf),
+    "optimizer.ema_decay": (0, 0.999999),
+    "optimizer.base_batch_size": (0, math.inf),
+    "early_stopping.patience": (0, math.inf),
+    "early_stopping.min_delta": (0, math.inf),
+    "partition.min_shard_elements": (1, math.inf),
+    "checkpoint.keep": (1, math.inf),
+}
+_DURATIONS = (
+    "total",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "schedule.warmup",
+    "schedule.every",
+    "schedule.boundaries",
+)

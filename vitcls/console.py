@@ -1,0 +1,96 @@
+"""The terminal and the signals: a progress bar with ETA, plain lines elsewhere, and an orderly stop."""
+
+import contextlib
+import logging
+import signal
+import sys
+import threading
+import time
+
+import jax
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+_logger = logging.getLogger("vitcls")
+
+
+class ProgressBar(contextlib.AbstractContextManager):
+    """Steps done, speed and time left: a bar on a terminal, one line per report elsewhere."""
+
+    def __init__(self, step: int, total: int, *, images_per_step: int):
+        self._total = total
+        self._start_step, self._start_time = step, time.perf_counter()
+        self._step = step
+        self._images_per_step = images_per_step
+        shown = sys.stderr.isatty() and jax.process_index() == 0
+        self._bar = tqdm(
+            total=total, initial=step, unit="step", disable=not shown, dynamic_ncols=True, leave=False, smoothing=0.1
+        )
+        self._redirect = logging_redirect_tqdm([_logger]) if shown else contextlib.nullcontext()
+
+    def __enter__(self) -> "ProgressBar":
+        self._redirect.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._bar.close()
+        self._redirect.__exit__(*error)
+
+    def advance(self, steps: int) -> None:
+        self._step += steps
+        self._bar.update(steps)
+
+    def report(self, step: int, event: dict[str, float]) -> None:
+        """Shows an event of training in the bar or as a line, and an evaluation always as a line."""
+        if "train/seconds" in event and not self._bar.disable:
+            self._bar.set_postfix_str(_words(event), refresh=False)
+            return
+        line = f"step {step:,}/{self._total:,}  {_words(event)}"
+        if "train/seconds" in event:
+            done = max(step - self._start_step, 1)
+            left = (time.perf_counter() - self._start_time) / done * (self._total - step)
+            line += f"  {event['train/images_per_second']:,.0f} images/s  {tqdm.format_interval(left)} left"
+        _logger.info("%s", line)
+
+
+def _words(event: dict[str, float]) -> str:
+    """The few numbers of an event that a person follows."""
+    kind = next(iter(event)).split("/")[0]
+    words = [f"{kind}"]
+    for name, form in (("loss", ".4f"), ("accuracy", ".2%"), ("top5_accuracy", ".2%"), ("learning_rate", ".3g")):
+        value = event.get(f"{kind}/{name}")
+        if value is not None:
+            words.append(f"{name.replace('_', ' ')} {value:{form}}")
+    if event.get("train/skipped"):
+        words.append(f"{event['train/skipped']:.0f} updates skipped (not finite)")
+    return "  ".join(words)
+
+
+class StopSignal(contextlib.AbstractContextManager):
+    """Turns SIGTERM and the first Ctrl-C into a request to save and stop, on which all processes agree."""
+
+    def __init__(self):
+        self._code = 0
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            # With several processes JAX's own service takes SIGTERM, and agrees on a step at which all stop.
+            watched = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+            self._previous = {number: signal.signal(number, self._receive) for number in watched}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame) -> None:
+        self._code = 128 + number
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_IGN)
+
+    def requested(self, step: int) -> int:
+        """The exit code of a run that has to stop at `step`, else 0."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            return 128 + signal.SIGTERM
+        return self._code

@@ -1,0 +1,186 @@
+"""tf.data, for what does not fit in device memory; the only file that imports TensorFlow, and lazily.
+
+tf.data brings the threads, the deterministic order and the prefetching. Every random choice (order, crop) is a pure
+function of (seed, position in the run), so the stream can be entered at any step and is the same ever after.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from vitcls.data import images as image_files
+from vitcls.data.order import epoch_order
+from vitcls.data.sources import Split
+from vitcls.partition import Partition
+
+_CHUNK = 32  # examples per task: large enough to hide the cost of calling Python, small enough to spread a batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """A random resized crop (Szegedy et al. 2015): area as a fraction of the image's, ratio width / height."""
+
+    area: tuple[float, float]
+    ratio: tuple[float, float]
+
+
+class Streaming:
+    """Training batches read and decoded on the host, ahead of the devices."""
+
+    def __init__(
+        self,
+        partition: Partition,
+        split: Split,
+        *,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        batch_size: int,
+        seed: int,
+        balanced: bool,
+        crop: Crop | None,
+    ):
+        self._partition = partition
+        self._split = split
+        self._image_shape = image_shape
+        self._batch_size = batch_size
+        self._seed = seed
+        self._crop = crop
+        self._order = _host_epoch_order(seed, split.labels, num_classes=num_classes, balanced=balanced)
+        self._batches: Iterator[dict[str, np.ndarray]] | None = None
+        self._next_step = -1
+
+    def data(self, step: int, length: int) -> dict[str, Any]:
+        """What the call that starts at `step` needs on the devices: its batches, stacked."""
+        if step != self._next_step:
+            self._batches = self._read_from(step)
+        batches = [next(self._batches) for _ in range(length)]
+        self._next_step = step + length
+        return self._partition.put_batch(
+            {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}, stacked=True
+        )
+
+    def open(self, data: dict[str, jax.Array], step: jax.Array, length: int) -> Callable[[jax.Array], dict]:
+        """Traced: returns i -> batch of `step` + i, for i < `length`."""
+        return lambda i: jax.tree.map(lambda x: x[i], data)
+
+    def _read_from(self, step: int) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of every batch from `step` on, without end."""
+        rows = self._partition.local_rows(self._batch_size)
+        num_rows = rows.stop - rows.start
+
+        def load(row: int) -> tuple[np.ndarray, np.integer]:
+            batch, place = divmod(row, num_rows)
+            position = (step + batch) * self._batch_size + rows.start + place  # in the whole run
+            epoch, offset = divmod(position, len(self._split.labels))
+            index = int(self._order(epoch)[offset])
+            image = read_image(self._split, index, self._image_shape, crop=self._crop, seed=(self._seed, position))
+            return image, self._split.labels[index]
+
+        for images, labels in _parallel_batches(load, num_rows, self._image_shape):
+            yield {"image": images, "label": labels, "mask": np.ones(num_rows, np.float32)}
+
+
+def evaluation_batches(
+    partition: Partition, split: Split, *, image_shape: tuple[int, int, int], batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """This process's rows of every batch of a split, in order; the last batch is padded and masked."""
+    rows = partition.local_rows(batch_size)
+    num_rows = rows.stop - rows.start
+    num_examples = len(split.labels)
+
+    def load(row: int) -> tuple[np.ndarray, np.integer]:
+        batch, place = divmod(row, num_rows)
+        index = min(batch * batch_size + rows.start + place, num_examples - 1)
+        return read_image(split, index, image_shape), split.labels[index]
+
+    num_batches = -(-num_examples // batch_size)
+    batches = _parallel_batches(load, num_rows, image_shape, num_batches=num_batches)
+    for batch, (images, labels) in enumerate(batches):
+        places = batch * batch_size + np.arange(rows.start, rows.stop)
+        yield {"image": images, "label": labels, "mask": (places < num_examples).astype(np.float32)}
+
+
+def read_image(
+    split: Split,
+    index: int,
+    image_shape: tuple[int, int, int],
+    *,
+    crop: Crop | None = None,
+    seed: tuple[int, ...] = (),
+) -> np.ndarray:
+    """Image `index` of a split as uint8 [H, W, C] of `image_shape`; with `crop`, a random resized crop by `seed`."""
+    encoded = split.images[index] if isinstance(split.images, np.ndarray) else split.images.read(index)
+    if isinstance(encoded, np.ndarray):
+        return encoded
+    size, _, channels = image_shape
+    if crop is None:
+        return image_files.decode(encoded, size=size, channels=channels)
+    width, height, *_ = image_files.examine(encoded)
+    box = image_files.random_resized_crop_box(np.random.default_rng(seed), width, height, crop.area, crop.ratio)
+    return image_files.decode(encoded, size=size, channels=channels, box=box)
+
+
+def _parallel_batches(
+    load: Callable[[int], tuple[np.ndarray, np.integer]],
+    num_rows: int,
+    image_shape: tuple[int, int, int],
+    *,
+    num_batches: int | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Runs load(0), load(1), ... in tf.data's threads; yields images [num_rows, H, W, C] and labels [num_rows]."""
+    tf = _tensorflow()
+    chunk = math.gcd(num_rows, _CHUNK)
+    chunks_per_batch = num_rows // chunk
+
+    def load_chunk(number: np.int64) -> tuple[np.ndarray, np.ndarray]:
+        examples = [load(row) for row in range(int(number) * chunk, (int(number) + 1) * chunk)]
+        return np.stack([image for image, _ in examples]), np.array([label for _, label in examples], np.int32)
+
+    def load_in_graph(number):
+        images, labels = tf.numpy_function(load_chunk, [number], [tf.uint8, tf.int32])
+        return tf.ensure_shape(images, (chunk, *image_shape)), tf.ensure_shape(labels, (chunk,))
+
+    limit = np.iinfo(np.int64).max if num_batches is None else num_batches * chunks_per_batch
+    dataset = (
+        tf.data.Dataset.range(limit)
+        .map(load_in_graph, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .batch(chunks_per_batch, drop_remainder=True, num_parallel_calls=2, deterministic=True)
+        .prefetch(tf.data.AUTOTUNE)
+    )
+    for images, labels in dataset.as_numpy_iterator():
+        yield images.reshape(num_rows, *image_shape), labels.reshape(num_rows)
+
+
+def _host_epoch_order(
+    seed: int, labels: np.ndarray, *, num_classes: int, balanced: bool
+) -> Callable[[int], np.ndarray]:
+    """epoch -> the order that the resident pipeline would use, computed on the host and kept for two epochs."""
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        host = jax.local_devices()[0]
+    order = jax.jit(functools.partial(epoch_order, seed, num_classes=num_classes, balanced=balanced))
+
+    @functools.lru_cache(maxsize=2)
+    def compute(epoch: int) -> np.ndarray:
+        with jax.default_device(host), jax.transfer_guard("allow"):
+            return np.asarray(order(epoch, labels))
+
+    return compute
+
+
+@functools.cache
+def _tensorflow():
+    """TensorFlow, quiet and kept off the accelerators."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    for kind in ("GPU", "TPU"):
+        tf.config.set_visible_devices([], kind)
+    return tf

@@ -1,0 +1,32 @@
+"""The ways a command ends before it is done, and the words it says then."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad config, flags or input: one line on stderr that says what to do, exit code 2."""
+
+
+class RunError(RuntimeError):
+    """The work itself failed (divergence, no readable checkpoint): one line on stderr, exit code 1."""
+
+
+class Stopped(Exception):
+    """The run was stopped by a signal, after saving; `code` is the exit code, 128 + the number of the signal."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+def unknown(kind: str, name: str, valid: Iterable[str]) -> UserError:
+    """Builds the error for a `name` that is not one of `valid`, with the nearest name that is.
+
+    >>> str(unknown("dataset", "cifar1000", ["cifar10", "cifar100"]))
+    "dataset 'cifar1000' is not known; did you mean 'cifar100'? Known: cifar10, cifar100"
+    """
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    hint = f"; did you mean '{close[0]}'?" if close else "."
+    return UserError(f"{kind} '{name}' is not known{hint} Known: {', '.join(valid)}")

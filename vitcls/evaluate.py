@@ -1,0 +1,168 @@
+"""Evaluate a workdir: predictions -> metrics -> report.
+
+    python -m vitcls.evaluate --workdir=DIR [--split=test] [--checkpoint=last|best|STEP] [--data_dir=DIR]
+"""
+
+import dataclasses
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+
+from vitcls import cli, data, experiment, metrics, overview, partition, report, workdir, writers
+from vitcls.data import DatasetInfo
+from vitcls.errors import UserError
+from vitcls.partition import Partition
+
+SPLITS = ("test", "validation", "train")
+_TIMED_SECONDS = 2.0  # for each of the two timings, and at least _TIMED_RUNS runs
+_TIMED_RUNS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """A compiled eval_step and the devices it runs on."""
+
+    layout: Partition
+    eval_step: Callable
+
+    def __call__(self, variables, batches: Iterable[dict]) -> tuple[dict[str, np.ndarray], list]:
+        """metrics.evaluation_sums over all batches, on the host, and each batch's probabilities, on the devices."""
+        total, probabilities = None, []
+        for batch in batches:
+            sums, rows = self.eval_step(variables, batch)
+            total = sums if total is None else metrics.merge(total, sums)
+            probabilities.append(rows)
+        return self.layout.to_host(total), probabilities
+
+
+def make_evaluator(model, info: DatasetInfo, layout: Partition) -> Evaluator:
+    """Compiles (at its first call) the evaluation of `model` over the devices of `layout`."""
+    return Evaluator(layout, layout.compile_evaluation(experiment.make_eval_step(model, info)))
+
+
+def split_batches(dataset: data.Dataset, split: str, layout: Partition, batch_size: int) -> data.EvaluationBatches:
+    """The batches of a split by name; raises UserError where the data set has no such split."""
+    examples = getattr(dataset, split)
+    if examples is None:
+        raise UserError(f"the data set '{dataset.name}' has no {split} split; set config.dataset.validation above 0")
+    return data.EvaluationBatches(
+        examples, image_shape=dataset.image_shape, partition=layout, batch_size=layout.round_up(batch_size)
+    )
+
+
+def write_report(
+    path: pathlib.Path, config, info: DatasetInfo, dataset: data.Dataset, evaluator: Evaluator, model, variables, *,
+    split: str, step: int,
+) -> dict:
+    """Evaluates `variables` on a split, writes report/ in the workdir `path` and returns the metrics."""
+    batches = split_batches(dataset, split, evaluator.layout, config.batch_size)
+    sums, rows = evaluator(variables, batches)
+    probabilities = np.concatenate([evaluator.layout.to_host(part) for part in rows])
+    images_per_second = measure_throughput(evaluator, variables, batches)
+    if jax.process_index():
+        return {}
+
+    examples = getattr(dataset, split)
+    probabilities = probabilities[: len(examples.labels)]
+    history = writers.read_history(path)
+    results = {"dataset": info.name, "split": split, "checkpoint_step": step}
+    results |= metrics.classification_report(examples.labels, probabilities, info.class_names)
+    results |= metrics.summarize(sums)
+    results |= {
+        "parameters": overview.count_parameters(experiment.variable_shapes(model, info)["params"]),
+        "flops_per_image": overview.flops_per_image(model, info),
+        "latency_ms": measure_latency(model, info),
+        "images_per_second": images_per_second,
+        "train_seconds": next((e["train/seconds"] for e in reversed(history) if "train/seconds" in e), 0.0),
+    }
+    report.write(
+        path / "report",
+        metrics=results,
+        labels=examples.labels,
+        probabilities=probabilities,
+        class_names=info.class_names,
+        images=lambda indices: np.stack([data.read_image(examples, int(i), info.image_shape) for i in indices]),
+        history=history,
+        facts=overview.facts(config, info, step=step),
+    )
+    return results
+
+
+def measure_latency(model, info: DatasetInfo) -> dict[str, float]:
+    """Milliseconds from one image on the host to its probabilities on the host: median and 95th percentile."""
+    shapes = experiment.variable_shapes(model, info)
+    variables = jax.device_put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
+    eval_step = jax.jit(experiment.make_eval_step(model.clone(axis_name=None), info))
+    batch = {
+        "image": np.zeros((1, *info.image_shape), np.uint8),
+        "label": np.zeros(1, np.int32),
+        "mask": np.ones(1, np.float32),
+    }
+    seconds = _time(lambda: jax.device_get(eval_step(variables, jax.device_put(batch))[1]))
+    return {"median": 1e3 * statistics.median(seconds), "p95": 1e3 * float(np.percentile(seconds, 95))}
+
+
+def measure_throughput(evaluator: Evaluator, variables, batches: data.EvaluationBatches) -> float:
+    """Images per second of inference on batches that are on the devices already; the median of several runs."""
+    batch = next(iter(batches))
+    size = batch["mask"].size * (jax.process_count() if evaluator.layout.mapped else 1)
+    seconds = _time(lambda: jax.block_until_ready(evaluator.eval_step(variables, batch)))
+    return size / statistics.median(seconds)
+
+
+def _time(call: Callable[[], object]) -> list[float]:
+    """Seconds of each of several calls, after one that warms up."""
+    call()
+    seconds: list[float] = []
+    while len(seconds) < _TIMED_RUNS or (sum(seconds) < _TIMED_SECONDS and len(seconds) < 100):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def evaluate(path: pathlib.Path, *, split: str = "test", checkpoint: str = "", data_dir: str = "") -> dict:
+    """Evaluates a trained workdir as its config says and writes its report again; returns the metrics.
+
+    Raises UserError where there is no such workdir, split or checkpoint, or the data are not what they were.
+    """
+    trained = workdir.open_workdir(path)
+    config = trained.config
+    step = trained.find_step(checkpoint or config.report.checkpoint)
+    if data_dir:
+        config.dataset.data_dir = data_dir
+    dataset = data.load(config.dataset)
+    if (dataset.class_names, dataset.image_shape) != (trained.info.class_names, trained.info.image_shape):
+        raise UserError(
+            f"the data of '{config.dataset.name}' are not those of the training: "
+            f"{dataset.num_classes} classes of {dataset.image_shape} now, "
+            f"{trained.info.num_classes} of {trained.info.image_shape} then; give the original with --data_dir"
+        )
+    layout = partition.all_devices("data")
+    model = experiment.make_model(config, trained.info)
+    variables = layout.replicate(trained.restore_variables(model, step))
+    evaluator = make_evaluator(model, trained.info, layout)
+    return write_report(
+        path, config, trained.info, dataset, evaluator, model, variables, split=split, step=step
+    )
+
+
+def main(argv: list[str]) -> None:
+    parser = cli.Parser(prog="python -m vitcls.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--split", choices=SPLITS, default="test")
+    parser.add_argument("--checkpoint", default="", help="'last', 'best' or a step; default: config.report.checkpoint")
+    parser.add_argument("--data_dir", default="", help="where the data are now, if they have moved")
+    flags = parser.parse_args(argv)
+    cli.start_jax()
+    results = evaluate(flags.workdir, split=flags.split, checkpoint=flags.checkpoint, data_dir=flags.data_dir)
+    print(overview.headline(results, flags.workdir))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

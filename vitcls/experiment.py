@@ -1,0 +1,131 @@
+"""From a config to the parts of a run: durations in steps, model, optimizer, losses and the pure steps."""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+
+from vitcls import durations, losses, models, optim, steps
+from vitcls.data import DatasetInfo
+from vitcls.data.augment import make_augment, to_float
+from vitcls.errors import UserError
+from vitcls.state import create_state, init_variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The durations of a config, in steps; 0 for what is never due."""
+
+    total: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    steps_per_call: int
+    steps_per_epoch: float
+
+
+def make_plan(config, info: DatasetInfo) -> Plan:
+    """Resolves the durations of a config for the size of its training split."""
+    num_examples = info.num_examples["train"]
+    if config.batch_size * num_examples >= 2**31:
+        raise UserError(
+            f"config.batch_size={config.batch_size} times {num_examples} training examples is more than int32 holds; "
+            "use a smaller batch"
+        )
+
+    def to_steps(duration, total_steps=None):
+        return durations.to_steps(
+            duration, batch_size=config.batch_size, num_examples=num_examples, total_steps=total_steps
+        )
+
+    total = to_steps(config.total)
+    if total < 1:
+        raise UserError(f"config.total='{config.total}' is no training at all; make it at least '1 steps'")
+    return Plan(
+        total=total,
+        log_every=to_steps(config.log_every, total),
+        eval_every=to_steps(config.eval_every, total),
+        checkpoint_every=to_steps(config.checkpoint_every, total),
+        steps_per_call=min(config.steps_per_call, total),
+        steps_per_epoch=num_examples / config.batch_size,
+    )
+
+
+def make_model(config, info: DatasetInfo, *, axis_name: str | None = None) -> nn.Module:
+    """The model of a config; raises UserError, by shapes alone, where it cannot take the images."""
+    fields = {key: value for key, value in config.model.items() if key != "name"}
+    model = models.create(config.model.name, info.num_classes, **fields).clone(axis_name=axis_name)
+    variable_shapes(model, info)
+    return model
+
+
+def variable_shapes(model: nn.Module, info: DatasetInfo):
+    """The shapes of a model's variables."""
+    unmapped = model.clone(axis_name=None)
+    return jax.eval_shape(lambda key: init_variables(unmapped, key, info.image_shape), jax.random.key(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The pure functions of a training run and what describes them."""
+
+    model: nn.Module
+    schedule: optax.Schedule
+    create_state: Callable  # key -> TrainState
+    train_step: Callable  # (state, batch, key) -> (state, sums)
+
+
+def make_training(config, info: DatasetInfo, plan: Plan, *, axis_name: str | None) -> Training:
+    """Builds the training functions of a config; no device work."""
+    model = make_model(config, info, axis_name=axis_name)
+    optimizer = optim.make_optimizer(config.optimizer, variable_shapes(model, info)["params"])
+    schedule = optim.make_schedule(
+        config.schedule,
+        config.optimizer,
+        batch_size=config.batch_size,
+        num_examples=info.num_examples["train"],
+        total_steps=plan.total,
+    )
+    class_weights = losses.class_weights(tuple(config.loss.class_weights), np.asarray(info.class_counts))
+    loss = losses.make_loss(
+        config.loss.name,
+        label_smoothing=config.loss.label_smoothing,
+        focal_gamma=config.loss.focal_gamma,
+        class_weights=class_weights,
+    )
+    train_step = steps.make_train_step(
+        model=model,
+        augment=make_augment(config.augment),
+        normalize=steps.make_normalize(info.mean, info.std),
+        loss=loss,
+        l2=config.loss.l2,
+        optimizer=optimizer,
+        schedule=schedule,
+        ema_decay=config.optimizer.ema_decay,
+        accumulate=config.optimizer.accumulate,
+        nonfinite_limit=config.nonfinite_limit,
+        num_classes=info.num_classes,
+        axis_name=axis_name,
+    )
+
+    def create(key: jax.Array):
+        return create_state(
+            key,
+            model=model.clone(axis_name=None),  # initialised outside of any mapped axis
+            image_shape=info.image_shape,
+            optimizer=optimizer,
+            ema=config.optimizer.ema_decay > 0,
+            schedule_config=config.schedule,
+        )
+
+    return Training(model, schedule, create, train_step)
+
+
+def make_eval_step(model: nn.Module, info: DatasetInfo) -> Callable:
+    """eval_step(variables, batch) of a model on its data's own normalisation."""
+    return steps.make_eval_step(
+        model=model, to_float=to_float, normalize=steps.make_normalize(info.mean, info.std), axis_name=model.axis_name
+    )

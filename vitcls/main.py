@@ -1,0 +1,80 @@
+"""Train, evaluate and report; started again on the same workdir it resumes.
+
+    python -m vitcls.main --config=configs/vit_digits.py --workdir=DIR [--config.a.b=value ...] [--dry_run]
+"""
+
+import sys
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from vitcls import cli, errors, overview
+from vitcls.errors import UserError
+from vitcls.train import train_and_evaluate
+
+
+def define_flags() -> flags.FlagValues:
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "Path of the config, and after a colon its preset.", flag_values=values)
+    flags.DEFINE_string("workdir", None, "Where the run lives: config, metrics, checkpoints, report.", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "Check everything up to the first step by shapes alone.", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, for several processes.", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "How many processes take part.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", flag_values=values)
+    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
+    return values
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+    """Parses the flags and loads the config; raises UserError with one line for whatever is wrong."""
+    values = define_flags()
+    overrides = [argument for argument in argv if argument.lstrip("-").startswith("config.")]
+    others = [argument for argument in argv if argument not in overrides]
+    try:
+        sys.argv = [sys.argv[0], *others]
+        values(sys.argv)  # config_flags reads overrides from sys.argv
+        if not (values.help or values.config):
+            raise UserError("--config=FILE is missing, such as --config=configs/vit_digits.py")
+        for override in overrides:
+            _check_key(values.config, override.lstrip("-").partition("=")[0].removeprefix("config."))
+        values = define_flags()
+        sys.argv = [sys.argv[0], *argv]
+        rest = values(sys.argv)[1:]
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if rest:
+        raise UserError(f"'{rest[0]}' is not a flag; did you mean --{rest[0]}?")
+    return values
+
+
+def _check_key(config: ConfigDict, key: str) -> None:
+    node = config
+    for part in key.split("."):
+        if not isinstance(node, ConfigDict) or part not in node:
+            raise errors.unknown("config key", key, _keys(config))
+        node = node[part]
+
+
+def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    names = []
+    for key in config:
+        value = config.get_ref(key).get() if config.get_type(key) is not ConfigDict else config[key]
+        names += _keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [prefix + key]
+    return names
+
+
+def main(argv: list[str]) -> None:
+    values = parse(argv)
+    if values.help:
+        print(__doc__.strip(), values.main_module_help(), sep="\n")
+        return
+    if not values.workdir and not values.dry_run:
+        raise UserError("--workdir=DIR is missing: where the run is to live")
+    cli.start_jax(values.coordinator, values.num_processes, values.process_id)
+    results = train_and_evaluate(values.config, values.workdir or "", dry_run=values.dry_run)
+    if results:
+        print(overview.headline(results, values.workdir))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,49 @@
+"""The registry of models: names that users know -> Linen modules with the fields of a preset."""
+
+from typing import Any
+
+import flax.linen as nn
+from ml_collections import config_dict
+
+from vitcls import errors
+from vitcls.models import vit
+
+_PRESETS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {**vit.PRESETS}
+_NOT_CONFIGURED = ("num_classes", "axis_name", "parent", "name")
+
+
+def names() -> list[str]:
+    """The names of all models."""
+    return sorted(_PRESETS)
+
+
+def create(name: str, num_classes: int, **overrides: Any) -> nn.Module:
+    """Builds the model `name`; `overrides` replace fields of its preset, and None means "as the preset says".
+
+    Raises UserError for an unknown model or field, naming the nearest that is known.
+    """
+    preset = fields(name)
+    for field in overrides:
+        if field not in preset:
+            raise errors.unknown(f"field of model '{name}'", field, preset)
+    chosen = {field: value for field, value in overrides.items() if value is not None}
+    return _PRESETS[name][0](num_classes=num_classes, **preset | chosen)
+
+
+def fields(name: str) -> dict[str, Any]:
+    """Every field of the model `name` that a config may set, with the preset's value; plain JSON values."""
+    if name not in _PRESETS:
+        raise errors.unknown("model", name, _PRESETS)
+    module, preset = _PRESETS[name]
+    defaults = {field.name: field.default for field in _configured_fields(module)}
+    return defaults | preset
+
+
+def field_placeholders(name: str) -> dict[str, config_dict.FieldReference]:
+    """For a config: field -> a value that is None until set, and then of the field's type."""
+    fields(name)
+    return {field.name: config_dict.placeholder(field.type) for field in _configured_fields(_PRESETS[name][0])}
+
+
+def _configured_fields(module: type[nn.Module]):
+    return [field for field in module.__dataclass_fields__.values() if field.name not in _NOT_CONFIGURED]

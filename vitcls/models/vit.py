@@ -1,0 +1,356 @@
+"""The Vision Transformer and its improvements; all of them off is the ViT of Dosovitskiy et al. (arXiv 2010.11929).
+
+The improved ViT keeps the encoder of section 2 of "Image Classification via an Improved Vision Transformer" and adds
+what that section asks for: a feed-forward network with "deep activation functions and residual connections" for local
+detail (`local_conv`, `squeeze_excite`), and an aggregation function g over all tokens (`aggregation`).
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vitcls import errors
+from vitcls.errors import UserError
+from vitcls.models import layers
+
+STEMS = ("patch", "conv")
+POSITION_EMBEDDINGS = ("learned", "sincos2d", "none")
+AGGREGATIONS = ("token", "mean", "gem", "attention", "mean_attention")
+ATTENTIONS = ("xla", "cudnn")
+
+
+class VisionTransformer(nn.Module):
+    """images float [B, H, W, C], normalised -> logits float32 [B, num_classes].
+
+    Parameters, softmax, the statistics of norms and the logits are float32 whatever `dtype`, the type of the rest.
+    Positions are learned for the size of the first images; at another size they are interpolated.
+
+    Raises UserError where the patches do not tile the images, and for a field that is not one of its choices.
+    """
+
+    num_classes: int
+    patch_size: int = 16  # pixels
+    hidden_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    stem: str = "patch"  # 'patch': flatten and map; 'conv': 3x3 convolutions that halve the image
+    position_embedding: str = "learned"  # 'sincos2d', 'none'
+    qk_norm: bool = False
+    layer_scale: float = 0.0  # the initial scale; 0 for none
+    drop_path: float = 0.0  # of the last block; grows linearly from 0
+    dropout: float = 0.0  # of embeddings, projections and the hidden layer
+    attention_dropout: float = 0.0
+    attention: str = "xla"  # 'cudnn' on NVIDIA GPUs, for bfloat16
+    activation: str = "gelu"
+    local_conv: bool = False  # depthwise 3x3 with an inner residual in the feed-forward network
+    squeeze_excite: float = 0.0  # width of the feed-forward network's gate, of hidden_dim; 0 for none
+    aggregation: str = "token"  # g: 'token', 'mean', 'gem', 'attention', 'mean_attention'
+    head_norm: bool = False  # a second norm, after the aggregation
+    remat: bool = False  # recompute each block in the backward pass
+    dtype: str = "float32"
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        self._check(images.shape)
+        tokens = self._embed(images.astype(self.dtype), train=train)  # [B, H, W, C] -> [B, N, D]
+        grid = tuple(size // self.patch_size for size in images.shape[1:3])
+
+        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        for i in range(self.depth):
+            tokens = block(
+                grid=grid,
+                num_heads=self.num_heads,
+                mlp_dim=self.mlp_dim,
+                qk_norm=self.qk_norm,
+                layer_scale=self.layer_scale,
+                drop_path=self.drop_path * i / max(self.depth - 1, 1),
+                dropout=self.dropout,
+                attention_dropout=self.attention_dropout,
+                attention=self.attention,
+                activation=self.activation,
+                local_conv=self.local_conv,
+                squeeze_excite=self.squeeze_excite,
+                dtype=self.dtype,
+                axis_name=self.axis_name,
+                name=f"block_{i}",
+            )(tokens, train)
+        tokens = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(tokens)
+        self.sow("intermediates", "tokens", tokens)
+
+        features = self._aggregate(tokens)  # [B, N, D] -> [B, D]
+        if self.head_norm:
+            features = nn.LayerNorm(epsilon=1e-6, name="head_norm")(features)
+        self.sow("intermediates", "features", features)
+        head = nn.Dense(self.num_classes, kernel_init=nn.initializers.truncated_normal(0.02), name="head")
+        return head(features.astype(jnp.float32))
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        for field, choices in (
+            ("stem", STEMS),
+            ("position_embedding", POSITION_EMBEDDINGS),
+            ("aggregation", AGGREGATIONS),
+            ("attention", ATTENTIONS),
+        ):
+            if getattr(self, field) not in choices:
+                raise errors.unknown(f"config.model.{field}", getattr(self, field), choices)
+        height, width = shape[1:3]
+        if height % self.patch_size or width % self.patch_size:
+            fits = max(1, round(height / self.patch_size)) * self.patch_size
+            raise UserError(
+                f"config.model.patch_size={self.patch_size} does not divide images of {height}x{width} pixels; "
+                f"set config.dataset.image_size={fits}, or a patch size that divides them"
+            )
+        if self.hidden_dim % self.num_heads:
+            raise UserError(
+                f"config.model.hidden_dim={self.hidden_dim} cannot be divided over "
+                f"config.model.num_heads={self.num_heads} heads"
+            )
+        if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
+            raise UserError(
+                f"config.model.stem='conv' halves the image, so config.model.patch_size={self.patch_size} "
+                "must be a power of two"
+            )
+
+    def _embed(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """Patches, positions and, where g is 'token', the class token: [B, H, W, C] -> [B, N, D]."""
+        batch, height, width, channels = images.shape
+        rows, columns = height // self.patch_size, width // self.patch_size
+        if self.stem == "patch":
+            patches = images.reshape(batch, rows, self.patch_size, columns, self.patch_size, channels)
+            patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
+            tokens = nn.Dense(self.hidden_dim, dtype=self.dtype, name="stem")(patches)
+        else:
+            tokens = ConvStem(self.patch_size, self.hidden_dim, self.activation, self.dtype, name="stem")(images)
+            tokens = tokens.reshape(batch, rows * columns, self.hidden_dim)
+
+        if self.position_embedding == "sincos2d":
+            positions = layers.sincos_position_embedding(rows, columns, self.hidden_dim)
+            tokens += positions.astype(tokens.dtype)[None]
+        elif self.position_embedding == "learned":
+            tokens += self._learned_positions(rows, columns).astype(tokens.dtype)[None]
+        if self.aggregation == "token":
+            token = self.param("class_token", nn.initializers.zeros, (1, 1, self.hidden_dim))
+            if self.position_embedding == "learned":
+                init = nn.initializers.normal(0.02)
+                token = token + self.param("class_position_embedding", init, (1, 1, self.hidden_dim))
+            token = jnp.broadcast_to(token.astype(tokens.dtype), (batch, 1, self.hidden_dim))
+            tokens = jnp.concatenate([token, tokens], axis=1)
+        return layers.Dropout(self.dropout, axis_name=self.axis_name)(tokens, train=train)
+
+    def _learned_positions(self, rows: int, columns: int) -> jax.Array:
+        """[rows * columns, D]; from the stored grid, whatever its size."""
+        name, init = "position_embedding", nn.initializers.normal(0.02)
+        shape = (rows, columns, self.hidden_dim)
+        if self.has_variable("params", name):
+            shape = self.get_variable("params", name).shape
+        stored = self.param(name, init, shape)
+        return layers.interpolate_position_embedding(stored, rows, columns).reshape(-1, self.hidden_dim)
+
+    def _aggregate(self, tokens: jax.Array) -> jax.Array:
+        """z = g(h_1, ..., h_n) (improved ViT, section 2): [B, N, D] -> [B, D], float32."""
+        match self.aggregation:
+            case "token":
+                return tokens[:, 0].astype(jnp.float32)
+            case "mean":
+                return jnp.mean(tokens.astype(jnp.float32), axis=1)
+            case "gem":
+                return layers.GeneralizedMean(name="aggregation")(tokens)
+            case "attention":
+                return layers.AttentionPool(name="aggregation")(tokens)
+            case "mean_attention":
+                return jnp.mean(tokens.astype(jnp.float32), axis=1) + layers.AttentionPool(name="aggregation")(tokens)
+
+
+class ConvStem(nn.Module):
+    """3x3 convolutions that halve the image down to the grid of patches, then one more (Xiao et al. 2021).
+
+    With patches of 4 pixels that are three layers, [B, 32, 32, C] -> [B, 8, 8, D].
+    """
+
+    patch_size: int
+    hidden_dim: int
+    activation: str
+    dtype: str
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        act = layers.activation(self.activation)
+        halvings = int(math.log2(self.patch_size))
+        x = images
+        for i in range(halvings):
+            width = max(self.hidden_dim >> (halvings - 1 - i), 8)
+            x = nn.Conv(width, (3, 3), (2, 2), padding=1, use_bias=False, dtype=self.dtype, name=f"conv_{i}")(x)
+            x = act(nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=f"norm_{i}")(x))
+        return nn.Conv(self.hidden_dim, (3, 3), padding=1, dtype=self.dtype, name="project")(x)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)): pre-norm, [B, N, D] -> [B, N, D]."""
+
+    grid: tuple[int, int]
+    num_heads: int
+    mlp_dim: int
+    qk_norm: bool
+    layer_scale: float
+    drop_path: float
+    dropout: float
+    attention_dropout: float
+    attention: str
+    activation: str
+    local_conv: bool
+    squeeze_excite: float
+    dtype: str
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        def residual(branch: jax.Array, name: str) -> jax.Array:
+            if self.layer_scale:
+                branch = layers.LayerScale(self.layer_scale, name=f"{name}_scale")(branch)
+            return layers.drop_path(self.drop_path, branch.ndim, self.axis_name)(branch, train=train)
+
+        attend = SelfAttention(
+            num_heads=self.num_heads,
+            qk_norm=self.qk_norm,
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
+            attention=self.attention,
+            dtype=self.dtype,
+            axis_name=self.axis_name,
+            name="attention",
+        )
+        feed_forward = FeedForward(
+            grid=self.grid,
+            mlp_dim=self.mlp_dim,
+            dropout=self.dropout,
+            activation=self.activation,
+            local_conv=self.local_conv,
+            squeeze_excite=self.squeeze_excite,
+            dtype=self.dtype,
+            axis_name=self.axis_name,
+            name="feed_forward",
+        )
+        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="attention_norm")(x)
+        x += residual(attend(y, train=train), "attention")
+        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="feed_forward_norm")(x)
+        return x + residual(feed_forward(y, train=train), "feed_forward")
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention (improved ViT, section 2): [B, N, D] -> [B, N, D]; one matrix makes Q, K and V."""
+
+    num_heads: int
+    qk_norm: bool
+    dropout: float
+    attention_dropout: float
+    attention: str
+    dtype: str
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        batch, tokens, dim = x.shape
+        xavier = nn.initializers.xavier_uniform()
+        qkv = nn.Dense(3 * dim, dtype=self.dtype, kernel_init=xavier, name="qkv")(x)
+        qkv = qkv.reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, heads, D / heads]
+        if self.qk_norm:  # Dehghani et al. 2023, section 2.2
+            query = nn.LayerNorm(epsilon=1e-6, use_bias=False, dtype=self.dtype, name="query_norm")(query)
+            key = nn.LayerNorm(epsilon=1e-6, use_bias=False, dtype=self.dtype, name="key_norm")(key)
+
+        explicit = self.is_mutable_collection("intermediates") or (train and self.attention_dropout > 0)
+        if explicit:
+            weights = attention_weights(query, key)
+            self.sow("intermediates", "attention_weights", weights)
+            weights = layers.Dropout(self.attention_dropout, axis_name=self.axis_name)(weights, train=train)
+            mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
+        elif self.attention == "cudnn":
+            if jax.default_backend() != "gpu" or self.dtype != "bfloat16":
+                raise UserError(
+                    "config.model.attention='cudnn' needs an NVIDIA GPU and config.model.dtype='bfloat16'; use 'xla'"
+                )
+            mixed = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+        else:
+            mixed = jax.nn.dot_product_attention(query, key, value, implementation="xla")
+        out = nn.Dense(dim, dtype=self.dtype, kernel_init=xavier, name="project")(mixed.reshape(batch, tokens, dim))
+        return layers.Dropout(self.dropout, axis_name=self.axis_name)(out, train=train)
+
+
+def attention_weights(query: jax.Array, key: jax.Array) -> jax.Array:
+    """softmax(Q K^T / sqrt(d_k)) (improved ViT, section 2), in float32.
+
+    Args:
+      query, key: [batch, tokens, heads, d_k].
+    Returns:
+      [batch, heads, query tokens, key tokens]; each row sums to 1.
+    """
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(scores / math.sqrt(query.shape[-1]), axis=-1)
+
+
+class FeedForward(nn.Module):
+    """The feed-forward network with the paper's remedy for weak local detail (section 2): [B, N, D] -> [B, N, D].
+
+    h = act(W1 x); with `local_conv` h = h + act(depthwise3x3(h)) on the grid of tokens, the inner residual of a deep
+    activation; with `squeeze_excite` the channels of h are gated; then W2 h. A class token skips the convolution.
+    """
+
+    grid: tuple[int, int]
+    mlp_dim: int
+    dropout: float
+    activation: str
+    local_conv: bool
+    squeeze_excite: float
+    dtype: str
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        act, xavier = layers.activation(self.activation), nn.initializers.xavier_uniform()
+        dropout = layers.Dropout(self.dropout, axis_name=self.axis_name, name="dropout")
+        hidden = act(nn.Dense(self.mlp_dim, dtype=self.dtype, kernel_init=xavier, name="expand")(x))
+        if self.local_conv:
+            split = hidden.shape[1] - math.prod(self.grid)  # 1 with a class token
+            token, patches = hidden[:, :split], hidden[:, split:]
+            on_grid = patches.reshape(-1, *self.grid, self.mlp_dim)  # [B, N, M] -> [B, rows, columns, M]
+            local = act(layers.DepthwiseConv3x3(self.dtype, name="local_conv")(on_grid))
+            hidden = jnp.concatenate([token, patches + local.reshape(patches.shape)], axis=1)
+        if self.squeeze_excite:
+            reduced = max(1, round(self.squeeze_excite * x.shape[-1]))
+            hidden = layers.SqueezeExcite(reduced, self.dtype, name="squeeze_excite")(hidden)
+        hidden = dropout(hidden, train=train)
+        out = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=xavier, name="project")(hidden)
+        return dropout(out, train=train)
+
+
+def _size(hidden_dim: int, depth: int, num_heads: int) -> dict:
+    return {"hidden_dim": hidden_dim, "depth": depth, "num_heads": num_heads, "mlp_dim": 4 * hidden_dim}
+
+
+_SIZES = {
+    "tiny": _size(192, 12, 3),
+    "small": _size(384, 12, 6),
+    "base": _size(768, 12, 12),
+    "large": _size(1024, 24, 16),
+}
+_IMPROVEMENTS = {
+    "patch_size": 4,
+    "stem": "conv",
+    "position_embedding": "learned",
+    "local_conv": True,
+    "squeeze_excite": 0.25,
+    "aggregation": "mean_attention",
+    "head_norm": True,
+    "drop_path": 0.1,
+}
+PRESETS = {
+    f"improved_vit_{size}": (VisionTransformer, _SIZES[size] | _IMPROVEMENTS) for size in ("tiny", "small", "base")
+} | {
+    f"vit_{size}_patch{patch}": (VisionTransformer, fields | {"patch_size": patch})
+    for size, fields in _SIZES.items()
+    for patch in (4, 16, 32)
+}

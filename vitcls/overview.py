@@ -1,0 +1,155 @@
+"""What a run says of itself: devices, parameters and FLOPs, data, memory; at its start and in its report."""
+
+import datetime
+import importlib.metadata
+import logging
+import platform
+import re
+import sys
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from vitcls import experiment, flops
+from vitcls.data import DatasetInfo
+from vitcls.experiment import Plan, Training
+from vitcls.partition import Partition
+
+PyTree = Any
+_logger = logging.getLogger("vitcls")
+
+
+def count_parameters(params: PyTree) -> int:
+    """The number of parameters in a tree of arrays or shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def count_bytes(tree: PyTree) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def flops_per_image(model: nn.Module, info: DatasetInfo) -> float:
+    """FLOPs of one forward pass of one image: 2 per multiply-add of products and convolutions, 1 per other operation."""
+    return sum(_flops_by_part(model, info).values())
+
+
+def _flops_by_part(model: nn.Module, info: DatasetInfo) -> dict[str, float]:
+    shapes = experiment.variable_shapes(model, info)
+    image = jax.ShapeDtypeStruct((1, *info.image_shape), np.float32)
+    model = model.clone(axis_name=None)
+    trace = jax.make_jaxpr(lambda variables, images: model.apply(variables, images, train=False))
+    return flops.count(trace(shapes, image).jaxpr)
+
+
+def log_start(config, info: DatasetInfo, plan: Plan, training: Training, layout: Partition, pipeline: str) -> None:
+    """Says what is about to run: devices, data, model and memory."""
+    state = jax.eval_shape(training.create_state, jax.random.key(0))
+    resident = info.num_examples["train"] * int(np.prod(info.image_shape)) if pipeline == "resident" else 0
+    lines = [
+        f"devices   {devices_line()}, partition '{config.partition.strategy}'",
+        f"data      {dataset_line(info)}; {pipeline}",
+        f"          mean {_numbers(info.mean)}, std {_numbers(info.std)} of the training split",
+        f"training  {plan.total:,} steps of {config.batch_size} images, {plan.total / plan.steps_per_epoch:.1f} epochs, "
+        f"{plan.steps_per_call} steps per call",
+        f"memory    {mebibytes(layout.bytes_per_device(state))} of state and {mebibytes(resident)} of images a device, "
+        "and the activations",
+        f"model     {config.model.name}",
+        parameter_table(training.model, info),
+    ]
+    for line in lines:
+        _logger.info("%s", line)
+
+
+def parameter_table(model: nn.Module, info: DatasetInfo) -> str:
+    """Parameters and forward FLOPs per image of the model's parts, as text; numbered parts are summed."""
+    parameters = {
+        part: count_parameters(tree) for part, tree in experiment.variable_shapes(model, info)["params"].items()
+    }
+    part_flops = _flops_by_part(model, info)
+    groups: dict[str, list[str]] = {}
+    for part in [*parameters, *(part for part in part_flops if part not in parameters)]:
+        groups.setdefault(re.sub(r"_\d+$", "", part), []).append(part)
+    rows = [
+        (
+            f"{group} x {len(parts)}" if len(parts) > 1 else parts[0],
+            sum(parameters.get(part, 0) for part in parts),
+            sum(part_flops.get(part, 0) for part in parts) / 1e6,
+        )
+        for group, parts in groups.items()
+    ]
+    rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    return "\n".join(
+        [f"          {'part':<28}{'parameters':>14}{'MFLOPs/image':>16}"]
+        + [f"          {name:<28}{count:>14,}{megaflops:>16,.2f}" for name, count, megaflops in rows]
+    )
+
+
+def log_first_step(config, info: DatasetInfo, training: Training) -> None:
+    """Traces the first training step by shapes alone; the end of a dry run."""
+    state = jax.eval_shape(training.create_state, jax.random.key(0))
+    batch_size = config.batch_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((batch_size, *info.image_shape), np.uint8),
+        "label": jax.ShapeDtypeStruct((batch_size,), np.int32),
+        "mask": jax.ShapeDtypeStruct((batch_size,), np.float32),
+    }
+    if training.model.axis_name is None:
+        jax.eval_shape(training.train_step, state, batch, jax.random.key(0))
+    _logger.info("dry run: the first step has been traced; nothing was run and nothing was written")
+
+
+def compiled_memory(compiled) -> str:
+    """What a compiled program needs of a device while it runs, in words; '' where the backend does not say."""
+    analysis = compiled.memory_analysis() if hasattr(compiled, "memory_analysis") else None
+    return "" if analysis is None else f", {mebibytes(analysis.temp_size_in_bytes)} of activations a device"
+
+
+def devices_line() -> str:
+    """Such as '8 x TPU v4 (tpu), 2 processes'."""
+    device = jax.devices()[0]
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{jax.device_count()} x {device.device_kind} ({device.platform}){processes}"
+
+
+def dataset_line(info: DatasetInfo) -> str:
+    height, width, channels = info.image_shape
+    counts = ", ".join(f"{count:,} {split}" for split, count in info.num_examples.items())
+    skipped = f", {len(info.skipped)} files skipped" if info.skipped else ""
+    return f"{info.name}: {counts}; {info.num_classes} classes of {height}x{width}x{channels}{skipped}"
+
+
+def facts(config, info: DatasetInfo, *, step: int) -> dict[str, Any]:
+    """Rows for the head of the report."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax"))
+    return {
+        "Model": config.model.name,
+        "Data": dataset_line(info),
+        "Checkpoint": f"step {step:,}",
+        "Seed": str(config.seed),
+        "Devices": devices_line(),
+        "Machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {versions}",
+        "Command": " ".join(["python -m vitcls." + sys.argv[0].rsplit("/", 1)[-1].removesuffix(".py"), *sys.argv[1:]]),
+        "Date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
+        "Skipped files": [f"{file.path}: {file.reason}" for file in info.skipped],
+    }
+
+
+def headline(results: dict, workdir) -> str:
+    """The last lines of a command: the main numbers and where the report is."""
+    return (
+        f"{results['split']}: accuracy {results['accuracy']:.2%}, top-5 {results['top5_accuracy']:.2%}, "
+        f"macro F1 {results['f1_macro']:.4f}, AUC {results['auc_ovr_macro']:.4f}, ECE {results['ece']:.4f}, "
+        f"loss {results['loss']:.4f} on {results['num_examples']:,} images\n"
+        f"report: {workdir}/report/index.html"
+    )
+
+
+def mebibytes(count: float) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def _numbers(values) -> str:
+    return "(" + ", ".join(f"{value:.4f}" for value in values) + ")"

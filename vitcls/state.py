@@ -1,0 +1,73 @@
+"""TrainState: everything that training changes, and how it is created."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from vitcls import optim
+
+PyTree = Any
+
+
+class NonFinite(flax.struct.PyTreeNode):
+    """Counts of updates that were skipped because the loss or a gradient was not finite; int32 scalars.
+
+    Once `streak` reaches the limit of the run no update is applied any more, and `streak` no longer moves.
+    """
+
+    streak: jax.Array
+    total: jax.Array
+    last_step: jax.Array  # the step of the newest skipped update, -1 before the first
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """What a checkpoint holds. `ema_params` and `plateau` are None where the config does not ask for them."""
+
+    step: jax.Array  # int32 scalar: updates tried so far, and so the number of the next batch
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
+    ema_params: PyTree
+    plateau: PyTree  # optax.contrib.ReduceLROnPlateauState
+    nonfinite: NonFinite
+
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """The variables that are evaluated and reported: the EMA of the parameters where there is one."""
+        params = self.params if self.ema_params is None else self.ema_params
+        return {"params": params, "batch_stats": self.batch_stats}
+
+
+def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, int, int]) -> dict[str, PyTree]:
+    """Initial variables of `model` for images of `image_shape` (H, W, C)."""
+    images = jnp.zeros((1, *image_shape), jnp.float32)
+    return model.init(key, images, train=False)
+
+
+def create_state(
+    key: jax.Array,
+    *,
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    optimizer: optax.GradientTransformation,
+    ema: bool,
+    schedule_config,
+) -> TrainState:
+    """A state at step 0; pure, so that it can be traced for its shapes or jitted on its shardings."""
+    variables = init_variables(model, key, image_shape)
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=optimizer.init(params),
+        ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+        plateau=optim.plateau_init(schedule_config),
+        nonfinite=NonFinite(
+            streak=jnp.zeros((), jnp.int32), total=jnp.zeros((), jnp.int32), last_step=jnp.full((), -1, jnp.int32)
+        ),
+    )

@@ -1,0 +1,224 @@
+"""train_and_evaluate: a training run, to be read from top to bottom."""
+
+import logging
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from vitcls import checkpoint, data, evaluate, experiment, metrics, optim, overview, partition, steps, workdir
+from vitcls import config as configs
+from vitcls.console import ProgressBar, StopSignal
+from vitcls.errors import RunError, Stopped
+from vitcls.experiment import Plan, Training
+from vitcls.partition import Partition
+from vitcls.progress import Progress
+from vitcls.state import NonFinite, TrainState
+from vitcls.writers import MetricWriter
+
+_logger = logging.getLogger("vitcls")
+
+
+def train_and_evaluate(config: configs.ConfigDict, path: os.PathLike | str, *, dry_run: bool = False) -> dict:
+    """Trains as `config` says in the workdir `path`, resuming what is there, and writes the report.
+
+    Returns the metrics of the report; {} for a dry run, which goes up to the first step by shapes alone and leaves
+    nothing behind. Raises UserError before any device work where the config or the data cannot work, RunError where
+    the training diverges, Stopped after saving where a signal asked the run to stop.
+    """
+    path = pathlib.Path(path)
+    config = configs.resolve(config)
+    configs.validate(config)
+    dataset = data.load(config.dataset)
+    info = data.describe(dataset, config.dataset)
+    plan = experiment.make_plan(config, info)
+    configs.validate_metrics(config, evaluates=dataset.validation is not None and plan.eval_every > 0)
+    pipeline = data.choose_pipeline(dataset, config.dataset)
+    layout = partition.all_devices(config.partition.strategy, min_shard_elements=config.partition.min_shard_elements)
+    layout.check_batch_size(config.batch_size)
+    training = experiment.make_training(config, info, plan, axis_name=layout.axis_name)
+    overview.log_start(config, info, plan, training, layout, pipeline)
+    if dry_run:
+        overview.log_first_step(config, info, training)
+        return {}
+
+    workdir.begin(path, config, info)
+    evaluator = evaluate.make_evaluator(training.model, info, layout)
+    batches = data.train_batches(
+        dataset, config.dataset, partition=layout, batch_size=config.batch_size, seed=config.seed
+    )
+    validation = None
+    if dataset.validation is not None:
+        validation = evaluate.split_batches(dataset, "validation", layout, config.batch_size)
+    state, step = fit(config, path, plan, training, layout, batches, evaluator, validation)
+
+    variables = state.variables
+    if config.report.checkpoint == "best":
+        trained = workdir.open_workdir(path)
+        step = trained.find_step("best")
+        variables = layout.replicate(trained.restore_variables(training.model, step))
+    return evaluate.write_report(
+        path, config, info, dataset, evaluator, training.model, variables, split="test", step=step
+    )
+
+
+def fit(
+    config: configs.ConfigDict,
+    path: pathlib.Path,
+    plan: Plan,
+    training: Training,
+    layout: Partition,
+    batches: data.TrainBatches,
+    evaluator: evaluate.Evaluator,
+    validation: data.EvaluationBatches | None,
+) -> tuple[TrainState, int]:
+    """Trains from the newest whole checkpoint, or from the start, to the end; returns the last state and its step.
+
+    Whatever is due at a step happens in one order: log, evaluate, save. So a checkpoint of step n holds all that was
+    known at step n, and what metrics.jsonl says up to n is never said again.
+    """
+    state, sums, progress, step = start_or_resume(config, path, training, layout)
+    update = Update(training, batches, layout, config.seed)
+
+    with (
+        checkpoint.Checkpoints(
+            path / workdir.CHECKPOINTS, keep=config.checkpoint.keep, metric=config.checkpoint.metric
+        ) as checkpoints,
+        MetricWriter(path, rewind_to=step) as writer,
+        StopSignal() as stop,
+        ProgressBar(step, plan.total, images_per_step=config.batch_size) as bar,
+    ):
+        while step < plan.total and not progress.finished:
+            before, step = step, min(step + plan.steps_per_call, plan.total)
+            state, sums, seconds = update(state, sums, before, step)
+            progress = progress.trained(seconds)
+            bar.advance(step - before)
+
+            due = _due(before, step, plan.total)
+            log_due, eval_due = due(plan.log_every), validation is not None and due(plan.eval_every)
+            save_due, stop_code = due(plan.checkpoint_every) or step == plan.total, stop.requested(step)
+            if not (log_due or eval_due or save_due or stop_code):
+                continue
+
+            check_finite(layout.to_host(state.nonfinite), config.nonfinite_limit)
+            if log_due:
+                event = progress.interval_event(layout.to_host(sums), config.batch_size) | {
+                    "train/learning_rate": _learning_rate(training, state, step, layout),
+                    "train/epoch": step / plan.steps_per_epoch,
+                }
+                writer.write(step, event)
+                bar.report(step, event)
+                sums, progress = new_sums(layout), progress.next_interval()
+            scores = None
+            if eval_due:
+                totals, _ = evaluator(state.variables, validation)
+                scores = {f"eval/{name}": value for name, value in metrics.summarize(totals).items()}
+                writer.write(step, scores)
+                bar.report(step, scores)
+                progress = progress.evaluated(scores, config)
+                state = reduce_on_plateau(config.schedule, state, scores, layout)
+                save_due = save_due or progress.improved or progress.finished
+            if save_due or stop_code:
+                writer.sync()
+                tree = {"state": layout.to_savable(state), "sums": layout.to_savable(sums)}
+                checkpoints.save(step, tree, record=progress.to_record(), metrics=scores)
+            if stop_code:
+                checkpoints.wait()
+                raise Stopped(stop_code, f"stopped at step {step:,}, which is saved; the same command goes on from it")
+    if progress.finished:
+        _logger.info("stopped early at step %s: %s no longer improves", f"{step:,}", config.early_stopping.metric)
+    return state, step
+
+
+def start_or_resume(
+    config: configs.ConfigDict, path: pathlib.Path, training: Training, layout: Partition
+) -> tuple[TrainState, steps.Sums, Progress, int]:
+    """The state, the sums of the open logging interval, the progress and the step to go on from."""
+    state, sums = layout.init(training.create_state, jax.random.key(config.seed)), new_sums(layout)
+    progress = Progress()
+    step = checkpoint.latest_whole(path / workdir.CHECKPOINTS, set_aside=True)
+    if step is None:
+        return state, sums, progress, 0
+    template = {"state": layout.to_savable(state), "sums": layout.to_savable(sums)}
+    tree, record = checkpoint.restore(path / workdir.CHECKPOINTS, step, template)
+    _logger.info("resumed from step %s", f"{step:,}")
+    return layout.from_savable(tree["state"]), layout.from_savable(tree["sums"]), Progress.from_record(record), step
+
+
+def new_sums(layout: Partition) -> steps.Sums:
+    """Sums of a logging interval that has just begun, on the devices."""
+    return layout.replicate(jax.device_get(steps.zero_sums()))
+
+
+class Update:
+    """Runs the steps [before, after) in one dispatch; compiles the first time, and for a shorter last call."""
+
+    def __init__(self, training: Training, batches: data.TrainBatches, layout: Partition, seed: int):
+        self._training = training
+        self._batches = batches
+        self._layout = layout
+        self._seed = seed
+        self._compiled: dict[int, Callable] = {}
+
+    def __call__(
+        self, state: TrainState, sums: steps.Sums, before: int, after: int
+    ) -> tuple[TrainState, steps.Sums, float]:
+        """Returns the new state and sums, and the seconds that the call took.
+
+        It waits for the call before this one: the host stays one call ahead, not more, so the time is true.
+        """
+        length = after - before
+        with jax.transfer_guard("disallow"):
+            start = time.perf_counter()
+            batches = self._batches.data(before, length)
+            if length not in self._compiled:
+                self._compiled[length] = self._compile(state, sums, batches, length)
+                start = time.perf_counter()
+            state, new_sums = self._compiled[length](state, sums, batches)
+            jax.block_until_ready(sums)
+            return state, new_sums, time.perf_counter() - start
+
+    def _compile(self, state: TrainState, sums: steps.Sums, batches: Any, length: int) -> Callable:
+        call = steps.make_train_call(
+            self._training.train_step, open_batches=self._batches.open, seed=self._seed, length=length
+        )
+        _logger.info("compiling %s ...", "the training step" if length == 1 else f"{length} training steps per call")
+        start = time.perf_counter()
+        compiled = self._layout.compile_update(call, state, sums, batches)
+        _logger.info("compiled in %.1f s%s", time.perf_counter() - start, overview.compiled_memory(compiled))
+        return compiled
+
+
+def _due(before: int, step: int, total: int) -> Callable[[int], bool]:
+    """Returns whether something that happens `every` so many steps fell due in (before, step], or at the end."""
+    return lambda every: every > 0 and (step // every > before // every or step == total)
+
+
+def _learning_rate(training: Training, state: TrainState, step: int, layout: Partition) -> float:
+    """The learning rate of the newest update, that of step - 1."""
+    scale = 1.0 if state.plateau is None else float(layout.to_host(state.plateau.scale))
+    return float(training.schedule(step - 1)) * scale
+
+
+def reduce_on_plateau(schedule_config, state: TrainState, scores: dict[str, float], layout: Partition) -> TrainState:
+    """Tells the 'plateau' schedule of an evaluation."""
+    if state.plateau is None:
+        return state
+    metric = schedule_config.metric
+    plateau = optim.plateau_update(
+        schedule_config, layout.to_host(state.plateau), scores[metric], checkpoint.maximized(metric)
+    )
+    return state.replace(plateau=layout.replicate(jax.device_get(plateau)))
+
+
+def check_finite(skipped: NonFinite, limit: int) -> None:
+    """Raises RunError once `limit` updates in a row were skipped."""
+    if skipped.streak >= limit:
+        last = int(skipped.last_step)
+        raise RunError(
+            f"the loss or a gradient was not finite in {limit} updates in a row, steps {last - limit + 1} to {last}; "
+            "lower config.optimizer.learning_rate, lengthen config.schedule.warmup or set config.optimizer.clip_norm"
+        )

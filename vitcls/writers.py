@@ -1,0 +1,76 @@
+"""Where a run says how it is doing: metrics.jsonl always, TensorBoard events where TensorFlow is; the only CLU file."""
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricWriter(contextlib.AbstractContextManager):
+    """Appends events to metrics.jsonl: one JSON object a line, `step` and then names such as `train/loss`.
+
+    A run that is resumed from a checkpoint says again what the killed one had said after it: `rewind` drops those.
+    """
+
+    def __init__(self, workdir: os.PathLike | str, *, rewind_to: int):
+        self._path = pathlib.Path(workdir) / METRICS_FILE
+        _rewind(self._path, rewind_to)
+        self._file = open(self._path, "a")  # noqa: SIM115 (closed by __exit__)
+        self._tensorboard = _tensorboard_writer(workdir)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes one event; a value that is not finite becomes null."""
+        values = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.write_scalars(step, scalars)
+
+    def sync(self) -> None:
+        """Returns when all that was written would outlive the machine."""
+        os.fsync(self._file.fileno())
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
+    def __exit__(self, *error) -> None:
+        self.sync()
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def read_history(workdir: os.PathLike | str) -> list[dict]:
+    """The events of metrics.jsonl, oldest first; [] where there is none. A last line cut short is left out."""
+    path = pathlib.Path(workdir) / METRICS_FILE
+    events = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # the line that a killed process was writing
+    return events
+
+
+def _rewind(path: pathlib.Path, step: int) -> None:
+    """Keeps the events up to `step`; the file is replaced in one move, so that a kill loses nothing."""
+    events = [event for event in read_history(path.parent) if event["step"] <= step]
+    replacement = path.with_suffix(".tmp")
+    with open(replacement, "w") as file:
+        file.writelines(json.dumps(event) + "\n" for event in events)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(replacement, path)
+
+
+def _tensorboard_writer(workdir: os.PathLike | str):
+    if importlib.util.find_spec("tensorflow") is None or importlib.util.find_spec("tensorboard") is None:
+        return None
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from clu import metric_writers
+
+    return metric_writers.SummaryWriter(os.fspath(workdir))
