@@ -7,11 +7,11 @@ import argparse
 import importlib
 import logging
 import os
-import pathlib
 import sys
 from collections.abc import Callable
 
 from vitcls import errors
+from vitcls.cache import cache_dir
 from vitcls.errors import RunError, Stopped, UserError
 
 VERBS = {
@@ -54,19 +54,6 @@ def quiet_libraries() -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-
-
-def cache_dir() -> pathlib.Path:
-    """The private cache: $VITCLS_CACHE_DIR, else ~/.cache/vitcls; only the user may read or write it.
-
-    Compiled programs are loaded from it and run, so a folder that others can write is refused.
-    """
-    path = pathlib.Path(os.environ.get("VITCLS_CACHE_DIR") or pathlib.Path.home() / ".cache" / "vitcls")
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.stat()
-    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
-        raise UserError(f"the cache directory {path} can be written by others; run 'chmod 700 {path}' or move it with VITCLS_CACHE_DIR")
-    return path
 
 
 def start_jax(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:

@@ -40,9 +40,9 @@ def _add(jaxpr: core.Jaxpr, times: float, outer_path: str, totals: dict[str, flo
 
 
 def _part(path: str) -> str:
-    """'VisionTransformer/block_0/attention' -> 'block_0'."""
-    names = path.split("/")
-    return names[1] if len(names) > 1 else "itself"
+    """'VisionTransformer/VisionTransformer._embed/stem/project' -> 'stem'; a name with a dot is a method."""
+    names = [name for name in path.split("/")[1:] if "." not in name]
+    return names[0] if names else "itself"
 
 
 def _flops(equation: core.JaxprEqn) -> float:

@@ -15,8 +15,9 @@ import numpy as np
 
 from vitcls.data import images as image_files
 from vitcls.data import streaming
+from vitcls.data.dataset import Dataset, SkippedFile, Split
 from vitcls.data.resident import Resident, make_resident
-from vitcls.data.sources import Dataset, SkippedFile, Split, load
+from vitcls.data.sources import load
 from vitcls.data.streaming import Crop, Streaming, read_image
 from vitcls.errors import UserError
 from vitcls.partition import Partition

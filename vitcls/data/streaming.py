@@ -16,7 +16,7 @@ import numpy as np
 
 from vitcls.data import images as image_files
 from vitcls.data.order import epoch_order
-from vitcls.data.sources import Split
+from vitcls.data.dataset import Split
 from vitcls.partition import Partition
 
 _CHUNK = 32  # examples per task: large enough to hide the cost of calling Python, small enough to spread a batch
@@ -121,7 +121,7 @@ def read_image(
     size, _, channels = image_shape
     if crop is None:
         return image_files.decode(encoded, size=size, channels=channels)
-    width, height, *_ = image_files.examine(encoded)
+    width, height, _ = image_files.examine(encoded)
     box = image_files.random_resized_crop_box(np.random.default_rng(seed), width, height, crop.area, crop.ratio)
     return image_files.decode(encoded, size=size, channels=channels, box=box)
 

@@ -1,0 +1,170 @@
+"""train_step against the same update written out by hand."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vitcls import losses, optim, rng, steps
+from vitcls import config as configs
+from vitcls.state import create_state
+
+NUM_CLASSES = 3
+IMAGES = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1), np.uint8)
+LABELS = np.array([0, 1, 2, 0, 1, 2, 0, 1], np.int32)
+
+
+class Linear(nn.Module):
+    """Logits are x W + b, so that every derivative is known."""
+
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        return nn.Dense(NUM_CLASSES)(images.reshape(images.shape[0], -1))
+
+
+def no_augment(keys, images, targets):
+    return images.astype(jnp.float32) / 255, targets
+
+
+def build(*, l2=0.0, optimizer=None, schedule=lambda step: 0.1, accumulate=1, augment=no_augment, ema_decay=0.0, limit=3):
+    optimizer = optimizer or optax.sgd(1.0)
+    train_step = steps.make_train_step(
+        model=Linear(),
+        augment=augment,
+        normalize=steps.make_normalize((0.5,), (0.25,)),
+        loss=losses.make_loss("cross_entropy", label_smoothing=0.0, focal_gamma=0.0, class_weights=np.ones(3)),
+        l2=l2,
+        optimizer=optimizer,
+        schedule=schedule,
+        ema_decay=ema_decay,
+        accumulate=accumulate,
+        nonfinite_limit=limit,
+        num_classes=NUM_CLASSES,
+        axis_name=None,
+    )
+    schedule_config = configs.ConfigDict({"name": "constant"})
+    state = create_state(
+        jax.random.key(0),
+        model=Linear(),
+        image_shape=(4, 4, 1),
+        optimizer=optimizer,
+        ema=ema_decay > 0,
+        schedule_config=schedule_config,
+    )
+    return jax.jit(train_step), state
+
+
+def batch(mask=np.ones(8, np.float32), images=IMAGES):
+    return {"image": jnp.asarray(images), "label": jnp.asarray(LABELS), "mask": jnp.asarray(mask, jnp.float32)}
+
+
+def by_hand(params, mask=np.ones(8), l2=0.0):
+    """Loss and gradients of softmax regression in float64; L2 on the kernel alone."""
+    kernel, bias = (np.asarray(params["Dense_0"][name], np.float64) for name in ("kernel", "bias"))
+    x = (IMAGES.reshape(8, -1) / 255 - 0.5) / 0.25
+    logits = x @ kernel + bias
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    loss = -(mask * np.log(p[np.arange(8), LABELS])).sum() / mask.sum()
+    error = (p - np.eye(3)[LABELS]) * mask[:, None] / mask.sum()
+    hits = (mask * (logits.argmax(1) == LABELS)).sum()
+    return loss, hits, {"kernel": x.T @ error + l2 * kernel, "bias": error.sum(0)}
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("mask", [np.ones(8), np.array([1, 1, 0, 1, 0, 0, 1, 1])], ids=["full", "masked"])
+def test_an_update_is_that_of_softmax_regression_with_l2_on_the_kernel(mask, accumulate):
+    train_step, state = build(l2=0.3, accumulate=accumulate)
+    loss, hits, grads = by_hand(state.params, mask, l2=0.3)
+    new, sums = train_step(state, batch(mask), jax.random.key(1))
+    for name, grad in grads.items():
+        expected = np.asarray(state.params["Dense_0"][name]) - 0.1 * grad
+        np.testing.assert_allclose(new.params["Dense_0"][name], expected, rtol=1e-4, atol=1e-6)
+    count = mask.sum()
+    np.testing.assert_allclose(sums["loss"] / count, loss, rtol=1e-5)
+    penalty = 0.15 * np.sum(np.square(state.params["Dense_0"]["kernel"]))
+    np.testing.assert_allclose(sums["l2"] / count, penalty, rtol=1e-5)
+    assert (sums["correct"], sums["count"], sums["updates"], sums["skipped"]) == (hits, count, 1, 0)
+    norm = np.sqrt(sum(np.sum(grad**2) for grad in grads.values()))
+    np.testing.assert_allclose(sums["gradient_norm"], norm, rtol=1e-5)
+
+
+def test_the_learning_rate_is_that_of_the_step_even_after_a_skip():
+    rates = jnp.array([1.0, 10.0, 100.0])
+    train_step, state = build(schedule=lambda step: rates[step])
+    poisoned = jax.tree.map(lambda x: x, batch(mask=np.full(8, np.nan)))
+    state, _ = train_step(state, poisoned, jax.random.key(0))
+    _, _, grads = by_hand(state.params)
+    new, _ = train_step(state, batch(), jax.random.key(0))
+    moved = np.asarray(new.params["Dense_0"]["bias"]) - np.asarray(state.params["Dense_0"]["bias"])
+    np.testing.assert_allclose(moved, -10.0 * grads["bias"], rtol=1e-4)
+
+
+def test_an_update_that_is_not_finite_changes_nothing_and_is_counted():
+    train_step, state = build(optimizer=optax.adam(1.0), ema_decay=0.9)
+    bad = batch(mask=np.full(8, np.inf))
+    new, sums = train_step(state, bad, jax.random.key(0))
+    for part in ("params", "opt_state", "ema_params", "batch_stats"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(new, part), getattr(state, part))
+    assert (new.step, new.nonfinite.streak, new.nonfinite.total, new.nonfinite.last_step) == (1, 1, 1, 0)
+    assert sums["skipped"] == 1
+    assert all(value == 0 for name, value in sums.items() if name != "skipped")
+
+    new, _ = train_step(new, batch(), jax.random.key(0))
+    assert (new.nonfinite.streak, new.nonfinite.total) == (0, 1)
+    for _ in range(3):
+        new, _ = train_step(new, bad, jax.random.key(0))
+    stopped, _ = train_step(new, batch(), jax.random.key(0))
+    # The limit of 3 is reached: even a good batch changes nothing any more.
+    jax.tree.map(np.testing.assert_array_equal, stopped.params, new.params)
+    assert (stopped.nonfinite.streak, stopped.nonfinite.last_step) == (3, 4)
+
+
+def test_every_step_and_every_example_has_a_key_of_its_own():
+    seen = []
+
+    def spy(keys, images, targets):
+        jax.debug.callback(lambda k: seen.append(np.asarray(k)), jax.random.key_data(keys), ordered=True)
+        return no_augment(keys, images, targets)
+
+    train_step, state = build(augment=spy)
+    call = steps.make_train_call(train_step, open_batches=lambda data, step, n: lambda i: data, seed=3, length=4)
+    jax.block_until_ready(jax.jit(call)(state, steps.zero_sums(), batch()))
+    jax.effects_barrier()
+    keys = {tuple(key) for keys in seen for key in keys}
+    assert len(seen) == 4
+    assert len(keys) == 4 * 8
+
+
+def test_calls_of_any_length_make_the_same_run():
+    train_step, state = build(optimizer=optax.adam(1.0), l2=0.1)
+    data = {name: jnp.stack([x] * 6) for name, x in batch().items()}
+
+    def run(length):
+        new, sums = state, steps.zero_sums()
+        opened = lambda data, step, n: lambda i: jax.tree.map(lambda x: x[step + i], data)  # noqa: E731
+        call = jax.jit(steps.make_train_call(train_step, open_batches=opened, seed=0, length=length))
+        for _ in range(6 // length):
+            new, sums = call(new, sums, data)
+        return new, sums
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run(1), run(3))
+
+
+def test_keys_depend_on_seed_step_and_place_and_not_on_the_layout():
+    data = jax.random.key_data
+    key = rng.step_key(0, jnp.int32(5))
+    assert not np.array_equal(data(key), data(rng.step_key(0, jnp.int32(6))))
+    assert not np.array_equal(data(key), data(rng.step_key(1, jnp.int32(5))))
+    whole = data(rng.example_keys(key, 16, None))
+    mapped = jax.pmap(lambda k: rng.example_keys(k, 2, "data"), axis_name="data")(jax.random.wrap_key_data(np.stack([data(key)] * 8)))
+    np.testing.assert_array_equal(data(mapped).reshape(16, -1), whole)
+
+
+def test_decay_mask_is_the_one_of_the_optimizer():
+    _, state = build()
+    assert optim.decay_mask(state.params) == {"Dense_0": {"kernel": True, "bias": False}}

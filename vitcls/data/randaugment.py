@@ -1,0 +1,158 @@
+"""RandAugment (Cubuk et al. 2020) and TrivialAugment (Müller & Hutter 2021), made for vectors of images.
+
+Under `vmap` every branch of a switch is computed, so the operations are few and cheap: all geometric ones are one
+affine map, all that look at single values are one table of 256 entries per channel, and two blend with another image.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitcls.data.geometry import affine, rotation_matrix
+
+OPERATIONS = (
+    "identity",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+    "rotate",
+    "brightness",
+    "contrast",
+    "solarize",
+    "posterize",
+    "autocontrast",
+    "equalize",
+    "color",
+    "sharpness",
+)
+# The strongest form of each operation, at level 1, for images of side S: shear as a slope, translation in S (for
+# TrivialAugment in pixels), rotation in degrees, enhancement as |factor - 1|, bits taken away, values solarized.
+_RAND = {"shear": 0.3, "translate": 150 / 331, "rotate": 30.0, "enhance": 0.9, "bits": 4.0, "solarize": 256.0}
+_WIDE = {"shear": 0.99, "translate": 32.0, "rotate": 135.0, "enhance": 0.99, "bits": 6.0, "solarize": 256.0}
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_BINS = 31  # levels of TrivialAugment
+
+
+def make_randaugment(num_ops: int, magnitude: float) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Returns (key, image float32 [H, W, C] in [0, 255]) -> image: `num_ops` random operations at magnitude / 10."""
+
+    def randaugment(key: jax.Array, image: jax.Array) -> jax.Array:
+        ranges = _RAND | {"translate": _RAND["translate"] * image.shape[1]}
+        for layer_key in jax.random.split(key, num_ops):
+            operation_key, sign_key = jax.random.split(layer_key)
+            operation = jax.random.randint(operation_key, (), 0, len(OPERATIONS))
+            image = apply(image, operation, jnp.float32(magnitude / 10), jax.random.rademacher(sign_key, ()), ranges)
+        return image
+
+    return randaugment
+
+
+def trivialaugment(key: jax.Array, image: jax.Array) -> jax.Array:
+    """(key, image float32 [H, W, C] in [0, 255]) -> image: one random operation at a random strength, 'wide' space."""
+    operation_key, level_key, sign_key = jax.random.split(key, 3)
+    operation = jax.random.randint(operation_key, (), 0, len(OPERATIONS))
+    level = jax.random.randint(level_key, (), 0, _BINS) / (_BINS - 1)
+    return apply(image, operation, level, jax.random.rademacher(sign_key, ()), _WIDE)
+
+
+def apply(
+    image: jax.Array, operation: jax.Array, level: jax.Array, sign: jax.Array, ranges: dict[str, float]
+) -> jax.Array:
+    """Applies OPERATIONS[operation] at `level` in [0, 1] and `sign` of 1 or -1; whole values in [0, 255] result."""
+    image = jnp.round(affine(image, _matrix(operation, level, sign, ranges)))
+    factor = 1 + sign * level * ranges["enhance"]
+    image = _look_up(_tables(image, operation, level, factor, ranges), image)
+    if image.shape[-1] == 3:
+        luma = jnp.round(jnp.sum(image * _LUMA[None, None, :], axis=-1, keepdims=True))
+        image = jnp.where(_is(operation, "color"), _blend(luma, image, factor), image)
+    return jnp.where(_is(operation, "sharpness"), _blend(_smooth(image), image, factor), image)
+
+
+def _is(operation: jax.Array, name: str) -> jax.Array:
+    return operation == OPERATIONS.index(name)
+
+
+def _matrix(operation: jax.Array, level: jax.Array, sign: jax.Array, ranges: dict[str, float]) -> jax.Array:
+    """The affine map [2, 3] of a geometric operation; of all others the identity."""
+    amount = sign * level
+
+    def entry(name: str, most: float) -> jax.Array:
+        return jnp.where(_is(operation, name), amount * most, 0.0)
+
+    moved = jnp.array(
+        [
+            [1.0, entry("shear_x", ranges["shear"]), entry("translate_x", ranges["translate"])],
+            [entry("shear_y", ranges["shear"]), 1.0, entry("translate_y", ranges["translate"])],
+        ]
+    )
+    return jnp.where(_is(operation, "rotate"), rotation_matrix(amount * ranges["rotate"]), moved)
+
+
+def _tables(
+    image: jax.Array, operation: jax.Array, level: jax.Array, factor: jax.Array, ranges: dict[str, float]
+) -> jax.Array:
+    """What becomes of each value of each channel, [C, 256]."""
+    channels = image.shape[-1]
+    values = jnp.arange(256.0)
+    luma = image if channels == 1 else jnp.sum(image * _LUMA[None, None, :], axis=-1)
+    step = 2.0 ** jnp.round(level * ranges["bits"])
+    threshold = 256.0 - level * ranges["solarize"]
+    pointwise = jnp.select(
+        [_is(operation, name) for name in ("brightness", "contrast", "solarize", "posterize")],
+        [
+            jnp.clip(values * factor, 0, 255),
+            jnp.clip(jnp.round(jnp.mean(luma)) * (1 - factor) + values * factor, 0, 255),
+            jnp.where(values < threshold, values, 255 - values),
+            jnp.floor(values / step) * step,
+        ],
+        values,
+    )
+    counts = jax.vmap(_histogram, in_axes=-1)(image)  # [C, 256]
+    per_channel = jnp.where(_is(operation, "autocontrast"), jax.vmap(_stretched)(counts), jax.vmap(_equalized)(counts))
+    by_channel = _is(operation, "autocontrast") | _is(operation, "equalize")
+    return jnp.where(by_channel, per_channel, jnp.broadcast_to(pointwise, (channels, 256)))
+
+
+def _histogram(channel: jax.Array) -> jax.Array:
+    return jnp.zeros(256).at[channel.astype(jnp.int32).ravel()].add(1.0)
+
+
+def _stretched(counts: jax.Array) -> jax.Array:
+    """Autocontrast: the lowest value becomes 0 and the highest 255 (PIL.ImageOps.autocontrast)."""
+    values = jnp.arange(256.0)
+    low = jnp.min(jnp.where(counts > 0, values, 255.0))
+    high = jnp.max(jnp.where(counts > 0, values, 0.0))
+    scale = 255.0 / jnp.where(high > low, high - low, 1.0)
+    return jnp.where(high > low, jnp.clip(jnp.floor((values - low) * scale), 0, 255), values)
+
+
+def _equalized(counts: jax.Array) -> jax.Array:
+    """Histogram equalisation (PIL.ImageOps.equalize)."""
+    values = jnp.arange(256.0)
+    last = jnp.sum(jnp.where(values == jnp.max(jnp.where(counts > 0, values, 0.0)), counts, 0.0))
+    step = jnp.floor((jnp.sum(counts) - last) / 255)
+    below = jnp.cumsum(counts) - counts
+    table = jnp.clip(jnp.floor((jnp.floor(step / 2) + below) / jnp.where(step > 0, step, 1.0)), 0, 255)
+    return jnp.where(step > 0, table, values)
+
+
+def _look_up(tables: jax.Array, image: jax.Array) -> jax.Array:
+    look_up = jax.vmap(lambda table, channel: table[channel], in_axes=(0, -1), out_axes=-1)
+    return look_up(tables, image.astype(jnp.int32))
+
+
+def _smooth(image: jax.Array) -> jax.Array:
+    """PIL.ImageFilter.SMOOTH: a 3x3 mean with weight 5 in the middle; the border stays."""
+    height, width, _ = image.shape
+    around = sum(
+        image[row : height - 2 + row, column : width - 2 + column] for row in range(3) for column in range(3)
+    )
+    inner = jnp.round((around + 4 * image[1:-1, 1:-1]) / 13)
+    return image.at[1:-1, 1:-1].set(inner)
+
+
+def _blend(base: jax.Array, image: jax.Array, factor: jax.Array) -> jax.Array:
+    return jnp.clip(jnp.floor(base + (image - base) * factor), 0, 255)

@@ -1,0 +1,176 @@
+"""Where images come from: TFDS, a folder, an .npz file, scikit-learn's digits, or made up; all checked in one place."""
+
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from vitcls.data import images as image_files
+from vitcls.data.dataset import Dataset, Source, Split
+from vitcls.data.folder import folder
+from vitcls.data.splits import fold_split, stratified_split
+from vitcls.data.tfds import tfds
+from vitcls.errors import UserError
+
+
+def load(config) -> Dataset:
+    """Loads the data set that the block `dataset` of a config names, with its splits.
+
+    Raises UserError, one line that says what to do, where it is not there or cannot be used. Writes nothing but the
+    cache.
+    """
+    source = SOURCES.get(config.name, tfds)(config)
+    _check(source)
+    splits = dict(source.splits)
+    if "test" not in splits:
+        rest, test = stratified_split(splits["train"].labels, config.test, config.split_seed)
+        splits |= {"train": splits["train"].take(rest), "test": splits["train"].take(test)}
+    if config.num_folds:
+        rest, held = fold_split(splits["train"].labels, config.num_folds, config.fold, config.split_seed)
+        splits |= {"train": splits["train"].take(rest), "validation": splits["train"].take(held)}
+    elif "validation" not in splits and config.validation:
+        rest, held = stratified_split(splits["train"].labels, config.validation, config.split_seed)
+        splits |= {"train": splits["train"].take(rest), "validation": splits["train"].take(held)}
+    image_shape = _image_shape(source, config.image_size)
+    if config.image_size:
+        splits = {name: _at_size(split, image_shape) for name, split in splits.items()}
+    return Dataset(
+        source.name,
+        source.class_names,
+        splits["train"],
+        splits.get("validation"),
+        splits["test"],
+        image_shape,
+        source.skipped,
+    )
+
+
+def _check(source: Source) -> None:
+    """Raises UserError for a set with which no classifier can be trained."""
+    num_classes = len(source.class_names)
+    if num_classes < 2:
+        raise UserError(f"the data set '{source.name}' has {num_classes} class; a classifier needs at least 2")
+    for name, split in source.splits.items():
+        labels = split.labels
+        if not len(labels):
+            raise UserError(f"the {name} split of '{source.name}' is empty")
+        if len(labels) != len(split.images):
+            raise UserError(
+                f"the {name} split of '{source.name}' has {len(split.images)} images and {len(labels)} labels"
+            )
+        if labels.min() < 0 or labels.max() >= num_classes:
+            wrong = int(labels.min() if labels.min() < 0 else labels.max())
+            raise UserError(f"the {name} split of '{source.name}' has the label {wrong}, outside 0 .. {num_classes - 1}")
+    counts = np.bincount(source.splits["train"].labels, minlength=num_classes)
+    if not counts.all():
+        empty = source.class_names[int(np.argmin(counts))]
+        raise UserError(f"class '{empty}' of '{source.name}' has no training image; add some, or remove the class")
+
+
+def _image_shape(source: Source, image_size: int) -> tuple[int, int, int]:
+    channels = max(shape[2] for shape in source.shapes)
+    if image_size:
+        return image_size, image_size, channels
+    sizes = sorted({shape[:2] for shape in source.shapes})
+    if len(sizes) > 1:
+        (h0, w0), (h1, w1) = sizes[0], sizes[-1]
+        raise UserError(
+            f"the images of '{source.name}' differ in size, from {h0}x{w0} to {h1}x{w1}; set config.dataset.image_size"
+        )
+    return *sizes[0], channels
+
+
+def _at_size(split: Split, image_shape: tuple[int, int, int]) -> Split:
+    """Images in memory are resized once; encoded ones are resized as they are decoded."""
+    if not isinstance(split.images, np.ndarray) or split.images.shape[1:] == image_shape:
+        return split
+    return Split(image_files.resize_all(split.images, image_shape[0]), split.labels)
+
+
+def _digits(config) -> Source:
+    """1,797 handwritten digits of 8x8 pixels that come inside scikit-learn (UCI, Alpaydin & Kaynak 1998)."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    split = Split(images, digits.target.astype(np.int32))
+    return Source("digits", tuple(map(str, digits.target_names)), {"train": split}, (images.shape[1:],))
+
+
+def _synthetic(config) -> Source:
+    """A pattern per class under noise, by `split_seed`: learnable, endless, and worth nothing."""
+    rng = np.random.default_rng(config.split_seed)
+    size = config.image_size or 32
+    patterns = rng.uniform(60, 195, (config.num_classes, 4, 4, 3)).repeat(-(-size // 4), 1).repeat(-(-size // 4), 2)
+    labels = rng.permutation(np.arange(config.num_examples) % config.num_classes).astype(np.int32)
+    noise = rng.normal(0, 40, (config.num_examples, size, size, 3))
+    images = np.clip(patterns[labels, :size, :size] + noise, 0, 255).astype(np.uint8)
+    names = tuple(f"class {k}" for k in range(config.num_classes))
+    return Source("synthetic", names, {"train": Split(images, labels)}, (images.shape[1:],))
+
+
+_NPZ_KEYS = {
+    "train": (("x_train", "y_train"), ("train_images", "train_labels")),
+    "validation": (("x_val", "y_val"), ("val_images", "val_labels")),
+    "test": (("x_test", "y_test"), ("test_images", "test_labels")),
+}
+
+
+def _npz(config) -> Source:
+    """An .npz file with the keys of Keras (x_train, y_train, ...) or of MedMNIST (train_images, ...)."""
+    path = pathlib.Path(config.data_dir)
+    if not path.is_file():
+        raise UserError(f"config.dataset.data_dir='{config.data_dir}' is not a file; give the .npz file")
+    splits = {}
+    try:
+        with np.load(path) as arrays:  # refuses pickles
+            for split, choices in _NPZ_KEYS.items():
+                for images_key, labels_key in choices:
+                    if images_key in arrays:
+                        if labels_key not in arrays:
+                            raise UserError(f"{path} has '{images_key}' but no '{labels_key}'")
+                        splits[split] = Split(
+                            _npz_images(path, images_key, arrays[images_key]),
+                            _npz_labels(path, labels_key, arrays[labels_key]),
+                        )
+            names = tuple(map(str, arrays["class_names"])) if "class_names" in arrays else None
+            keys = ", ".join(arrays.files)
+    except UserError:
+        raise
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path} cannot be read as .npz without pickles: {error}") from None
+    if "train" not in splits:
+        raise UserError(f"{path} has no 'x_train' or 'train_images'; it has {keys}")
+    if names is None:
+        names = tuple(map(str, range(int(splits["train"].labels.max()) + 1)))
+    shapes = tuple({split.images.shape[1:] for split in splits.values()})
+    return Source(path.stem, names, splits, shapes)
+
+
+def _npz_images(path: pathlib.Path, key: str, images: np.ndarray) -> np.ndarray:
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise UserError(f"'{key}' of {path} is {images.shape}; images are [N, H, W], [N, H, W, 1] or [N, H, W, 3]")
+    if images.dtype == np.uint8 or not images.size:
+        return images.astype(np.uint8)
+    low, high = images.min(), images.max()
+    if np.issubdtype(images.dtype, np.floating) and 0 <= low and high <= 1:
+        return np.rint(images * 255).astype(np.uint8)
+    if np.issubdtype(images.dtype, np.integer) and 0 <= low and high <= 255:
+        return images.astype(np.uint8)
+    raise UserError(
+        f"'{key}' of {path} is {images.dtype} from {low} to {high}; images are uint8, integers in 0 .. 255 "
+        "or floats in 0 .. 1"
+    )
+
+
+def _npz_labels(path: pathlib.Path, key: str, labels: np.ndarray) -> np.ndarray:
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.number) or not np.all(labels == np.rint(labels)):
+        raise UserError(f"'{key}' of {path} is {labels.dtype} {labels.shape}; labels are whole numbers [N] or [N, 1]")
+    return labels.astype(np.int32)
+
+
+SOURCES: dict[str, Callable] = {"digits": _digits, "synthetic": _synthetic, "folder": folder, "npz": _npz}

@@ -1,0 +1,90 @@
+"""Classification sets of TensorFlow Datasets, read without TensorFlow."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from vitcls import errors
+from vitcls.data import images as image_files
+from vitcls.data.dataset import Source, Split
+from vitcls.data.records import index_records
+from vitcls.errors import UserError
+
+BUILT_IN = ("digits", "synthetic", "folder", "npz")  # names that are not TFDS's
+
+
+def tfds(config) -> Source:
+    """A prepared classification set of TensorFlow Datasets, by name."""
+    builder = find_builder(config.name, config.data_dir)
+    if not builder.info.splits:
+        option = f" --data_dir={config.data_dir}" if config.data_dir else ""
+        raise UserError(
+            f"the data set '{config.name}' is not prepared in {builder.data_dir}; "
+            f"prepare it with 'python -m vitcls.prepare {config.name}{option}'"
+        )
+    image_key, label_key = _tfds_keys(builder)
+    available = builder.info.splits
+    if "train" not in available:
+        raise UserError(f"the data set '{config.name}' has no 'train' split; it has {', '.join(available)}")
+    parse = _record_parser(builder, image_key, label_key)
+    splits = {}
+    for name in ("train", "validation", "test"):
+        if name in available:
+            images, labels = index_records(available[name].filepaths, parse)
+            splits[name] = Split(images, labels.astype(np.int32))
+    if "test" in splits and splits["test"].labels.min() < 0:  # as ImageNet's, whose labels are not public
+        del splits["test"]
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = splits.pop("validation")
+
+    declared, shapes = builder.info.features[image_key].shape, set()
+    if None in declared:
+        # Of differing sizes: the first images tell as much as is needed to ask for config.dataset.image_size.
+        for index in range(min(8, len(splits["train"].images))):
+            width, height, channels = image_files.examine(splits["train"].images.read(index))
+            shapes.add((height, width, declared[2] or channels))
+    else:
+        shapes.add(tuple(declared))
+    names = tuple(builder.info.features[label_key].names)
+    return Source(config.name, names, splits, tuple(shapes))
+
+
+def find_builder(name: str, data_dir: str):
+    """The TFDS builder of a data set, prepared or not; raises UserError for a name that nobody knows."""
+    import tensorflow_datasets
+
+    try:
+        return tensorflow_datasets.builder(name, data_dir=data_dir or None)
+    except (tensorflow_datasets.core.registered.DatasetNotFoundError, ValueError, AttributeError):
+        known = [*BUILT_IN, *tensorflow_datasets.list_builders(with_community_datasets=False)]
+        error = str(errors.unknown("data set", name, known)).partition(" Known:")[0]
+        raise UserError(f"{error} (built in: {', '.join(BUILT_IN)}; else any classification set of TFDS)") from None
+
+
+def _tfds_keys(builder) -> tuple[str, str]:
+    """The names of the image and the label among the features of a TFDS set."""
+    import tensorflow_datasets
+
+    features = builder.info.features
+    labels = [key for key, feature in features.items() if isinstance(feature, tensorflow_datasets.features.ClassLabel)]
+    images = [key for key, feature in features.items() if isinstance(feature, tensorflow_datasets.features.Image)]
+    supervised = builder.info.supervised_keys or (None, None)
+    label = supervised[1] if supervised[1] in labels else (labels[0] if len(labels) == 1 else None)
+    image = supervised[0] if supervised[0] in images else (images[0] if len(images) == 1 else None)
+    if image is None or label is None:
+        raise UserError(
+            f"the data set '{builder.name}' is not for image classification; its features are {', '.join(features)}"
+        )
+    return image, label
+
+
+def _record_parser(builder, image_key: str, label_key: str) -> Callable[[bytes], tuple[bytes, int]]:
+    import tensorflow_datasets
+
+    features = builder.info.features
+
+    def parse(record: bytes) -> tuple[bytes, int]:
+        example = features.deserialize_example_np(record, decoders={image_key: tensorflow_datasets.decode.SkipDecoding()})
+        return example[image_key], int(example[label_key])
+
+    return parse
