@@ -103,7 +103,7 @@ def make_train_step(
             penalty, decay = jax.value_and_grad(lambda params: l2 * losses.l2_penalty(params, mask))(state.params)
             grads = jax.tree.map(jnp.add, grads, decay)
 
-        gradient_norm = optax.global_norm(grads)
+        gradient_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums["loss"] + penalty) & jnp.isfinite(gradient_norm)
         applied = finite & (state.nonfinite.streak < nonfinite_limit)
 

@@ -1,0 +1,108 @@
+"""Writes a report directory, whole or not at all."""
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+UNITS = {
+    "loss": "nats (cross-entropy)",
+    "accuracy": "fraction",
+    "top5_accuracy": "fraction",
+    "precision_macro": "fraction",
+    "recall_macro": "fraction",
+    "f1_macro": "fraction",
+    "auc_ovr_macro": "fraction (from probabilities)",
+    "auc_ovr_macro_hard": "fraction (from one-hot predictions)",
+    "ece": "fraction (15 equal-width bins)",
+    "num_examples": "images",
+    "checkpoint_step": "steps",
+    "parameters": "parameters",
+    "flops_per_image": "FLOPs (2 per multiply-add, forward pass)",
+    "latency_ms": "milliseconds (batch of 1, from host to host)",
+    "images_per_second": "images/s (inference, all devices)",
+    "train_seconds": "seconds (without compilation, evaluation and saving)",
+}
+
+
+def write(
+    directory: os.PathLike | str,
+    *,
+    metrics: dict[str, Any],
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    class_names: Sequence[str],
+    images: Callable[[np.ndarray], np.ndarray],
+    history: list[dict[str, Any]],
+    facts: dict[str, Any],
+) -> None:
+    """Writes metrics.json, the plots and index.html; a report that was there is replaced in one move.
+
+    Args:
+      metrics: what metrics.json will hold; every number finite, its unit in UNITS.
+      labels: int [N]; probabilities: float32 [N, K].
+      images: gives uint8 [n, H, W, C] for indices [n] of the split.
+      history: the events of metrics.jsonl; facts: rows for the page, see `page.render`.
+    """
+    from vitcls.report import page, plots
+
+    directory = pathlib.Path(directory)
+    new = directory.with_name(f".{directory.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    text = json.dumps(metrics | {"units": UNITS}, indent=2, allow_nan=False)
+    (new / "metrics.json").write_text(text + "\n")
+
+    drawings = {
+        "curves": ("Training", "Loss and accuracy, in training and on the validation split.", lambda: plots.curves(history)),
+        "learning_rate": ("Learning rate", "The rate of the update at each step.", lambda: plots.learning_rate(history)),
+        "confusion_matrix": (
+            "Confusion matrix",
+            "Each row shows what became of the images of one class.",
+            lambda: plots.confusion_matrix(labels, probabilities, class_names),
+        ),
+        "mistakes": (
+            "Most confident mistakes",
+            "True class, prediction and its probability."
+            if metrics["accuracy"] < 1
+            else "every prediction is right.",
+            lambda: plots.mistakes(labels, probabilities, class_names, images),
+        ),
+        "class_accuracy": (
+            "Accuracy by class",
+            "The share of the images of a class that were recognised.",
+            lambda: plots.class_accuracy(metrics["per_class"]),
+        ),
+        "roc": (
+            "ROC curves",
+            "Micro pools all decisions, macro averages the classes; in grey the classes with the least area.",
+            lambda: plots.roc(labels, probabilities, class_names),
+        ),
+        "reliability": (
+            "Reliability",
+            "Where accuracy lies below confidence, the model is too sure of itself.",
+            lambda: plots.reliability(labels, probabilities),
+        ),
+    }
+    shown = []
+    for name, (title, caption, draw) in drawings.items():
+        figure = plots.styled(draw)
+        path = new / f"{name}.png" if figure is not None else None
+        if figure is not None:
+            figure.savefig(path, dpi=figure.dpi if name in ("confusion_matrix", "class_accuracy") else 150)
+        shown.append((title, caption if path or name == "mistakes" else "nothing was logged.", path))
+    (new / "index.html").write_text(page.render(metrics, facts, shown))
+    _replace(directory, new)
+
+
+def _replace(directory: pathlib.Path, new: pathlib.Path) -> None:
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    new.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
