@@ -11,16 +11,17 @@ from vitcls.config import default_config
 def get_config():
     config = default_config("improved_vit_tiny")
     config.batch_size = 128
-    config.total = "80 epochs"
-    config.log_every = "5 epochs"
-    config.eval_every = "10 epochs"
-    config.checkpoint_every = "20 epochs"
+    config.total = "600 steps"  # 59 epochs
+    config.log_every = "50 steps"
+    config.eval_every = "100 steps"
+    config.checkpoint_every = "200 steps"
     config.steps_per_call = 10
 
     config.dataset.name = "digits"
     config.dataset.validation = 0.1
     config.augment.crop = dict(probability=1.0, padding=1)
 
+    config.model.stem = "patch"
     config.model.patch_size = 2
     config.model.hidden_dim = 64
     config.model.depth = 4

@@ -1,5 +1,6 @@
 """The registry of models: names that users know -> Linen modules with the fields of a preset."""
 
+import typing
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +26,7 @@ def create(name: str, num_classes: int, **overrides: Any) -> nn.Module:
     preset = fields(name)
     for field in overrides:
         if field not in preset:
-            raise errors.unknown(f"field of model '{name}'", field, preset)
+            raise errors.unknown(f"field of {name}", field, preset)
     chosen = {field: value for field, value in overrides.items() if value is not None}
     return _PRESETS[name][0](num_classes=num_classes, **preset | chosen)
 
@@ -41,8 +42,11 @@ def fields(name: str) -> dict[str, Any]:
 
 def field_placeholders(name: str) -> dict[str, config_dict.FieldReference]:
     """For a config: field -> a value that is None until set, and then of the field's type."""
-    fields(name)
-    return {field.name: config_dict.placeholder(field.type) for field in _configured_fields(_PRESETS[name][0])}
+    fields(name)  # raises for an unknown name
+    return {
+        field.name: config_dict.placeholder(typing.get_origin(field.type) or field.type)
+        for field in _configured_fields(_PRESETS[name][0])
+    }
 
 
 def _configured_fields(module: type[nn.Module]):

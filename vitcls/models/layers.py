@@ -45,9 +45,18 @@ class Dropout(nn.Module):
         return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros((), x.dtype)).astype(x.dtype)
 
 
-def drop_path(rate: float, ndim: int, axis_name: str | None) -> Dropout:
-    """Stochastic depth (Huang et al. 2016): drops the whole residual branch of an example with probability `rate`."""
-    return Dropout(rate, shared_axes=tuple(range(1, ndim)), axis_name=axis_name)
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): drops the whole residual branch of an example with probability `rate`.
+
+    What is kept is divided by 1 - rate, so that the expectation is the branch itself.
+    """
+
+    rate: float
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        return Dropout(self.rate, tuple(range(1, x.ndim)), self.axis_name)(x, train=train)
 
 
 class LayerScale(nn.Module):
@@ -78,8 +87,8 @@ class SqueezeExcite(nn.Module):
 class DepthwiseConv3x3(nn.Module):
     """A 3x3 convolution of each channel by itself on [B, H, W, C], padded with zeros, as nine shifted products.
 
-    The parameters are those of `nn.Conv(C, (3, 3), feature_group_count=C)`; XLA's CPU backend runs the gradient of
-    that form many times slower.
+    The parameters are those of `nn.Conv(C, (3, 3), feature_group_count=C)`, and so is their start. XLA's CPU backend
+    takes ten times as long for the gradient of that form ([64, 8, 8, 768]: 749 ms against 72 ms on 2 cores).
     """
 
     dtype: str = "float32"
@@ -87,8 +96,7 @@ class DepthwiseConv3x3(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         height, width, channels = x.shape[1:]
-        fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1, 2), out_axis=())
-        kernel = self.param("kernel", fan_in, (3, 3, 1, channels)).astype(self.dtype)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, 1, channels)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(self.dtype)
         padded = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
         shifted = [
@@ -102,7 +110,8 @@ class DepthwiseConv3x3(nn.Module):
 class GeneralizedMean(nn.Module):
     """(mean_i max(x_i, eps)^p)^(1/p) over the tokens of [B, N, C], with one learned p >= 1 (Radenović et al. 2019).
 
-    p = 1 + softplus(parameter) starts at 3. Only what is above eps counts, as in the original; in float32.
+    p = 1 + softplus(parameter) starts at 3. Features below eps, the negative ones too, count as eps, as in the
+    original. In float32, by logarithms: x^p itself underflows where all tokens of a channel are at eps.
     """
 
     eps: float = 1e-4
@@ -111,8 +120,9 @@ class GeneralizedMean(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         start = float(np.log(np.expm1(2.0)))
         power = 1.0 + jax.nn.softplus(self.param("power", nn.initializers.constant(start), ()))
-        x = jnp.maximum(x.astype(jnp.float32), self.eps)
-        return jnp.mean(x**power, axis=1) ** (1.0 / power)
+        log_x = jnp.log(jnp.maximum(x.astype(jnp.float32), self.eps))
+        log_mean = jax.nn.logsumexp(power * log_x, axis=1) - np.log(x.shape[1])
+        return jnp.exp(log_mean / power)
 
 
 class AttentionPool(nn.Module):

@@ -15,10 +15,17 @@ from vitcls import errors
 from vitcls.errors import UserError
 from vitcls.models import layers
 
-STEMS = ("patch", "conv")
-POSITION_EMBEDDINGS = ("learned", "sincos2d", "none")
-AGGREGATIONS = ("token", "mean", "gem", "attention", "mean_attention")
-ATTENTIONS = ("xla", "cudnn")
+_CHOICES = {
+    "stem": ("patch", "conv"),
+    "position_embedding": ("learned", "sincos2d", "none"),
+    "attention": ("xla", "cudnn"),
+    "activation": tuple(layers.ACTIVATIONS),
+    "aggregation": ("token", "mean", "gem", "attention", "mean_attention"),
+    "dtype": ("float32", "bfloat16"),
+}
+_COUNTS = ("patch_size", "hidden_dim", "depth", "num_heads", "mlp_dim")  # at least 1
+_PROBABILITIES = ("drop_path", "dropout", "attention_dropout")  # in [0, 1)
+_OPTIONAL_SIZES = ("layer_scale", "squeeze_excite")  # at least 0, which turns them off
 
 
 class VisionTransformer(nn.Module):
@@ -27,7 +34,10 @@ class VisionTransformer(nn.Module):
     Parameters, softmax, the statistics of norms and the logits are float32 whatever `dtype`, the type of the rest.
     Positions are learned for the size of the first images; at another size they are interpolated.
 
-    Raises UserError where the patches do not tile the images, and for a field that is not one of its choices.
+    Sown into 'intermediates' where that collection is mutable: 'features' [B, D] and 'tokens' [B, N, D] after the last
+    norm, and each block's 'attention_weights' [B, heads, N, N].
+
+    Raises UserError where the patches do not tile the images, and for a field whose value cannot work.
     """
 
     num_classes: int
@@ -43,14 +53,14 @@ class VisionTransformer(nn.Module):
     drop_path: float = 0.0  # of the last block; grows linearly from 0
     dropout: float = 0.0  # of embeddings, projections and the hidden layer
     attention_dropout: float = 0.0
-    attention: str = "xla"  # 'cudnn' on NVIDIA GPUs, for bfloat16
-    activation: str = "gelu"
+    attention: str = "xla"  # 'cudnn': fused, on NVIDIA GPUs, for bfloat16; not while attention_dropout acts
+    activation: str = "gelu"  # 'relu', 'silu'
     local_conv: bool = False  # depthwise 3x3 with an inner residual in the feed-forward network
     squeeze_excite: float = 0.0  # width of the feed-forward network's gate, of hidden_dim; 0 for none
     aggregation: str = "token"  # g: 'token', 'mean', 'gem', 'attention', 'mean_attention'
     head_norm: bool = False  # a second norm, after the aggregation
     remat: bool = False  # recompute each block in the backward pass
-    dtype: str = "float32"
+    dtype: str = "float32"  # 'bfloat16'
     axis_name: str | None = None
 
     @nn.compact
@@ -89,21 +99,27 @@ class VisionTransformer(nn.Module):
         return head(features.astype(jnp.float32))
 
     def _check(self, shape: tuple[int, ...]) -> None:
-        for field, choices in (
-            ("stem", STEMS),
-            ("position_embedding", POSITION_EMBEDDINGS),
-            ("aggregation", AGGREGATIONS),
-            ("attention", ATTENTIONS),
-        ):
-            if getattr(self, field) not in choices:
-                raise errors.unknown(f"config.model.{field}", getattr(self, field), choices)
+        self._check_fields()
         height, width = shape[1:3]
         if height % self.patch_size or width % self.patch_size:
-            fits = max(1, round(height / self.patch_size)) * self.patch_size
+            nearest = [max(1, round(size / self.patch_size)) * self.patch_size for size in (height, width)]
             raise UserError(
                 f"config.model.patch_size={self.patch_size} does not divide images of {height}x{width} pixels; "
-                f"set config.dataset.image_size={fits}, or a patch size that divides them"
+                f"make them {nearest[0]}x{nearest[1]} (config.dataset.image_size), or the patches another size"
             )
+
+    def _check_fields(self) -> None:
+        for field, choices in _CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise errors.unknown(f"config.model.{field}", str(getattr(self, field)), choices)
+        for fields, valid, expected in (
+            (_COUNTS, lambda value: value >= 1, "at least 1"),
+            (_PROBABILITIES, lambda value: 0 <= value < 1, "in [0, 1)"),
+            (_OPTIONAL_SIZES, lambda value: value >= 0, "at least 0"),
+        ):
+            for field in fields:
+                if not valid(getattr(self, field)):
+                    raise UserError(f"config.model.{field}={getattr(self, field)} is impossible; it must be {expected}")
         if self.hidden_dim % self.num_heads:
             raise UserError(
                 f"config.model.hidden_dim={self.hidden_dim} cannot be divided over "
@@ -113,6 +129,10 @@ class VisionTransformer(nn.Module):
             raise UserError(
                 f"config.model.stem='conv' halves the image, so config.model.patch_size={self.patch_size} "
                 "must be a power of two"
+            )
+        if self.attention == "cudnn" and (jax.default_backend() != "gpu" or self.dtype != "bfloat16"):
+            raise UserError(
+                "config.model.attention='cudnn' needs an NVIDIA GPU and config.model.dtype='bfloat16'; use 'xla'"
             )
 
     def _embed(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -211,7 +231,7 @@ class Block(nn.Module):
         def residual(branch: jax.Array, name: str) -> jax.Array:
             if self.layer_scale:
                 branch = layers.LayerScale(self.layer_scale, name=f"{name}_scale")(branch)
-            return layers.drop_path(self.drop_path, branch.ndim, self.axis_name)(branch, train=train)
+            return layers.DropPath(self.drop_path, self.axis_name)(branch, train=train)
 
         attend = SelfAttention(
             num_heads=self.num_heads,
@@ -268,14 +288,8 @@ class SelfAttention(nn.Module):
             self.sow("intermediates", "attention_weights", weights)
             weights = layers.Dropout(self.attention_dropout, axis_name=self.axis_name)(weights, train=train)
             mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
-        elif self.attention == "cudnn":
-            if jax.default_backend() != "gpu" or self.dtype != "bfloat16":
-                raise UserError(
-                    "config.model.attention='cudnn' needs an NVIDIA GPU and config.model.dtype='bfloat16'; use 'xla'"
-                )
-            mixed = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
         else:
-            mixed = jax.nn.dot_product_attention(query, key, value, implementation="xla")
+            mixed = jax.nn.dot_product_attention(query, key, value, implementation=self.attention)
         out = nn.Dense(dim, dtype=self.dtype, kernel_init=xavier, name="project")(mixed.reshape(batch, tokens, dim))
         return layers.Dropout(self.dropout, axis_name=self.axis_name)(out, train=train)
 
@@ -337,14 +351,15 @@ _SIZES = {
     "base": _size(768, 12, 12),
     "large": _size(1024, 24, 16),
 }
+# For images of 32x32 pixels: an 8x8 grid of tokens.
 _IMPROVEMENTS = {
     "patch_size": 4,
-    "stem": "conv",
+    "stem": "conv",  # "preservation of local details during serialization" (abstract)
     "position_embedding": "learned",
-    "local_conv": True,
+    "local_conv": True,  # "deep activation functions and residual connections into the feedforward network"
     "squeeze_excite": 0.25,
-    "aggregation": "mean_attention",
-    "head_norm": True,
+    "aggregation": "mean_attention",  # g weighs all patches evenly and, added to it, by a learned relevance
+    "head_norm": True,  # "fully connected layers and normalization strategies"
     "drop_path": 0.1,
 }
 PRESETS = {

@@ -6,120 +6,170 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-_CARDS = (
-    ("accuracy", "Accuracy", "{:.2%}"),
-    ("top5_accuracy", "Top-5 accuracy", "{:.2%}"),
-    ("f1_macro", "F1, macro", "{:.4f}"),
-    ("auc_ovr_macro", "AUC, macro", "{:.4f}"),
-    ("ece", "Calibration error", "{:.2%}"),
-    ("loss", "Loss", "{:.4f} nats"),
+_CARDS = (  # key, label, format, what the number is
+    ("accuracy", "Accuracy", "{:.2%}", "of the images, first guess right"),
+    ("top5_accuracy", "Top-5 accuracy", "{:.2%}", "of the images, true class among five guesses"),
+    ("f1_macro", "F1, macro", "{:.4f}", "mean over classes, 0 to 1"),
+    ("auc_ovr_macro", "AUC, macro", "{:.4f}", "one class against the rest, 0.5 is chance"),
+    ("ece", "Calibration error", "{:.2%}", "mean gap of confidence and accuracy"),
+    ("loss", "Loss", "{:.4f}", "nats per image, cross-entropy"),
 )
 _DETAILS = (
-    ("precision_macro", "Precision, macro", "{:.4f}"),
-    ("recall_macro", "Recall, macro", "{:.4f}"),
-    ("auc_ovr_macro_hard", "AUC of one-hot predictions, macro", "{:.4f}"),
+    ("precision_macro", "Precision, macro", "{:.4f} (fraction)"),
+    ("recall_macro", "Recall, macro", "{:.4f} (fraction)"),
+    ("auc_ovr_macro_hard", "AUC of one-hot predictions, macro", "{:.4f} (fraction)"),
     ("parameters", "Parameters", "{:,}"),
-    ("flops_per_image", "FLOPs per image, forward", "{:,.0f}"),
-    ("images_per_second", "Inference, images per second", "{:,.0f}"),
-    ("train_seconds", "Training, seconds", "{:,.1f}"),
+    ("flops_per_image", "Cost of one image, forward", "{:,.0f} FLOPs (2 per multiply-add)"),
+    ("images_per_second", "Inference on all devices", "{:,.0f} images/s"),
+    ("train_seconds", "Training", "{:,.1f} s (without compilation, evaluation and saving)"),
 )
+_HALF_WIDTH = ("roc", "reliability")  # plots that stand side by side
+_PHOTOS = ("mistakes",)  # pictures whose colours a dark page must not turn around
 _STYLE = """
-:root { --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --paper: #ffffff; --card: #f9fafb; --accent: #0072b2; }
+:root { color-scheme: light dark; --ink: #1f2937; --soft: #5b6472; --line: #e5e7eb; --paper: #f6f7f9; --card: #fff;
+  --accent: #0072b2; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e5e7eb; --soft: #9ca3af; --line: #374151; --paper: #111827; --card: #1f2937; --accent: #56b4e9; }
+  :root { --ink: #e5e7eb; --soft: #9ca3af; --line: #2b323d; --paper: #0f1217; --card: #191919; --accent: #56b4e9; }
+  img.drawing { filter: invert(.9) hue-rotate(180deg); }
 }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; }
-p.lead { color: var(--soft); margin: .25rem 0 1.5rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .75rem; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem; }
-.card b { display: block; font-size: 1.45rem; color: var(--accent); font-variant-numeric: tabular-nums; }
-.card span { color: var(--soft); font-size: .85rem; }
-figure { margin: 0 0 1.5rem; } figcaption { color: var(--soft); font-size: .85rem; margin-top: .3rem; }
-figure img { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 10px; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 1rem; align-items: start; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.number, th.number { text-align: right; } th { color: var(--soft); font-weight: 600; }
-td.key { color: var(--soft); white-space: nowrap; width: 1%; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere; }
+main { max-width: 1120px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.75rem; line-height: 1.2; letter-spacing: -.01em; margin: 0; }
+h2 { font-size: 1.1rem; margin: 2.5rem 0 .75rem; }
+.soft { color: var(--soft); }
+.lead { margin: .4rem 0 1.75rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: .75rem; }
+.card, figure, .panel { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
+.card { padding: .9rem 1rem; }
+.card b { display: block; font-size: 1.6rem; line-height: 1.25; color: var(--accent);
+  font-variant-numeric: tabular-nums; }
+.card span { display: block; font-weight: 600; font-size: .85rem; }
+.card small { display: block; color: var(--soft); font-size: .78rem; line-height: 1.35; }
+.plots { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin-top: 1rem; }
+figure { grid-column: 1 / -1; min-width: 0; margin: 0; padding: 1rem; }
+figure.half { grid-column: auto; }
+figure .frame { overflow-x: auto; }
+figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+figure img.photo { border-radius: 8px; }
+figcaption { color: var(--soft); font-size: .85rem; margin-top: .6rem; }
+figcaption b { color: var(--ink); }
+.panel { overflow: auto; max-height: 34rem; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .4rem .8rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+tr:last-child > * { border-bottom: 0; }
+thead th { position: sticky; top: 0; background: var(--card); color: var(--soft); white-space: nowrap; }
+tbody th { font-weight: 400; color: var(--soft); width: 14rem; }
+.classes tbody th { color: var(--ink); min-width: 8rem; }
+.number { text-align: right; }
+ul { margin: 0; padding: .8rem 1rem .8rem 2rem; font-size: .88rem; }
+@media (max-width: 720px) {
+  main { padding-top: 1.5rem; }
+  .cards { grid-template-columns: 1fr 1fr; }
+  .plots { grid-template-columns: 1fr; }
+  figure { padding: .6rem; }
+  figure:not(.half) img { max-width: none; width: 44rem; }
+  tbody th { width: 8rem; }
+}
+@media print { .panel { max-height: none; } figure, .card { break-inside: avoid; } }
 """
 
 
-def render(metrics: dict[str, Any], facts: dict[str, Any], plots: Sequence[tuple[str, str, pathlib.Path | None]]) -> str:
+def render(
+    metrics: dict[str, Any], facts: dict[str, Any], plots: Sequence[tuple[str, str, pathlib.Path | None]]
+) -> str:
     """The page as text.
 
     Args:
-      metrics: what metrics.json holds; facts: rows for the head, a list being files that were skipped.
+      metrics: what metrics.json holds.
+      facts: rows for the end of the page; 'Model' heads it, and 'Skipped files' is a list with a section of its own.
       plots: (title, caption, PNG file or None where there was nothing to draw), in order.
     """
-    skipped = facts.get("Skipped files", [])
-    rows = {key: value for key, value in facts.items() if key != "Skipped files"}
-    latency = metrics["latency_ms"]
-    details = [(label, form.format(metrics[key])) for key, label, form in _DETAILS]
-    details.insert(5, ("Latency of one image", f"{latency['median']:.2f} ms median, {latency['p95']:.2f} ms p95"))
+    rows = [(key, str(value)) for key, value in facts.items() if key != "Skipped files"]
+    title = f"{facts.get('Model', 'Model')} on {metrics['dataset']}"
+    lead = f"{metrics['num_examples']:,} images of the {metrics['split']} split, {len(metrics['per_class']):,} classes"
     parts = [
-        f"<h1>{escape(str(facts.get('Model', 'Model')))} on {escape(metrics['dataset'])}</h1>",
-        f"<p class=lead>{metrics['num_examples']:,} images of the {escape(metrics['split'])} split, "
-        f"{len(metrics['per_class'])} classes</p>",
-        "<div class=cards>",
-        *(f"<div class=card><b>{form.format(metrics[key])}</b><span>{label}</span></div>" for key, label, form in _CARDS),
-        "</div>",
-        *_figures(plots),
-        "<h2>More numbers</h2>",
-        _key_values(details),
-        "<h2>By class</h2>",
-        _class_table(metrics["per_class"]),
-        "<h2>The run</h2>",
-        _key_values([(key, str(value)) for key, value in rows.items()]),
+        f'<h1>{escape(title)}</h1>\n<p class="soft lead">{escape(lead)}</p>',
+        _cards(metrics),
+        _plots(plots),
+        f"<h2>By class</h2>\n{_class_table(metrics['per_class'])}",
+        f"<h2>More numbers</h2>\n{_key_values(_details(metrics))}",
+        f"<h2>The run</h2>\n{_key_values(rows)}",
+        _skipped(facts.get("Skipped files", [])),
     ]
-    if skipped:
-        items = "".join(f"<li>{escape(line)}</li>" for line in skipped)
-        parts += [f"<h2>{len(skipped)} files were skipped</h2>", f"<ul>{items}</ul>"]
     return (
-        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{escape(metrics['dataset'])}: {metrics['accuracy']:.2%}</title><style>{_STYLE}</style></head>"
-        f"<body><main>\n{chr(10).join(parts)}\n</main></body></html>\n"
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}: {metrics['accuracy']:.2%}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        "<body>\n<main>\n" + "\n".join(filter(None, parts)) + "\n</main>\n</body>\n</html>\n"
     )
 
 
-def _figures(plots: Sequence[tuple[str, str, pathlib.Path | None]]) -> list[str]:
-    parts = []
-    for title, caption, path in plots:
-        parts.append(f"<h2>{escape(title)}</h2>")
-        if path is None:
-            parts.append(f"<p class=lead>Nothing to draw: {escape(caption)}</p>")
-            continue
-        data = base64.b64encode(path.read_bytes()).decode()
-        parts.append(
-            f'<figure><img src="data:image/png;base64,{data}" alt="{escape(title)}">'
-            f"<figcaption>{escape(caption)}</figcaption></figure>"
-        )
-    return parts
+def _cards(metrics: dict[str, Any]) -> str:
+    cards = (
+        f'<div class="card"><span>{label}</span><b>{form.format(metrics[key])}</b><small>{meaning}</small></div>'
+        for key, label, form, meaning in _CARDS
+    )
+    return '<div class="cards">\n' + "\n".join(cards) + "\n</div>"
+
+
+def _plots(plots: Sequence[tuple[str, str, pathlib.Path | None]]) -> str:
+    figures = (
+        _figure(title, caption, path)
+        if path
+        else f'<figure class="missing"><figcaption><b>{escape(title)}</b>: nothing to draw, {escape(caption)}'
+        "</figcaption></figure>"
+        for title, caption, path in plots
+    )
+    return '<div class="plots">\n' + "\n".join(figures) + "\n</div>"
+
+
+def _figure(title: str, caption: str, path: pathlib.Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    width = ' class="half"' if path.stem in _HALF_WIDTH else ""
+    kind = "photo" if path.stem in _PHOTOS else "drawing"
+    return (
+        f'<figure{width}><div class="frame"><img class="{kind}" src="data:image/png;base64,{data}" '
+        f'alt="{escape(title)}: {escape(caption)}"></div><figcaption>{escape(caption)}</figcaption></figure>'
+    )
+
+
+def _details(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    latency = metrics["latency_ms"]
+    rows = [(label, form.format(metrics[key])) for key, label, form in _DETAILS]
+    rows.insert(5, ("Latency of one image", f"{latency['median']:.2f} ms median, {latency['p95']:.2f} ms p95"))
+    return rows
 
 
 def _key_values(rows: Sequence[tuple[str, str]]) -> str:
-    body = "".join(f"<tr><td class=key>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in rows)
-    return f"<div class=scroll><table>{body}</table></div>"
+    body = "\n".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in rows)
+    return f'<div class="panel"><table><tbody>\n{body}\n</tbody></table></div>'
 
 
 def _class_table(per_class: Sequence[dict[str, Any]]) -> str:
     columns = (("precision", "Precision"), ("recall", "Recall"), ("f1", "F1"), ("auc", "AUC"))
-    head = "".join(f"<th class=number>{label}</th>" for _, label in columns)
-    body = ""
+    head = "".join(f'<th scope="col" class="number">{label} [0–1]</th>' for _, label in columns)
+    rows = []
     for row in per_class:
         numbers = "".join(
-            f"<td class=number>{'–' if row[key] is None else format(row[key], '.4f')}</td>" for key, _ in columns
+            f'<td class="number">{"–" if row[key] is None else format(row[key], ".4f")}</td>' for key, _ in columns
         )
         confused = escape(row["most_confused_with"] or "–")
-        body += (
-            f"<tr><td>{escape(row['name'])}</td><td class=number>{row['num_examples']:,}</td>{numbers}"
+        rows.append(
+            f'<tr><th scope="row">{escape(row["name"])}</th><td class="number">{row["num_examples"]:,}</td>{numbers}'
             f"<td>{confused}</td></tr>"
         )
     return (
-        f"<div class=scroll><table><tr><th>Class</th><th class=number>Images</th>{head}"
-        f"<th>Most often taken for</th></tr>{body}</table></div>"
+        '<div class="panel classes" tabindex="0"><table><thead><tr><th scope="col">Class</th>'
+        f'<th scope="col" class="number">Images</th>{head}<th scope="col">Most often taken for</th></tr></thead>\n'
+        "<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div>"
     )
+
+
+def _skipped(lines: Sequence[str]) -> str:
+    if not lines:
+        return ""
+    count = "1 file was" if len(lines) == 1 else f"{len(lines):,} files were"
+    items = "\n".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<h2>{count} skipped</h2>\n<div class="panel"><ul>\n{items}\n</ul></div>'

@@ -1,135 +1,164 @@
 """The plots of a report; each function draws on a new matplotlib figure and returns it."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from vitcls import metrics
 
-# Okabe & Ito's colours, which people with any colour vision can tell apart.
-BLUE, ORANGE, GREEN, RED, GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6B7280"
-_WORST = 5  # classes whose ROC curves are drawn
-_MISTAKES = 24
+# Okabe & Ito's colours, which people with any colour vision can tell apart; lines differ in their dashes besides.
+BLUE, ORANGE, RED, SKY = "#0072B2", "#E69F00", "#D55E00", "#56B4E9"
+GRAY = "#6B7280"
+_INK, _FAINT = "#1F2937", "#E5E7EB"
 _STYLE = {
+    "figure.facecolor": "white",
+    "figure.dpi": 130,
+    "font.family": "DejaVu Sans",
     "font.size": 10,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": "#9CA3AF",
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#E5E7EB",
     "axes.axisbelow": True,
+    "grid.color": _FAINT,
+    "xtick.color": "#4B5563",
+    "ytick.color": "#4B5563",
     "legend.frameon": False,
-    "figure.facecolor": "white",
+    "legend.fontsize": 9,
 }
+_MISTAKES = 24
+_KINDS = {"train": (BLUE, "training"), "eval": (ORANGE, "validation")}
 History = list[dict[str, Any]]
 
 
-def styled(draw: Callable[[], Figure]) -> Figure:
+def styled(draw: Callable[[], Figure | None]) -> Figure | None:
     """Draws in the style of the report and leaves the style of the process alone."""
     with matplotlib.rc_context(_STYLE):
         return draw()
 
 
-def series(history: History, name: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of one name among the events."""
+def series(history: History, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of one name among the events, where the value is finite."""
     points = [(event["step"], event[name]) for event in history if event.get(name) is not None]
-    return [step for step, _ in points], [value for _, value in points]
+    steps, values = np.array(points, np.float64).reshape(-1, 2).T
+    finite = np.isfinite(values)
+    return steps[finite], values[finite]
 
 
 def curves(history: History) -> Figure | None:
     """Loss and accuracy over the steps, in training and on the validation split; None without any."""
+    drawn = [metric for metric in ("loss", "accuracy") if any(len(series(history, f"{k}/{metric}")[0]) for k in _KINDS)]
+    if not drawn:
+        return None
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    panels = figure.subplots(1, 2)
-    drawn = False
-    for axes, metric, unit in ((panels[0], "loss", "nats"), (panels[1], "accuracy", "%")):
-        for kind, color, label in (("train", BLUE, "training"), ("eval", ORANGE, "validation")):
+    for axes, metric in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        unit, scale = ("%", 100) if metric == "accuracy" else ("nats", 1)
+        for kind, (color, label) in _KINDS.items():
             steps, values = series(history, f"{kind}/{metric}")
-            if steps:
-                drawn = True
-                scaled = np.asarray(values) * (100 if unit == "%" else 1)
-                axes.plot(steps, scaled, color=color, label=label, marker="o" if len(steps) < 40 else None, ms=3)
-        axes.set(title=metric.capitalize(), xlabel="step", ylabel=f"{metric} [{unit}]")
-        if axes.lines:
-            axes.legend()
-    return figure if drawn else None
+            if len(steps):
+                axes.plot(steps, scale * values, color=color, label=label, lw=1.8, marker=_marker(steps), ms=3.5)
+        axes.set(title=metric.capitalize(), ylabel=f"{metric} [{unit}]")
+        _step_axis(axes)
+        axes.legend()
+    return figure
 
 
 def learning_rate(history: History) -> Figure | None:
     """The learning rate over the steps; None where it was not logged."""
     steps, rates = series(history, "train/learning_rate")
-    if not steps:
+    if not len(steps):
         return None
-    figure = Figure(figsize=(10, 2.8), layout="constrained")
+    figure = Figure(figsize=(10, 2.6), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, rates, color=BLUE)
-    axes.set(title="Learning rate", xlabel="step", ylabel="learning rate", ylim=(0, None))
+    axes.plot(steps, rates, color=BLUE, lw=1.8, marker=_marker(steps), ms=3.5)
+    axes.set(title="Learning rate", ylabel="learning rate [per step]")
+    axes.set_ylim(0, 1.08 * max(rates.max(), 1e-12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.3g}"))
+    _step_axis(axes)
     return figure
 
 
 def confusion_matrix(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Rows: true classes, each summing to 100 %; columns: predictions. Readable from 2 to some hundred classes."""
+    """Rows: true classes, each summing to 100 %; columns: predictions. Readable from 2 to some hundred classes.
+
+    Up to 20 classes every cell says its share. The colours follow the square root of the share: rare confusions show.
+    """
     from sklearn.metrics import confusion_matrix as count
 
     num_classes = len(class_names)
     counts = count(labels, probabilities.argmax(axis=1), labels=np.arange(num_classes))
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    side = float(np.clip(0.16 * num_classes + 2, 4.5, 40))
-    figure = Figure(figsize=(side + 1, side), layout="constrained", dpi=100)
+    few = num_classes <= 20
+    side = float(np.clip((0.55 if few else 0.15) * num_classes + 1.8, 4.2, 40))
+    figure = Figure(figsize=(side + 1.2, side), layout="compressed", dpi=None if few else 110)
     axes = figure.subplots()
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    picture = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100), interpolation="nearest")
     axes.grid(False)
-    ticks = np.arange(num_classes) if num_classes <= 250 else np.arange(0, num_classes, num_classes // 100)
-    names = [shorten(class_names[k]) for k in ticks]
-    size = 9 if num_classes <= 20 else 6
-    axes.set_xticks(ticks, names, rotation=90, fontsize=size)
+    axes.spines[:].set_visible(False)
+    ticks = np.arange(0, num_classes, -(-num_classes // 250))
+    names = [shorten(class_names[k], 20) for k in ticks]
+    size = 9 if few else 6.5
+    axes.set_xticks(ticks, names, rotation=45 if few else 90, ha="right" if few else "center", fontsize=size)
+    if few:
+        for label in axes.get_xticklabels():
+            label.set_rotation_mode("anchor")
     axes.set_yticks(ticks, names, fontsize=size)
+    axes.tick_params(length=0 if few else 2)
     axes.set(title="Confusion matrix", xlabel="predicted class", ylabel="true class")
-    if num_classes <= 20:
+    if few:
         for row, column in np.argwhere(counts > 0):
-            color = "white" if shares[row, column] > 55 else "black"
-            axes.text(column, row, counts[row, column], ha="center", va="center", color=color, fontsize=8)
-    figure.colorbar(picture, ax=axes, label="share of the true class [%]", fraction=0.04, pad=0.02)
+            share = shares[row, column]
+            text, color = f"{share:.0f}" if share >= 1 else "<1", "white" if share > 30 else _INK
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+    bar = figure.colorbar(picture, ax=axes, label="share of the true class [%]", fraction=0.04, pad=0.02)
+    bar.set_ticks([0, 1, 5, 10, 25, 50, 75, 100])
+    bar.outline.set_visible(False)
     return figure
 
 
-def roc(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """ROC curves: all decisions pooled (micro), the mean over classes (macro), and the classes with the least AUC."""
-    from sklearn.metrics import roc_curve
+def roc(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> Figure | None:
+    """ROC curves: all decisions pooled (micro), the mean over classes (macro), and the classes with the least area.
 
-    def auc(x: np.ndarray, y: np.ndarray) -> float:
-        return float(np.trapezoid(y, x))
-
-    aucs = metrics.class_aucs(labels, probabilities)
-    defined = np.flatnonzero(~np.isnan(aucs))
-    figure = Figure(figsize=(6.2, 5.2), layout="constrained")
+    None where all labels are of one class.
+    """
+    curves = metrics.roc_curves(labels, probabilities)
+    if curves is None:
+        return None
+    lines = [
+        ("mean of the classes (macro)", ORANGE, "--", 2, curves.macro),
+        ("all decisions (micro)", BLUE, "-", 2, curves.micro),
+    ]
+    looks = zip(("#374151", "#4B5563", GRAY, "#808895", "#9CA3AF"), ("-", "--", "-.", ":", "-"), strict=True)
+    for (k, curve), (color, dashes) in zip(curves.worst.items(), looks, strict=False):
+        lines.append((shorten(class_names[k], 20), color, dashes, 1.3, curve))
+    figure = Figure(figsize=(6.2, 5.6), layout="constrained")
     axes = figure.subplots()
-    axes.plot([0, 100], [0, 100], color=GRAY, lw=1, ls=":", label="chance")
-    if len(defined):
-        one_hot = np.eye(probabilities.shape[1], dtype=bool)[labels]
-        grid = np.linspace(0, 1, 1001)
-        classes = [roc_curve(one_hot[:, k], probabilities[:, k]) for k in defined]
-        macro = np.mean([np.interp(grid, x, y) for x, y, _ in classes], axis=0)
-        macro[0] = 0.0
-        x, y, _ = roc_curve(one_hot.ravel(), probabilities.ravel())
-        axes.plot(100 * x, 100 * y, color=BLUE, lw=2, label=f"micro, AUC {auc(x, y):.4f}")
-        axes.plot(100 * grid, 100 * macro, color=ORANGE, lw=2, label=f"macro, AUC {aucs[defined].mean():.4f}")
-        shades = matplotlib.colormaps["Greys"](np.linspace(0.8, 0.4, _WORST))
-        for color, place in zip(shades, np.argsort(aucs[defined])[:_WORST], strict=False):
-            x, y, _ = classes[place]
-            name = shorten(class_names[defined[place]])
-            axes.plot(100 * x, 100 * y, color=color, lw=1, label=f"{name}, AUC {aucs[defined[place]]:.4f}")
+    axes.plot([0, 100], [0, 100], color="#9CA3AF", lw=1, ls=(0, (1, 3)))
+    for name, color, dashes, width, (x, y, auc) in reversed(lines):
+        axes.plot(100 * x, 100 * y, color=color, ls=dashes, lw=width, label=f"{name}: AUC {auc:.4f}")
+    handles, texts = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], texts[::-1], loc="lower right")
     axes.set(
         title="ROC, one class against the rest",
         xlabel="false positive rate [%]",
         ylabel="true positive rate [%]",
-        xlim=(0, 100),
-        ylim=(0, 100.5),
+        xlim=(-1, 100),
+        ylim=(0, 101),
     )
-    axes.legend(loc="lower right", fontsize=8)
     return figure
 
 
@@ -137,33 +166,54 @@ def reliability(labels: np.ndarray, probabilities: np.ndarray) -> Figure:
     """Accuracy against confidence by bin, and how many examples each bin has (Guo et al. 2017, figure 1)."""
     confidence, accuracy, count = metrics.reliability(labels, probabilities)
     ece = metrics.expected_calibration_error(labels, probabilities)
-    edges = np.linspace(0, 100, len(count) + 1)
-    figure = Figure(figsize=(5.4, 5.2), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    edges = np.linspace(0, 100, len(count) + 1)[:-1]
+    width = 100 / len(count)
     filled = count > 0
-    width = edges[1]
-    above.bar(edges[:-1][filled], 100 * accuracy[filled], width, align="edge", color=BLUE, ec="white", label="accuracy")
-    above.plot(100 * confidence[filled], 100 * confidence[filled], "_", color=RED, ms=14, mew=2, label="confidence")
-    above.plot([0, 100], [0, 100], color=GRAY, lw=1, ls=":")
-    above.set(title=f"Reliability, ECE {100 * ece:.2f} %", ylabel="accuracy [%]", xlim=(0, 100), ylim=(0, 100))
+    bar = {"width": 0.9 * width, "align": "center"}
+    figure = Figure(figsize=(6.2, 5.6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    above.bar(edges[filled] + width / 2, 100 * accuracy[filled], **bar, color=BLUE, label="accuracy")
+    above.hlines(
+        100 * confidence[filled],
+        edges[filled] + 0.05 * width,
+        edges[filled] + 0.95 * width,
+        colors=ORANGE,
+        lw=2.6,
+        label="mean confidence",
+    )
+    above.plot([0, 100], [0, 100], color="#9CA3AF", lw=1, ls=(0, (1, 3)))
+    above.set(title=f"Reliability: calibration error (ECE) {100 * ece:.2f} %", ylabel="accuracy [%]")
+    above.set(xlim=(0, 100), ylim=(0, 101))
     above.legend(loc="upper left")
-    below.bar(edges[:-1], 100 * count / max(count.sum(), 1), width, align="edge", color=GRAY, ec="white")
-    below.set(xlabel="confidence [%]", ylabel="examples [%]")
+    below.bar(edges + width / 2, 100 * count / max(count.sum(), 1), **bar, color=GRAY)
+    below.set(xlabel="confidence, the probability of the predicted class [%]", ylabel="images [%]")
+    figure.align_ylabels()
     return figure
 
 
 def class_accuracy(per_class: list[dict[str, Any]]) -> Figure:
-    """Accuracy of every class that occurs, best first."""
-    rows = sorted((row for row in per_class if row["num_examples"]), key=lambda row: row["recall"])
-    figure = Figure(figsize=(8, float(np.clip(0.17 * len(rows) + 1.2, 2.5, 60))), layout="constrained", dpi=100)
-    axes = figure.subplots()
+    """Accuracy of every class that occurs, best first; more than 50 classes are spread over several panels."""
+    rows = sorted((row for row in per_class if row["num_examples"]), key=lambda row: -row["recall"])
+    panels = 1 if len(rows) <= 50 else 2 if len(rows) <= 200 else 4
+    height = -(-len(rows) // panels)
+    few = len(rows) <= 20
+    figure = Figure(
+        figsize=(10, float(np.clip((0.3 if few else 0.185) * height + 1.1, 2.0, 60))), layout="constrained", dpi=110
+    )
     mean = 100 * np.mean([row["recall"] for row in rows])
-    axes.barh(range(len(rows)), [100 * row["recall"] for row in rows], color=BLUE, height=0.75)
-    axes.axvline(mean, color=RED, lw=1.2, label=f"mean {mean:.1f} %")
-    axes.set_yticks(range(len(rows)), [shorten(row["name"]) for row in rows], fontsize=9 if len(rows) <= 30 else 7)
-    axes.set(title="Accuracy by class", xlabel="accuracy [%]", xlim=(0, 100), ylim=(-0.6, len(rows) - 0.4))
-    axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower right")
+    for panel, axes in enumerate(figure.subplots(1, panels, squeeze=False)[0]):
+        part = rows[panel * height : (panel + 1) * height]
+        accuracy = np.array([100 * row["recall"] for row in part])
+        axes.barh(range(len(part)), accuracy, color=[BLUE if value >= mean else SKY for value in accuracy], height=0.7)
+        axes.axvline(mean, color=RED, lw=1.2, ls="--")
+        for place, value in enumerate(accuracy):
+            axes.text(101, place, f"{value:.0f}", va="center", fontsize=9 if few else 7, color=GRAY)
+        axes.set_yticks(range(len(part)), [shorten(row["name"], 20) for row in part], fontsize=9 if few else 7.5)
+        axes.tick_params(axis="y", length=0)
+        axes.set(xlabel="accuracy [%]", xlim=(0, 100), ylim=(height - 0.4, -0.6))
+        axes.grid(axis="y", visible=False)
+        axes.spines["left"].set_visible(False)
+    figure.axes[0].set_title(f"Accuracy by class, best first; dashed: the mean, {mean:.1f} %")
     return figure
 
 
@@ -179,21 +229,41 @@ def mistakes(
     if not len(wrong):
         return None
     chosen = wrong[np.argsort(-confidence[wrong], kind="stable")][:_MISTAKES]
-    columns = min(8, len(chosen))
+    columns = min(6, len(chosen))
     rows = -(-len(chosen) // columns)
-    figure = Figure(figsize=(max(1.45 * columns, 4.0), 1.95 * rows + 0.4), layout="constrained")
-    figure.suptitle("Most confident mistakes", fontweight="bold", fontsize=11)
-    panels = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    figure = Figure(figsize=(max(1.7 * columns, 3.4), 2.05 * rows + 0.4), layout="constrained")
+    figure.suptitle("Most confident mistakes", x=0.01, ha="left", fontweight="bold", fontsize=11)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in panels:
         axes.axis("off")
     for axes, index, picture in zip(panels, chosen, images(chosen), strict=False):
-        axes.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        true, guess = shorten(class_names[labels[index]], 16), shorten(class_names[predicted[index]], 16)
-        axes.set_title(f"{true}\n→ {guess}\n{100 * confidence[index]:.1f} %", fontsize=8, fontweight="normal")
+        gray = picture.shape[-1] == 1
+        axes.imshow(picture[..., 0] if gray else picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        true, guess = shorten(class_names[labels[index]], 18), shorten(class_names[predicted[index]], 18)
+        text = f"{true}\n→ {guess}, {100 * confidence[index]:.0f} %"
+        axes.set_title(text, fontsize=8, fontweight="normal", pad=4)
     return figure
 
 
 def shorten(name: str, length: int = 24) -> str:
-    """A class name that fits on an axis; dollar signs would start a formula."""
+    """A class name that fits on an axis: one line, no formula, and a box for what the font cannot draw."""
+    name = " ".join(name.split())
     name = name if len(name) <= length else f"{name[: length - 1]}…"
-    return name.replace("$", r"\$")
+    return "".join(c if ord(c) in _drawable() else "□" for c in name).replace("$", r"\$")
+
+
+@functools.cache
+def _drawable() -> frozenset[int]:
+    """Code points of the font that comes with matplotlib; for any other it would warn."""
+    return frozenset(font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap())
+
+
+def _marker(steps: np.ndarray) -> str | None:
+    return "o" if len(steps) <= 40 else None
+
+
+def _step_axis(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}" if step == int(step) else ""))
+    axes.locator_params(axis="x", nbins=6)
+    axes.margins(x=0.02)
