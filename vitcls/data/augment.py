@@ -5,6 +5,7 @@ horizontal flip, RandAugment, TrivialAugment, rotation and scale (one resampling
 mixup or CutMix. Between those an image is float32 [H, W, C] in [0, 255].
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcls.data import randaugment
-from vitcls.data.geometry import affine, rotation_matrix, scale_matrix
+from vitcls.data.geometry import affine, rotation_matrix
 from vitcls.errors import UserError, unknown
 
 FILLS = ("noise", "zero")
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as in Pillow
 _RATIO = (0.3, 3.3)  # of the erased box, width / height (Zhong et al. 2020)
+_QUANTILES = 1025  # of Beta, on an even grid
 Vary = Callable[[jax.Array, jax.Array], jax.Array]  # key, image float32 [H, W, C] in [0, 255] -> image
 
 
@@ -34,8 +36,11 @@ def make_augment(config) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[ja
     device. B must then be even.
     """
     _validate(config)
-    chosen = [(number, config[name].probability, make(config)) for number, (name, make) in enumerate(_VARIATIONS.items())]
-    active = [variation for variation in chosen if variation[1] > 0]
+    active = [
+        (number, _probability(config, name), make(config))
+        for number, (name, make) in enumerate(_VARIATIONS.items())
+        if _probability(config, name) > 0
+    ]
 
     def vary(key: jax.Array, image: jax.Array) -> jax.Array:
         for number, probability, function in active:
@@ -78,27 +83,47 @@ def _flip(config) -> Vary:
     return lambda key, image: image[:, ::-1]
 
 
-def _rotate(config) -> Vary:
-    limit = config.rotate.degrees
-    return lambda key, image: affine(image, rotation_matrix(jax.random.uniform(key, minval=-limit, maxval=limit)))
+def _warp(config) -> Vary:
+    """Rotation and scale, each with its own probability, in one resampling."""
+    limit, low, high = config.rotate.degrees, config.scale.low, config.scale.high
+
+    def warp(key: jax.Array, image: jax.Array) -> jax.Array:
+        angle_key, rotate_key, factor_key, scale_key = jax.random.split(key, 4)
+        degrees = jax.random.uniform(angle_key, minval=-limit, maxval=limit)
+        degrees = jnp.where(jax.random.bernoulli(rotate_key, config.rotate.probability), degrees, 0.0)
+        factor = jax.random.uniform(factor_key, minval=low, maxval=high)
+        factor = jnp.where(jax.random.bernoulli(scale_key, config.scale.probability), factor, 1.0)
+        # The centre stays where it is, so that to zoom is to divide the matrix.
+        return affine(image, rotation_matrix(degrees) / factor)
+
+    return warp
 
 
-def _scale(config) -> Vary:
-    low, high = config.scale.low, config.scale.high
-    return lambda key, image: affine(image, scale_matrix(jax.random.uniform(key, minval=low, maxval=high)))
+def _probability(config, name: str) -> float:
+    """That of a variation; `warp` draws for rotation and for scale itself, so it is always applied if either can be."""
+    if name == "warp":
+        return float(config.rotate.probability > 0 or config.scale.probability > 0)
+    return config[name].probability
 
 
 def _color(config) -> Vary:
-    """Brightness, contrast, saturation and hue in this order, each by a uniform amount (as torchvision's ColorJitter)."""
+    """Brightness, contrast, saturation and hue as in torchvision's ColorJitter, but always in this order.
+
+    The three factors are uniform in [max(0, 1 - limit), 1 + limit], the turn of the hue in +-limit of the circle.
+    """
     limits = config.color
+    highest = np.array([limits.brightness, limits.contrast, limits.saturation], np.float32)
+    lowest = np.minimum(highest, 1.0)
 
     def color(key: jax.Array, image: jax.Array) -> jax.Array:
-        amounts = jax.random.uniform(key, (4,), minval=-1.0, maxval=1.0)
-        image = jnp.clip(image * (1 + amounts[0] * limits.brightness), 0, 255)
-        image = _blend(jnp.mean(gray(image)), image, 1 + amounts[1] * limits.contrast)
+        factor_key, hue_key = jax.random.split(key)
+        brightness, contrast, saturation = jax.random.uniform(factor_key, (3,), minval=1 - lowest, maxval=1 + highest)
+        image = _blend(jnp.zeros(()), image, brightness)
+        image = _blend(jnp.mean(gray(image)), image, contrast)
         if image.shape[-1] == 3:
-            image = _blend(gray(image), image, 1 + amounts[2] * limits.saturation)
-            image = _turn_hue(image, amounts[3] * limits.hue) if limits.hue else image
+            image = _blend(gray(image), image, saturation)
+            turn = jax.random.uniform(hue_key, minval=-limits.hue, maxval=limits.hue)
+            image = _turn_hue(image, turn) if limits.hue else image
         return image
 
     return color
@@ -174,8 +199,7 @@ _VARIATIONS: dict[str, Callable[..., Vary]] = {
         config.randaugment.num_ops, config.randaugment.magnitude
     ),
     "trivialaugment": lambda config: randaugment.trivialaugment,
-    "rotate": _rotate,
-    "scale": _scale,
+    "warp": _warp,
     "color": _color,
     "noise": _noise,
     "erase": _erase,
@@ -210,9 +234,12 @@ def _make_mix(config):
         return jnp.where(mixed, pixels, 1.0)[..., None], jnp.where(mixed, share, 1.0)
 
     def mix(keys: jax.Array, images: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if len(images) % 2:
+            raise UserError(f"mixup and CutMix mix pairs of examples, but {len(images)} is an odd number; make it even")
         pairs = images.reshape(-1, 2, *images.shape[1:])  # [B, H, W, C] -> [B / 2, 2, H, W, C]
         target_pairs = targets.reshape(-1, 2, targets.shape[-1])
-        pixels, share = jax.vmap(lambda key: kept(key, images.shape[1:3]))(keys[::2])
+        pair_keys = keys.reshape(-1, 2, *keys.shape[1:])[:, 0]
+        pixels, share = jax.vmap(lambda key: kept(key, images.shape[1:3]))(pair_keys)
         pixels, share = pixels[:, None], share[:, None, None]
         pairs = pixels * pairs + (1 - pixels) * pairs[:, ::-1]
         target_pairs = share * target_pairs + (1 - share) * target_pairs[:, ::-1]
@@ -234,11 +261,15 @@ def _beta_quantiles(alpha: float) -> np.ndarray:
     """Quantiles of Beta(alpha, alpha) on an even grid: drawing by rejection would loop on the device."""
     from scipy.stats import beta
 
-    return beta.ppf(np.linspace(0, 1, 1025), alpha, alpha).astype(np.float32)
+    return beta.ppf(np.linspace(0, 1, _QUANTILES), alpha, alpha).astype(np.float32)
 
 
 def _lookup(quantiles: np.ndarray, position: jax.Array) -> jax.Array:
-    return jnp.interp(position, np.linspace(0, 1, len(quantiles), dtype=np.float32), quantiles)
+    """The quantile at `position` in [0, 1), between two of the grid; an even grid needs no search."""
+    place = position * (len(quantiles) - 1)
+    index = jnp.floor(place).astype(jnp.int32)
+    low, high = jnp.asarray(quantiles)[index], jnp.asarray(quantiles)[index + 1]
+    return low + (high - low) * (place - index)
 
 
 def _validate(config) -> None:
@@ -247,8 +278,10 @@ def _validate(config) -> None:
         if not condition:
             raise UserError(f"config.augment.{key}={config[block][field]} is impossible; it must be {expected}")
 
-    for name in (*_VARIATIONS, "mixup", "cutmix"):
-        require(f"{name}.probability", 0 <= config[name].probability <= 1, "in [0, 1]")
+    for block, fields in config.items():
+        for field, value in fields.items():
+            require(f"{block}.{field}", isinstance(value, str) or math.isfinite(value), "finite")
+        require(f"{block}.probability", 0 <= fields.probability <= 1, "in [0, 1]")
     require("crop.padding", config.crop.padding >= 0, "at least 0")
     require("rotate.degrees", config.rotate.degrees >= 0, "at least 0")
     require("scale.low", 0 < config.scale.low <= config.scale.high, "above 0 and at most config.augment.scale.high")

@@ -130,28 +130,26 @@ def confusion_matrix(labels: np.ndarray, probabilities: np.ndarray, class_names:
     return figure
 
 
-def roc(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> Figure | None:
-    """ROC curves: all decisions pooled (micro), the mean over classes (macro), and the classes with the least area.
-
-    None where all labels are of one class.
-    """
-    curves = metrics.roc_curves(labels, probabilities)
-    if curves is None:
-        return None
-    lines = [
-        ("mean of the classes (macro)", ORANGE, "--", 2, curves.macro),
-        ("all decisions (micro)", BLUE, "-", 2, curves.micro),
-    ]
-    looks = zip(("#374151", "#4B5563", GRAY, "#808895", "#9CA3AF"), ("-", "--", "-.", ":", "-"), strict=True)
-    for (k, curve), (color, dashes) in zip(curves.worst.items(), looks, strict=False):
-        lines.append((shorten(class_names[k], 20), color, dashes, 1.3, curve))
+def roc(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """ROC curves: all decisions pooled (micro), the mean over classes (macro), and the classes with the least area."""
     figure = Figure(figsize=(6.2, 5.6), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 100], [0, 100], color="#9CA3AF", lw=1, ls=(0, (1, 3)))
-    for name, color, dashes, width, (x, y, auc) in reversed(lines):
-        axes.plot(100 * x, 100 * y, color=color, ls=dashes, lw=width, label=f"{name}: AUC {auc:.4f}")
-    handles, texts = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], texts[::-1], loc="lower right")
+    curves = metrics.roc_curves(labels, probabilities)
+    if curves is None:
+        axes.text(50, 56, "not defined: all images are of one class", ha="center", color=GRAY)
+    else:
+        lines = [
+            ("mean of the classes (macro)", ORANGE, "--", 2, curves.macro),
+            ("all decisions (micro)", BLUE, "-", 2, curves.micro),
+        ]
+        grays = zip(("#374151", "#4B5563", GRAY, "#808895", "#9CA3AF"), ("-", "--", "-.", ":", "-"), strict=True)
+        for (k, curve), (color, dashes) in zip(curves.worst.items(), grays, strict=False):
+            lines.append((shorten(class_names[k], 20), color, dashes, 1.3, curve))
+        for depth, (name, color, dashes, width, (x, y, auc)) in enumerate(lines):
+            label = f"{name}: AUC {auc:.4f}"
+            axes.plot(100 * x, 100 * y, color=color, ls=dashes, lw=width, label=label, zorder=3 - 0.1 * depth)
+        axes.legend(loc="lower right")
     axes.set(
         title="ROC, one class against the rest",
         xlabel="false positive rate [%]",

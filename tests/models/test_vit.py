@@ -1,0 +1,352 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.signal
+import scipy.special
+from jax.sharding import AxisType, PartitionSpec
+from PIL import Image
+
+from vitcls import models
+from vitcls.errors import UserError
+from vitcls.models import vit
+
+TINY = {"patch_size": 2, "hidden_dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24}
+IMPROVED = TINY | {"qk_norm": True, "layer_scale": 0.5, "drop_path": 0.3, "dropout": 0.2, "attention_dropout": 0.2}
+IMAGES = np.random.default_rng(0).normal(size=(8, 8, 8, 3)).astype(np.float32)  # a 4x4 grid of patches
+
+
+def plain(**fields):
+    return models.create("vit_tiny_patch4", 5, **TINY | fields)
+
+
+def improved(**fields):
+    return models.create("improved_vit_tiny", 5, **IMPROVED | fields)
+
+
+def random_params(model, images=IMAGES, seed=0):
+    """Weights that hide nothing: no norm is the identity, no bias is zero."""
+    shapes = jax.eval_shape(lambda key: model.init(key, images, train=False), jax.random.key(0))["params"]
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: (0.3 * draw.normal(size=leaf.shape) + 0.1).astype(np.float32), shapes)
+
+
+# Nothing here is jitted but what must be: one operation at a time, the variants share their compiled operations.
+
+
+def forward(model, params, images, key=None, *, train=False):
+    return model.apply({"params": params}, images, train=train, rngs=None if key is None else {"dropout": key})
+
+
+def forward_with_intermediates(model, params, images):
+    logits, sown = model.apply({"params": params}, images, train=False, mutable=["intermediates"])
+    return logits, sown["intermediates"]
+
+
+# The equations, in numpy and float64.
+
+
+def dense(x, params):
+    return x @ params["kernel"].astype(np.float64) + params["bias"]
+
+
+def layer_norm(x, params):
+    centred = x - x.mean(axis=-1, keepdims=True)
+    normed = centred / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + 1e-6)
+    return normed * params["scale"] + params.get("bias", 0)
+
+
+def gelu(x):
+    return x * scipy.special.ndtr(x)
+
+
+def self_attention(x, params, heads):
+    """One head and one example at a time: softmax(Q K^T / sqrt(d_k)) V. Returns the output and the weights."""
+    width = x.shape[-1] // heads
+    qkv, mixed, weights = dense(x, params["qkv"]), np.zeros_like(x), np.zeros((len(x), heads, x.shape[1], x.shape[1]))
+    for example in range(len(x)):
+        for head in range(heads):
+            query, key, value = (
+                qkv[example, :, part + head * width :][:, :width] for part in np.arange(3) * x.shape[-1]
+            )
+            if "query_norm" in params:
+                query, key = layer_norm(query, params["query_norm"]), layer_norm(key, params["key_norm"])
+            weights[example, head] = scipy.special.softmax(query @ key.T / math.sqrt(width), axis=1)
+            mixed[example, :, head * width : (head + 1) * width] = weights[example, head] @ value
+    return dense(mixed, params["project"]), weights
+
+
+def feed_forward(x, params, grid):
+    hidden = gelu(dense(x, params["expand"]))
+    if "local_conv" in params:
+        kernel, bias = params["local_conv"]["kernel"], params["local_conv"]["bias"]
+        first = x.shape[1] - math.prod(grid)  # a class token stays as it is
+        local = np.zeros_like(hidden)
+        for example in range(len(x)):
+            for channel in range(hidden.shape[-1]):
+                picture = hidden[example, first:, channel].reshape(grid)
+                conv = scipy.signal.correlate2d(picture, kernel[:, :, 0, channel], mode="same") + bias[channel]
+                local[example, first:, channel] = gelu(conv).ravel()
+        hidden = hidden + local
+    if "squeeze_excite" in params:
+        squeezed = np.maximum(dense(hidden.mean(axis=1), params["squeeze_excite"]["reduce"]), 0)
+        hidden = hidden * scipy.special.expit(dense(squeezed, params["squeeze_excite"]["expand"]))[:, None]
+    return dense(hidden, params["project"])
+
+
+def encoder(tokens, params, *, depth, heads, grid):
+    for i in range(depth):
+        block = params[f"block_{i}"]
+        branch, _ = self_attention(layer_norm(tokens, block["attention_norm"]), block["attention"], heads)
+        tokens = tokens + branch * block.get("attention_scale", {"scale": 1})["scale"]
+        branch = feed_forward(layer_norm(tokens, block["feed_forward_norm"]), block["feed_forward"], grid)
+        tokens = tokens + branch * block.get("feed_forward_scale", {"scale": 1})["scale"]
+    return layer_norm(tokens, params["norm"])
+
+
+def patch_tokens(images, params, patch_size):
+    rows, columns = images.shape[1] // patch_size, images.shape[2] // patch_size
+    patches = [
+        images[:, patch_size * row :][:, :patch_size, patch_size * column :][:, :, :patch_size].reshape(len(images), -1)
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    tokens = dense(np.stack(patches, axis=1).astype(np.float64), params["stem"])
+    tokens = tokens + params["position_embedding"].reshape(rows * columns, -1)
+    if "class_token" not in params:
+        return tokens
+    first = params["class_token"] + params["class_position_embedding"]
+    return np.concatenate([np.repeat(first, len(images), axis=0), tokens], axis=1)
+
+
+AGGREGATIONS = {
+    "token": lambda h, params: h[:, 0],
+    "mean": lambda h, params: h.mean(axis=1),
+    "gem": lambda h, params: np.mean(np.maximum(h, 1e-4) ** gem_power(params), axis=1) ** (1 / gem_power(params)),
+    "attention": lambda h, params: attention_pool(h, params["aggregation"]["query"]),
+    "mean_attention": lambda h, params: h.mean(axis=1) + attention_pool(h, params["aggregation"]["query"]),
+}
+
+
+def gem_power(params):
+    return 1 + np.logaddexp(0, np.float64(params["aggregation"]["power"]))
+
+
+def attention_pool(h, query):
+    weights = scipy.special.softmax(h @ query / math.sqrt(h.shape[-1]), axis=1)
+    return np.einsum("bn,bnd->bd", weights, h)
+
+
+@pytest.mark.parametrize("images", [IMAGES[:2], IMAGES[:2, :, :4]], ids=["square", "wide"])
+def test_plain_vit_is_that_of_dosovitskiy_et_al(images):
+    model = plain()
+    params = random_params(model, images)
+    tokens = encoder(patch_tokens(images, params, 2), params, depth=2, heads=2, grid=None)
+    expected = dense(tokens[:, 0], params["head"])
+    np.testing.assert_allclose(forward(model, params, images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_improved_encoder_and_every_aggregation(aggregation):
+    model = improved(stem="patch", aggregation=aggregation, depth=1)
+    params, images = random_params(model), IMAGES[:2]
+    tokens = encoder(patch_tokens(images, params, 2), params, depth=1, heads=2, grid=(4, 4))
+    features = layer_norm(AGGREGATIONS[aggregation](tokens, params), params["head_norm"])
+    logits, sown = forward_with_intermediates(model, params, images)
+    np.testing.assert_allclose(sown["tokens"][0], tokens, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(sown["features"][0], features, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits, dense(features, params["head"]), rtol=1e-4, atol=1e-4)
+    assert ("class_token" in params) == (aggregation == "token")
+
+
+def test_self_attention_and_its_weights():
+    x = np.random.default_rng(1).normal(size=(3, 5, 12)).astype(np.float32)
+    layer = vit.SelfAttention(3, True, 0.0, 0.0, "xla", "float32", None)
+    shapes = jax.eval_shape(lambda key: layer.init(key, x, train=False), jax.random.key(0))["params"]
+    assert shapes["qkv"]["kernel"].shape == (12, 36)  # one matrix, for optimizers that work on matrices
+    draw = np.random.default_rng(2)
+    params = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), shapes)
+    expected, weights = self_attention(x, params, heads=3)
+    fused = layer.apply({"params": params}, x, train=False)
+    explicit, sown = layer.apply({"params": params}, x, train=False, mutable=["intermediates"])
+    np.testing.assert_allclose(fused, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(explicit, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(sown["intermediates"]["attention_weights"][0], weights, rtol=1e-4, atol=1e-6)
+
+
+def test_conv_stem_makes_the_grid_of_patches_in_three_layers():
+    stem = vit.ConvStem(4, 16, "gelu", "float32")
+    images = np.zeros((2, 32, 32, 3), np.float32)
+    out, variables = jax.eval_shape(lambda key: stem.init_with_output(key, images), jax.random.key(0))
+    assert out.shape == (2, 8, 8, 16)
+    kernels = {name: leaf["kernel"].shape for name, leaf in variables["params"].items() if "kernel" in leaf}
+    assert kernels == {"conv_0": (3, 3, 3, 8), "conv_1": (3, 3, 8, 16), "project": (3, 3, 16, 16)}
+
+
+def test_intermediates_cost_nothing_unless_asked_for():
+    model = improved()
+    params = random_params(model)
+    logits, sown = forward_with_intermediates(model, params, IMAGES)
+    np.testing.assert_allclose(logits, forward(model, params, IMAGES), rtol=1e-4, atol=1e-4)
+    assert sown["features"][0].shape == (8, 16) and sown["tokens"][0].shape == (8, 16, 16)
+    for i in range(2):
+        weights = sown[f"block_{i}"]["attention"]["attention_weights"][0]
+        assert weights.shape == (8, 2, 16, 16)
+        np.testing.assert_allclose(weights.sum(axis=-1), 1.0, rtol=1e-5)
+    quiet = plain(position_embedding="none")
+    shapes = jax.eval_shape(lambda key: quiet.init(key, IMAGES, train=False), jax.random.key(0))
+    assert set(shapes) == {"params"}
+
+
+def test_permuting_the_batch_permutes_the_logits():
+    model, order = improved(), np.random.default_rng(3).permutation(8)
+    params = random_params(model)
+    logits = forward(model, params, IMAGES)
+    np.testing.assert_allclose(forward(model, params, IMAGES[order]), logits[order], rtol=1e-5, atol=1e-5)
+    assert np.ptp(logits, axis=0).min() > 1e-3
+
+
+def test_bfloat16_is_close_and_keeps_parameters_and_logits_in_float32():
+    model, half = improved(), improved(dtype="bfloat16")
+    params = random_params(model)
+    logits, sown = forward_with_intermediates(half, params, IMAGES)
+    assert logits.dtype == jnp.float32
+    assert sown["tokens"][0].dtype == jnp.bfloat16
+    assert sown["block_0"]["attention"]["attention_weights"][0].dtype == jnp.float32
+    expected = forward(model, params, IMAGES)
+    assert np.abs(logits - expected).max() < 0.05 * np.ptp(expected)
+    np.testing.assert_allclose(forward(half, params, IMAGES), logits, atol=0.05 * np.ptp(expected))
+    shapes = jax.eval_shape(lambda key: half.init(key, IMAGES, train=False), jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("field", ["dropout", "attention_dropout", "drop_path"])
+def test_every_source_of_randomness_acts_in_training_alone_and_follows_the_key(field):
+    off = {"dropout": 0.0, "attention_dropout": 0.0, "drop_path": 0.0}
+    model, sure = improved(**off | {field: 0.5}), improved(**off)
+    params = random_params(model)
+    evaluation = [
+        jax.make_jaxpr(lambda x, m=m: m.apply({"params": params}, x, train=False))(IMAGES) for m in (model, sure)
+    ]
+    assert str(evaluation[0]) == str(evaluation[1])
+    expected = forward(sure, params, IMAGES)
+    first, second, again = (forward(model, params, IMAGES, jax.random.key(seed), train=True) for seed in (0, 1, 0))
+    assert np.abs(first - expected).max() > 1e-3
+    assert np.abs(first - second).max() > 1e-3
+    np.testing.assert_array_equal(first, again)
+
+
+def test_mapped_and_whole_batches_drop_the_same():
+    whole, mapped = improved(), improved().clone(axis_name="data")
+    params, key = random_params(whole), jax.random.key(5)
+
+    def one_device(images):
+        return mapped.apply({"params": params}, images, train=True, rngs={"dropout": key})
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("data")
+    parts = jax.jit(jax.shard_map(one_device, mesh=mesh, in_specs=spec, out_specs=spec),compiler_options={"xla_backend_optimization_level": 0})(IMAGES)
+    expected = forward(whole, params, IMAGES, key, train=True)
+    np.testing.assert_allclose(parts, expected, rtol=1e-3, atol=1e-4)
+
+
+def gradients(model, params):
+    """Of the distance to random logits, in training."""
+    target = np.random.default_rng(4).normal(size=(8, 5)).astype(np.float32)
+
+    def loss(params):
+        logits = model.apply({"params": params}, IMAGES, train=True, rngs={"dropout": jax.random.key(0)})
+        return jnp.mean((logits - target) ** 2)
+
+    return jax.grad(loss)(params)
+
+
+@pytest.mark.parametrize("aggregation", ["mean_attention", "gem", "token"])
+def test_every_parameter_of_the_improved_vit_learns(aggregation):
+    model = improved(aggregation=aggregation, depth=1, dropout=0.0, attention_dropout=0.0)
+    params = random_params(model)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients(model, params)):
+        assert np.isfinite(leaf).all(), path
+        assert np.any(leaf), path
+
+
+def test_remat_changes_memory_only():
+    model = improved(depth=1, attention_dropout=0.0)
+    recomputed = model.clone(remat=True)
+    params = random_params(model)
+    expected = gradients(model, params)
+    for got, leaf in zip(jax.tree.leaves(gradients(recomputed, params)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, leaf, rtol=1e-3, atol=1e-4 * max(1, np.abs(leaf).max()))
+    jaxpr = str(jax.make_jaxpr(lambda params: recomputed.apply({"params": params}, IMAGES, train=False))(params))
+    assert "remat" in jaxpr
+
+
+def test_learned_positions_are_interpolated_to_another_size():
+    model = plain(aggregation="mean")
+    images = np.random.default_rng(6).normal(size=(2, 24, 24, 3)).astype(np.float32)
+    params = random_params(model, images[:, :16, :16])  # an 8x8 grid, used on 12x12
+    channels = np.moveaxis(params["position_embedding"], -1, 0)
+    resized = [Image.fromarray(channel).resize((12, 12), Image.Resampling.BICUBIC) for channel in channels]
+    tokens = patch_tokens(images, params | {"position_embedding": np.stack(resized, axis=-1)}, 2)
+    features = encoder(tokens, params, depth=2, heads=2, grid=None).mean(axis=1)
+    np.testing.assert_allclose(forward(model, params, images), dense(features, params["head"]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "part"),
+    [
+        ("stem", "patch", "conv_0"),
+        ("position_embedding", "none", "position_embedding"),
+        ("position_embedding", "sincos2d", "position_embedding"),
+        ("qk_norm", False, "query_norm"),
+        ("layer_scale", 0.0, "attention_scale"),
+        ("activation", "relu", None),
+        ("local_conv", False, "local_conv"),
+        ("squeeze_excite", 0.0, "squeeze_excite"),
+        ("aggregation", "mean", "class_token"),
+        ("head_norm", False, "head_norm"),
+    ],
+)
+def test_each_improvement_can_be_turned_off_by_itself(field, value, part):
+    full = improved(aggregation="token", depth=1)
+    without = full.clone(**{field: value})
+    params = random_params(without)
+    logits = forward(without, params, IMAGES)
+    assert logits.shape == (8, 5) and np.isfinite(logits).all()
+    if part:
+        assert part in str(jax.tree.structure(random_params(full))) and part not in str(jax.tree.structure(params))
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_tiny_grey_images(patch_size):
+    grey = IMAGES[:1, ..., :1]
+    model = models.create("improved_vit_tiny", 10, **TINY | {"patch_size": patch_size, "depth": 1})
+    logits = forward(model, random_params(model, grey), grey)
+    assert logits.shape == (1, 10) and np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape", "message"),
+    [
+        ({"patch_size": 4}, (30, 33), "patch_size=4 does not divide images of 30x33 pixels; make them 32x32"),
+        ({"patch_size": 16}, (6, 8), "patch_size=16 does not divide images of 6x8 pixels; make them 16x16"),
+        ({"num_heads": 3}, (8, 8), "hidden_dim=16 cannot be divided over config.model.num_heads=3"),
+        ({"stem": "conv", "patch_size": 3}, (9, 9), "patch_size=3 must be a power of two"),
+        ({"hidden_dim": 18, "position_embedding": "sincos2d"}, (8, 8), "hidden_dim=18 must be a multiple of 4"),
+        ({"attention": "cudnn", "dtype": "bfloat16"}, (8, 8), "attention='cudnn' needs an NVIDIA GPU"),
+        ({"dropout": 1.0}, (8, 8), r"dropout=1.0 is impossible; it must be in \[0, 1\)"),
+        ({"depth": 0}, (8, 8), "depth=0 is impossible; it must be at least 1"),
+        ({"layer_scale": -1.0}, (8, 8), "layer_scale=-1.0 is impossible; it must be at least 0"),
+        ({"dtype": "float61"}, (8, 8), "config.model.dtype 'float61' is not known"),
+        ({"stem": "patches"}, (8, 8), "config.model.stem 'patches' is not known; did you mean 'patch'"),
+        ({"aggregation": "max"}, (8, 8), "config.model.aggregation 'max' is not known"),
+        ({"activation": "gleu"}, (8, 8), "config.model.activation 'gleu' is not known; did you mean 'gelu'"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line(fields, shape, message):
+    model = plain(**fields)
+    with pytest.raises(UserError, match=message) as caught:
+        jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, *shape, 3)), train=False), jax.random.key(0))
+    assert "\n" not in str(caught.value)
