@@ -3,6 +3,8 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# LLVM's optimisation takes most of the time of tests that compile much and run little.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
@@ -15,7 +17,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(autouse=True, scope="session")
 def private_cache(tmp_path_factory):
     """Keeps compiled programs and indexes of this run out of the user's cache directory."""
-    os.environ["VITCLS_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    cache = tmp_path_factory.mktemp("cache")
+    os.environ["VITCLS_CACHE_DIR"] = str(cache)
+    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
 
 
 @pytest.fixture
@@ -31,7 +35,7 @@ def tiny_config():
     config.checkpoint_every = "4 steps"
     config.steps_per_call = 2
     config.dataset.update(name="synthetic", num_examples=120, num_classes=3, image_size=8)
-    config.model.update(patch_size=2, hidden_dim=16, depth=1, num_heads=2, mlp_dim=16, drop_path=0.1, dropout=0.1)
+    config.model.update(stem="patch", patch_size=2, hidden_dim=16, depth=1, num_heads=2, mlp_dim=16, drop_path=0.1)
     config.augment.crop.probability = 1.0
     config.augment.mixup.probability = 0.5
     config.optimizer.ema_decay = 0.99

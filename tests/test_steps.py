@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from vitcls import losses, optim, rng, steps
 from vitcls import config as configs
+from vitcls import losses, optim, rng, steps
 from vitcls.state import create_state
 
 NUM_CLASSES = 3
@@ -30,7 +30,9 @@ def no_augment(keys, images, targets):
     return images.astype(jnp.float32) / 255, targets
 
 
-def build(*, l2=0.0, optimizer=None, schedule=lambda step: 0.1, accumulate=1, augment=no_augment, ema_decay=0.0, limit=3):
+def build(
+    *, l2=0.0, optimizer=None, schedule=lambda step: 0.1, accumulate=1, augment=no_augment, ema_decay=0.0, limit=3
+):
     optimizer = optimizer or optax.sgd(1.0)
     train_step = steps.make_train_step(
         model=Linear(),
@@ -161,7 +163,9 @@ def test_keys_depend_on_seed_step_and_place_and_not_on_the_layout():
     assert not np.array_equal(data(key), data(rng.step_key(0, jnp.int32(6))))
     assert not np.array_equal(data(key), data(rng.step_key(1, jnp.int32(5))))
     whole = data(rng.example_keys(key, 16, None))
-    mapped = jax.pmap(lambda k: rng.example_keys(k, 2, "data"), axis_name="data")(jax.random.wrap_key_data(np.stack([data(key)] * 8)))
+    mapped = jax.pmap(lambda k: rng.example_keys(k, 2, "data"), axis_name="data")(
+        jax.random.wrap_key_data(np.stack([data(key)] * 8))
+    )
     np.testing.assert_array_equal(data(mapped).reshape(16, -1), whole)
 
 

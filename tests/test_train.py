@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from vitcls import checkpoint, workdir
@@ -36,7 +38,12 @@ def start(config, directory, **popen):
     config_file.write_text(CONFIG.format(path=str(as_json)))
     command = [sys.executable, "-m", "vitcls.main", f"--config={config_file}", f"--workdir={directory}"]
     return subprocess.Popen(
-        command, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **popen
+        command,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        **popen,
     )
 
 
@@ -59,17 +66,15 @@ def losses(directory):
 
 
 def arrays(directory):
-    """Every file of numbers of the last checkpoint, restored without a template."""
-    import orbax.checkpoint as ocp
-
+    """All arrays of the last checkpoint, as numpy."""
     folder = directory / "checkpoints" / str(checkpoint.latest_whole(directory / "checkpoints", set_aside=False))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(folder / "tree")
+        saved = reader.metadata(folder / "tree").item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        return reader.restore(folder / "tree", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
 def assert_same_run(actual, expected):
-    import jax
-
     assert losses(actual) == losses(expected)
     a, b = arrays(actual), arrays(expected)
     assert jax.tree.structure(a) == jax.tree.structure(b)

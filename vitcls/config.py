@@ -180,7 +180,9 @@ def validate_metrics(config: ConfigDict, *, evaluates: bool) -> None:
                 "config.eval_every, or turn off what watches it"
             )
     if config.report.checkpoint == "best" and not evaluates:
-        raise UserError("config.report.checkpoint='best' needs a validation split; set config.dataset.validation above 0")
+        raise UserError(
+            "config.report.checkpoint='best' needs a validation split; set config.dataset.validation above 0"
+        )
 
 
 def to_json(config: ConfigDict) -> str:

@@ -1,6 +1,6 @@
 """Evaluate a workdir: predictions -> metrics -> report.
 
-    python -m vitcls.evaluate --workdir=DIR [--split=test] [--checkpoint=last|best|STEP] [--data_dir=DIR]
+python -m vitcls.evaluate --workdir=DIR [--split=test] [--checkpoint=last|best|STEP] [--data_dir=DIR]
 """
 
 import dataclasses
@@ -56,8 +56,16 @@ def split_batches(dataset: data.Dataset, split: str, layout: Partition, batch_si
 
 
 def write_report(
-    path: pathlib.Path, config, info: DatasetInfo, dataset: data.Dataset, evaluator: Evaluator, model, variables, *,
-    split: str, step: int,
+    path: pathlib.Path,
+    config,
+    info: DatasetInfo,
+    dataset: data.Dataset,
+    evaluator: Evaluator,
+    model,
+    variables,
+    *,
+    split: str,
+    step: int,
 ) -> dict:
     """Evaluates `variables` on a split, writes report/ in the workdir `path` and returns the metrics."""
     batches = split_batches(dataset, split, evaluator.layout, config.batch_size)
@@ -147,9 +155,7 @@ def evaluate(path: pathlib.Path, *, split: str = "test", checkpoint: str = "", d
     model = experiment.make_model(config, trained.info)
     variables = layout.replicate(trained.restore_variables(model, step))
     evaluator = make_evaluator(model, trained.info, layout)
-    return write_report(
-        path, config, trained.info, dataset, evaluator, model, variables, split=split, step=step
-    )
+    return write_report(path, config, trained.info, dataset, evaluator, model, variables, split=split, step=step)
 
 
 def main(argv: list[str]) -> None:

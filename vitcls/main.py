@@ -1,6 +1,6 @@
 """Train, evaluate and report; started again on the same workdir it resumes.
 
-    python -m vitcls.main --config=configs/vit_digits.py --workdir=DIR [--config.a.b=value ...] [--dry_run]
+python -m vitcls.main --config=configs/vit_digits.py --workdir=DIR [--config.a.b=value ...] [--dry_run]
 """
 
 import sys
@@ -15,8 +15,12 @@ from vitcls.train import train_and_evaluate
 
 def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "Path of the config, and after a colon its preset.", flag_values=values)
-    flags.DEFINE_string("workdir", None, "Where the run lives: config, metrics, checkpoints, report.", flag_values=values)
+    config_flags.DEFINE_config_file(
+        "config", None, "Path of the config, and after a colon its preset.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "workdir", None, "Where the run lives: config, metrics, checkpoints, report.", flag_values=values
+    )
     flags.DEFINE_bool("dry_run", False, "Check everything up to the first step by shapes alone.", flag_values=values)
     flags.DEFINE_string("coordinator", None, "host:port of process 0, for several processes.", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "How many processes take part.", flag_values=values)

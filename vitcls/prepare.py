@@ -1,49 +1,134 @@
 """Download and prepare a data set of TFDS, so that training finds it.
 
-    python -m vitcls.prepare NAME [--data_dir=DIR]
+python -m vitcls.prepare NAME [--data_dir=DIR]
 """
 
+import contextlib
+import multiprocessing
+import os
 import pathlib
 import shutil
+import signal
 import sys
+from collections.abc import Iterator
 
 from vitcls import cli
 from vitcls.data.tfds import BUILT_IN, find_builder
-from vitcls.errors import RunError, UserError
+from vitcls.errors import RunError, Stopped, UserError
 
 
-def prepare(name: str, data_dir: str = "") -> pathlib.Path:
-    """Prepares the set `name` and returns where it is; nothing that is half done stays.
+def prepare(name: str, data_dir: str = "") -> tuple[pathlib.Path, bool]:
+    """Prepares the set `name`, unless it is; returns where it is, and whether there was anything to do.
 
-    Raises UserError for an unknown name, RunError where it cannot be downloaded or must be fetched by hand.
+    Nothing half done stays; archives that were downloaded to their end stay for the next try. Raises UserError for an
+    unknown name, RunError where the set cannot be downloaded or must be fetched by hand, Stopped after a signal.
     """
     if name in BUILT_IN:
         raise UserError(f"'{name}' needs no preparation; it is used through config.dataset.name='{name}'")
     builder = find_builder(name, data_dir)
     place = pathlib.Path(builder.data_dir)
     if builder.info.splits:
-        return place
-    root = next(parent for parent in (place, *place.parents) if parent.exists())
-    before = set(root.rglob("*"))
+        return place, False
+    if place.exists():
+        raise RunError(f"{place} is there, but holds no prepared data set; move it away and prepare '{name}' again")
+    root = place.parents[builder.info.full_name.count("/")]  # place is root/name[/config]/version
+    downloads = root / "downloads" / builder.name
+    with _nothing_half_done([root / builder.name, downloads]), _sigterm_raises():
+        try:
+            failure = _prepare_in_child(name, data_dir, downloads)
+        except KeyboardInterrupt as interrupt:
+            number = interrupt.args[0] if interrupt.args else signal.SIGINT
+            raise Stopped(128 + number, "stopped; nothing half done was left") from None
+        if failure is not None:
+            raise RunError(
+                f"'{name}' could not be prepared in {place}: {failure}. It needs the network, or files that you fetch "
+                f"yourself into {root / 'downloads' / 'manual'}; nothing half done was left"
+            )
+    return place, True
+
+
+def _prepare_in_child(name: str, data_dir: str, downloads: pathlib.Path) -> str | None:
+    """Runs TFDS in a process of its own; returns why it failed, or None.
+
+    Its download threads cannot be stopped, but a process can: when this returns or raises, nothing is written any more.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_download_and_prepare, args=(name, data_dir, downloads, sender), daemon=True)
+    child.start()
+    sender.close()
     try:
-        builder.download_and_prepare()
-    except (Exception, KeyboardInterrupt) as error:  # TFDS fails in every way a network and an archive can
-        for path in sorted(set(root.rglob("*")) - before, reverse=True):
+        return receiver.recv()
+    except EOFError:
+        child.join()
+        return f"the process ended with code {child.exitcode}"
+    finally:
+        child.kill()
+        child.join()
+
+
+def _download_and_prepare(name: str, data_dir: str, downloads: pathlib.Path, sender) -> None:
+    """Sends None through `sender` once the set is prepared, else the reason why not."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    cli.quiet_libraries()
+    import tensorflow_datasets
+
+    if not sys.stderr.isatty():
+        tensorflow_datasets.disable_progress_bar()
+    config = tensorflow_datasets.download.DownloadConfig(manual_dir=downloads.parent / "manual")
+    try:
+        find_builder(name, data_dir).download_and_prepare(download_dir=downloads, download_config=config)
+    except Exception as error:  # TFDS fails in every way a network, an archive and a disk can
+        sender.send(" ".join(str(error).split())[:300] or type(error).__name__)
+    else:
+        sender.send(None)
+
+
+@contextlib.contextmanager
+def _nothing_half_done(folders: list[pathlib.Path]) -> Iterator[None]:
+    """On failure removes what was begun below `folders` meanwhile, and the directories that are left empty."""
+    before = {path for folder in folders for path in folder.rglob("*")}
+    parents = [path for folder in folders for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        new = [path for folder in folders for path in folder.rglob("*") if path not in before]
+        for path in filter(_is_partial, new):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise RunError(
-            f"'{name}' could not be prepared in {place}: {reason}. It needs the network, or files that you fetch "
-            "yourself; nothing half-written was left"
-        ) from None
-    return place
+        for path in sorted({*new, *parents}, reverse=True):
+            with contextlib.suppress(OSError):  # it is a file, or not empty, or gone
+                path.rmdir()
+        raise
+
+
+def _is_partial(path: pathlib.Path) -> bool:
+    """Whether TFDS names a file or directory so while it is being written, or writes it before it has any data."""
+    return path.name.startswith("incomplete.") or ".tmp." in path.name or path.name == ".config"
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt with its number, as Ctrl-C raises one without."""
+
+    def interrupt(number: int, frame) -> None:
+        raise KeyboardInterrupt(number)
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog="python -m vitcls.prepare", description=__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", help="such as cifar100, cifar10, mnist, fashion_mnist, imagenet2012")
-    parser.add_argument("--data_dir", default="", help="default: $TFDS_DATA_DIR or ~/tensorflow_datasets, as TFDS has it")
+    parser.add_argument(
+        "--data_dir", default="", help="default: $TFDS_DATA_DIR or ~/tensorflow_datasets, as TFDS has it"
+    )
     flags = parser.parse_args(argv)
-    print(f"{flags.name} is prepared in {prepare(flags.name, flags.data_dir)}")
+    place, prepared_now = prepare(flags.name, os.path.expanduser(flags.data_dir))
+    print(f"{flags.name} {'is now' if prepared_now else 'was already'} prepared in {place}")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ class Progress:
     def evaluated(self, scores: dict[str, float], config) -> "Progress":
         """Takes note of an evaluation: is it the best, and has early stopping run out of patience?"""
         score = scores[config.checkpoint.metric]
-        improved = self.best is None or (score > self.best if maximized(config.checkpoint.metric) else score < self.best)
+        improved = self.best is None or (
+            score > self.best if maximized(config.checkpoint.metric) else score < self.best
+        )
         early_stopping = self.early_stopping
         if config.early_stopping.patience:
             watched = scores[config.early_stopping.metric]

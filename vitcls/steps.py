@@ -82,9 +82,7 @@ def make_train_step(
             carry, _ = one_part(carry, examples | {"index": jnp.zeros((), jnp.int32)})
         else:
             # Strided parts keep every device's examples where they are: [B, ...] -> [B / A, A, ...] -> [A, B / A, ...]
-            parts = jax.tree.map(
-                lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), examples
-            )
+            parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), examples)
             carry, _ = jax.lax.scan(one_part, carry, parts | {"index": jnp.arange(accumulate)})
         batch_stats, summed = carry
         return batch_stats, *global_sum(summed)
@@ -130,8 +128,6 @@ def make_train_step(
         return state, sums | {"skipped": jnp.where(applied, 0.0, 1.0)}
 
     return train_step
-
-
 
 
 def _count_skips(counts: NonFinite, step: jax.Array, finite: jax.Array, limit: int) -> NonFinite:

@@ -1,7 +1,7 @@
 """What a run leaves on disk, and how it is found again.
 
-    config.json      the resolved config          metrics.jsonl        events of training and evaluation
-    dataset.json     classes, shape, mean, std    checkpoints/<step>/  see checkpoint.py
+config.json      the resolved config          metrics.jsonl        events of training and evaluation
+dataset.json     classes, shape, mean, std    checkpoints/<step>/  see checkpoint.py
 """
 
 import dataclasses
@@ -105,4 +105,8 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 def _flatten(tree, prefix: str = "") -> dict:
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {name: leaf for key, value in tree.items() for name, leaf in _flatten(value, f"{prefix}.{key}".lstrip(".")).items()}
+    return {
+        name: leaf
+        for key, value in tree.items()
+        for name, leaf in _flatten(value, f"{prefix}.{key}".lstrip(".")).items()
+    }

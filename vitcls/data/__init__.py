@@ -144,9 +144,7 @@ def decoded(split: Split, image_shape: tuple[int, int, int]) -> Split:
 TrainBatches = Resident | Streaming
 
 
-def train_batches(
-    dataset: Dataset, config, *, partition: Partition, batch_size: int, seed: int
-) -> TrainBatches:
+def train_batches(dataset: Dataset, config, *, partition: Partition, batch_size: int, seed: int) -> TrainBatches:
     """The training split behind the pipeline that the block `dataset` of a config asks for.
 
     Both have `data(step, length)`, what one call needs on the devices, and `open(data, step, length)`, which gives
@@ -202,6 +200,4 @@ def array_batches(split: Split, batch_size: int, rows: slice) -> Iterator[dict[s
             "mask": np.ones(count, np.float32),
         }
         pad = batch_size - count
-        yield {
-            name: np.concatenate([x, np.zeros((pad, *x.shape[1:]), x.dtype)])[rows] for name, x in batch.items()
-        }
+        yield {name: np.concatenate([x, np.zeros((pad, *x.shape[1:]), x.dtype)])[rows] for name, x in batch.items()}

@@ -25,7 +25,6 @@ SPLIT_FOLDERS = {
 }
 
 
-
 @dataclasses.dataclass(frozen=True)
 class FileImages:
     """Images in files; see `data.images.EncodedImages`."""

@@ -9,11 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+
+from vitcls.errors import UserError
 
 MAX_PIXELS = 2**26  # 67 megapixels; a file that claims more is not decoded
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such files are refused here
+# Only these readers see the bytes, whatever a file's name; none of them starts another program, as that of EPS does.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000")
+_GRAY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _WORTH_A_THREAD = 8_192  # bytes; Python holds its lock for most of the time that a smaller file takes
+# Bombs are refused here, and broken metadata of a good picture is of no interest. Set once: Pillow runs in threads, and
+# `warnings.catch_warnings` is for one thread only.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 Box = tuple[float, float, float, float]  # left, top, width, height in pixels
 
 
@@ -38,30 +46,32 @@ def examine(data: bytes) -> tuple[int, int, int]:
     """
     with _opened(data) as image:
         width, height = image.size
-        if image.getexif().get(0x0112, 1) >= 5:  # orientation: turned by a quarter
+        if _orientation(image) in (5, 6, 7, 8):  # turned by a quarter
             width, height = height, width
-        return width, height, 1 if image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16") else 3
+        return width, height, 1 if image.mode in _GRAY_MODES else 3
 
 
 def decode(data: bytes, *, size: int, channels: int, box: Box | None = None) -> np.ndarray:
     """Decodes an image to uint8 [size, size, channels], or with `size` 0 at its own size.
 
     The first frame, upright, is taken; CMYK, palettes and 16 bits are converted, transparency lies on white. It is
-    cropped to its central square, or to `box`, and resized with antialiasing. Raises BadImage.
+    cropped to its central square, or to `box` of the upright image, and resized with antialiasing. Raises BadImage.
     """
     with _opened(data) as image:
-        full_width = image.size[0]
         try:
+            scale = 1.0
             if size and image.format == "JPEG":  # decode no more pixels than the resizing needs
                 enough = 2 * size / min(image.size if box is None else box[2:])
-                image.draft(None, tuple(math.ceil(side * enough) for side in image.size))
-            image.load()
-            shrunk = image.size[0] / full_width
-            picture = _to_channels(ImageOps.exif_transpose(image), channels)
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
+                width = image.width
+                drafted = image.draft(None, tuple(math.ceil(side * enough) for side in image.size))
+                scale = drafted[1][2] / width if drafted else 1.0  # 1, 1/2, 1/4 or 1/8, though sides are rounded up
+            upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+            upright.load()
+            picture = _to_channels(upright, channels)
+            if size:
+                picture = _fit(picture, size, None if box is None else tuple(value * scale for value in box))
+        except Exception as error:  # Pillow's readers fail in too many ways on damaged bytes to be listed
             raise BadImage(f"cannot be decoded ({error})") from None
-    if size:
-        picture = _fit(picture, size, None if box is None else tuple(value * shrunk for value in box))
     return _to_array(picture)
 
 
@@ -74,7 +84,7 @@ def random_resized_crop_box(
 ) -> Box:
     """A random box in an image (Szegedy et al. 2015): a share of its area, and width / height, both in given ranges.
 
-    Where ten tries do not fit, the largest central box with a ratio in range.
+    Where ten tries do not fit, the largest central box with a ratio in range. All four are whole pixels.
     """
     for _ in range(10):
         target = width * height * rng.uniform(*area)
@@ -83,24 +93,45 @@ def random_resized_crop_box(
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
     shape = min(max(width / height, ratio[0]), ratio[1])
-    w, h = min(width, round(height * shape)), min(height, round(width / shape))
+    w, h = min(width, max(1, round(height * shape))), min(height, max(1, round(width / shape)))
     return (width - w) // 2, (height - h) // 2, w, h
 
 
 def decode_all(images: EncodedImages, *, size: int, channels: int) -> np.ndarray:
-    """Decodes a whole sequence, with one thread per core where images are large: uint8 [N, size, size, channels]."""
+    """Decodes a whole sequence, with one thread per core where images are large: uint8 [N, size, size, channels].
+
+    With `size` 0 the images keep their own size. Raises UserError for an image that cannot be decoded, or whose size
+    is not that of the first.
+    """
 
     def one(index: int) -> np.ndarray:
         try:
             return decode(images.read(index), size=size, channels=channels)
-        except BadImage as error:
-            raise BadImage(f"image {index} {error}") from None
+        except (BadImage, OSError) as error:
+            raise UserError(f"image {index} of the data set: {error}") from None
 
+    def place(index: int) -> None:
+        image = one(index)
+        if image.shape != decoded.shape[1:]:
+            raise UserError(
+                f"the images differ in size, from {first.shape[0]}x{first.shape[1]} (image 0) to "
+                f"{image.shape[0]}x{image.shape[1]} (image {index}); set config.dataset.image_size"
+            )
+        decoded[index] = image
+
+    if not len(images):
+        return np.zeros((0, size, size, channels), np.uint8)
+    first = one(0)
+    decoded = np.empty((len(images), *first.shape), np.uint8)
     sample = [len(images.read(index)) for index in range(min(len(images), 16))]
     if np.mean(sample) < _WORTH_A_THREAD:
-        return np.stack([one(index) for index in range(len(images))])
+        for index in range(len(images)):
+            place(index)
+        return decoded
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return np.stack(list(pool.map(one, range(len(images)))))
+        for _ in pool.map(place, range(len(images))):
+            pass  # brings up the first failure
+    return decoded
 
 
 def resize_all(images: np.ndarray, size: int) -> np.ndarray:
@@ -125,16 +156,25 @@ def _opened(data: bytes) -> Image.Image:
     if not data:
         raise BadImage("is empty")
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImage(f"claims more than {MAX_PIXELS:,} pixels") from None
-    except (OSError, SyntaxError, ValueError, EOFError):
+    except Exception:  # as in `decode`
         start = data[:200].lstrip().lower()
         kind = "an HTML page" if start.startswith((b"<!doctype html", b"<html")) else "not an image"
         raise BadImage(f"is {kind}") from None
-    if image.width * image.height > MAX_PIXELS:
-        raise BadImage(f"claims {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
+    if not 0 < image.width * image.height <= MAX_PIXELS:
+        raise BadImage(f"claims {image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are decoded")
     return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 .. 8, as the header has it; 1 where it has none or one that cannot be read."""
+    try:
+        # Not image.getexif(): PNG's would decode the whole picture to look for EXIF data behind it.
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # as in `decode`; the pixels may be good all the same
+        return 1
 
 
 def _fit(picture: Image.Image, size: int, box: Box | None) -> Image.Image:
@@ -151,14 +191,21 @@ def _fit(picture: Image.Image, size: int, box: Box | None) -> Image.Image:
 
 def _to_channels(image: Image.Image, channels: int) -> Image.Image:
     """The image in mode 'L' (1 channel) or 'RGB' (3)."""
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more; Pillow's own conversion would clip
-        values = np.asarray(image).astype(np.float64)
-        top = 65535.0 if image.mode != "F" or values.max(initial=0.0) > 255 else 255.0
-        image = Image.fromarray(np.clip(np.rint(values * 255 / top), 0, 255).astype(np.uint8))
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("L" if channels == 1 else "RGB")
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Gray integers of 16 bits, or floats in 0 .. 1, 0 .. 255 or 0 .. 65535, to uint8; Pillow's own way would clip."""
+    top = 65535
+    if values.dtype.kind == "f":
+        values = np.nan_to_num(values)
+        top = next((top for top in (1, 255) if values.max() <= top), 65535)
+    return np.rint(np.clip(values / top, 0, 1) * 255).astype(np.uint8)
 
 
 def _to_array(image: Image.Image) -> np.ndarray:

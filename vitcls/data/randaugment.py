@@ -147,9 +147,7 @@ def _look_up(tables: jax.Array, image: jax.Array) -> jax.Array:
 def _smooth(image: jax.Array) -> jax.Array:
     """PIL.ImageFilter.SMOOTH: a 3x3 mean with weight 5 in the middle; the border stays."""
     height, width, _ = image.shape
-    around = sum(
-        image[row : height - 2 + row, column : width - 2 + column] for row in range(3) for column in range(3)
-    )
+    around = sum(image[row : height - 2 + row, column : width - 2 + column] for row in range(3) for column in range(3))
     inner = jnp.round((around + 4 * image[1:-1, 1:-1]) / 13)
     return image.at[1:-1, 1:-1].set(inner)
 

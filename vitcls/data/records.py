@@ -1,11 +1,13 @@
 """Random access to TFRecord files, without TensorFlow: an index of where every record lies."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import pathlib
 import struct
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from vitcls.cache import cache_dir
 from vitcls.errors import UserError
 
 _HEADER, _FOOTER = 12, 4  # length uint64 and its CRC; then, after the record, its CRC
+Parse = Callable[[bytes], tuple[bytes, int]]  # record -> encoded image, label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +26,7 @@ class RecordImages:
     file_numbers: np.ndarray  # [N]
     offsets: np.ndarray  # [N], bytes
     lengths: np.ndarray  # [N], bytes
-    parse: Callable[[bytes], tuple[bytes, int]]  # record -> encoded image, label
+    parse: Parse
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -40,75 +43,109 @@ class RecordImages:
         )
 
     def _record(self, index: int) -> bytes:
+        # Opened for every read: a large set has more files than a process may hold open.
         with open(self.files[self.file_numbers[index]], "rb", buffering=0) as file:
             return os.pread(file.fileno(), int(self.lengths[index]), int(self.offsets[index]))
 
-    def read_labels(self) -> np.ndarray:
-        """The label of every record, int64 [N]; images are not decoded."""
-        labels = np.empty(len(self), np.int64)
-        for number, name in enumerate(self.files):
-            with open(name, "rb") as file:
-                for index in np.flatnonzero(self.file_numbers == number):
-                    file.seek(int(self.offsets[index]))
-                    labels[index] = self.parse(file.read(int(self.lengths[index])))[1]
-        return labels
 
+def index_records(files: Sequence[os.PathLike | str], parse: Parse) -> tuple[RecordImages, np.ndarray]:
+    """Returns the records of TFRecord files and their labels, int64 [N]; no image is decoded.
 
-def index_records(
-    files: Sequence[os.PathLike | str], parse: Callable[[bytes], tuple[bytes, int]]
-) -> tuple[RecordImages, np.ndarray]:
-    """Returns the records of TFRecord files and their labels, int64 [N]; the index is kept in the cache directory.
-
-    Raises UserError naming a file that is cut short or no TFRecord file.
+    All files are read once; the index is kept in the cache directory for as long as they stay as they are. Raises
+    UserError naming a file that is missing, cut short or damaged.
     """
     files = tuple(map(os.fspath, files))
     path = cache_dir() / "indexes" / f"{_fingerprint(files)}.npz"
-    names = ("file_numbers", "offsets", "lengths", "labels")
-    try:
-        with np.load(path) as stored:
-            arrays = {name: stored[name] for name in names}
-    except (OSError, ValueError, KeyError, EOFError):
-        arrays = None
+    arrays = _read_index(path)
     if arrays is None:
-        numbers, offsets, lengths = [], [], []
-        for number, name in enumerate(files):
-            for offset, length in _scan(name):
-                numbers.append(number)
-                offsets.append(offset)
-                lengths.append(length)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            tables = list(pool.map(lambda name: _scan(name, parse), files))
+        offsets, lengths, labels = np.concatenate([np.zeros((0, 3), np.int64), *tables]).T
         arrays = {
-            "file_numbers": np.asarray(numbers, np.int32),
-            "offsets": np.asarray(offsets, np.int64),
-            "lengths": np.asarray(lengths, np.int64),
+            "file_numbers": np.repeat(np.arange(len(files)), [len(table) for table in tables]),
+            "offsets": offsets,
+            "lengths": lengths,
+            "labels": labels,
         }
-        arrays["labels"] = RecordImages(files, **arrays, parse=parse).read_labels()
-        _store(path, arrays)
+        _store_index(path, arrays)
     labels = arrays.pop("labels")
     return RecordImages(files, **arrays, parse=parse), labels
 
 
-def _scan(name: str):
-    """Yields (offset, length) of every record of a file."""
+def _scan(name: str, parse: Parse) -> np.ndarray:
+    """Reads a file from end to end: (offset, length, label) of every record, int64 [N, 3]."""
     size = os.path.getsize(name)
+    rows = []
     with open(name, "rb") as file:
         place = 0
         while place < size:
-            file.seek(place)
             header = file.read(_HEADER)
-            length = struct.unpack("<Q", header[:8])[0] if len(header) == _HEADER else size
-            if place + _HEADER + length + _FOOTER > size:
+            length = struct.unpack("<Q", header[:8])[0] if _is_header(header) else size
+            end = place + _HEADER + length + _FOOTER
+            if end > size:
                 raise UserError(f"{name} is damaged or cut short at byte {place:,}; prepare the data set again")
-            yield place + _HEADER, length
-            place += _HEADER + length + _FOOTER
+            record = file.read(length)
+            try:
+                rows.append((place + _HEADER, length, parse(record)[1]))
+            except Exception as error:  # a protocol buffer can be damaged in many ways
+                raise UserError(
+                    f"the record at byte {place:,} of {name} cannot be read ({' '.join(str(error).split())[:200]}); "
+                    "prepare the data set again"
+                ) from None
+            file.read(_FOOTER)
+            place = end
+    return np.asarray(rows, np.int64).reshape(-1, 3)
+
+
+def _is_header(header: bytes) -> bool:
+    """Whether the 12 bytes before a record are a length and its checksum (TFRecord's masked CRC-32C)."""
+    if len(header) != _HEADER:
+        return False
+    checksum = crc32c(header[:8])
+    masked = ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    return masked == struct.unpack("<I", header[8:])[0]
+
+
+def crc32c(data: bytes) -> int:
+    """The CRC-32C (Castagnoli) of a few bytes, as RFC 3720 defines it."""
+    checksum = 0xFFFFFFFF
+    for byte in data:
+        checksum = _CRC_TABLE[(checksum ^ byte) & 0xFF] ^ checksum >> 8
+    return checksum ^ 0xFFFFFFFF
+
+
+def _crc_entry(value: int) -> int:
+    for _ in range(8):
+        value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+    return value
+
+
+_CRC_TABLE = tuple(map(_crc_entry, range(256)))
 
 
 def _fingerprint(files: Sequence[str]) -> str:
-    facts = [(os.path.abspath(name), os.path.getsize(name), os.stat(name).st_mtime_ns) for name in files]
+    try:
+        facts = [(os.path.abspath(name), os.path.getsize(name), os.stat(name).st_mtime_ns) for name in files]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}); prepare the data set again") from None
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
-def _store(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _read_index(path: pathlib.Path) -> dict[str, np.ndarray] | None:
+    try:
+        with np.load(path) as stored:
+            return {name: stored[name] for name in ("file_numbers", "offsets", "lengths", "labels")}
+    except Exception:  # whatever is wrong with the file, it is made anew
+        return None
+
+
+def _store_index(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Keeps the index, at once or not at all; a full disk only means that it is made again next time."""
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npz")
-    np.savez(temporary, **arrays)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(temporary, **arrays)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

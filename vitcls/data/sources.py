@@ -1,6 +1,8 @@
 """Where images come from: TFDS, a folder, an .npz file, scikit-learn's digits, or made up; all checked in one place."""
 
+import collections
 import pathlib
+import zipfile
 from collections.abc import Callable
 
 import numpy as np
@@ -23,13 +25,14 @@ def load(config) -> Dataset:
     _check(source)
     splits = dict(source.splits)
     if "test" not in splits:
-        rest, test = stratified_split(splits["train"].labels, config.test, config.split_seed)
-        splits |= {"train": splits["train"].take(rest), "test": splits["train"].take(test)}
+        rest, held = stratified_split(splits["train"].labels, config.test, config.split_seed, source.class_names)
+        splits |= {"train": splits["train"].take(rest), "test": splits["train"].take(held)}
+    labels = splits["train"].labels
     if config.num_folds:
-        rest, held = fold_split(splits["train"].labels, config.num_folds, config.fold, config.split_seed)
+        rest, held = fold_split(labels, config.num_folds, config.fold, config.split_seed, source.class_names)
         splits |= {"train": splits["train"].take(rest), "validation": splits["train"].take(held)}
     elif "validation" not in splits and config.validation:
-        rest, held = stratified_split(splits["train"].labels, config.validation, config.split_seed)
+        rest, held = stratified_split(labels, config.validation, config.split_seed, source.class_names)
         splits |= {"train": splits["train"].take(rest), "validation": splits["train"].take(held)}
     image_shape = _image_shape(source, config.image_size)
     if config.image_size:
@@ -49,7 +52,10 @@ def _check(source: Source) -> None:
     """Raises UserError for a set with which no classifier can be trained."""
     num_classes = len(source.class_names)
     if num_classes < 2:
-        raise UserError(f"the data set '{source.name}' has {num_classes} class; a classifier needs at least 2")
+        raise UserError(f"the data set '{source.name}' has {num_classes} classes; a classifier needs at least 2")
+    twice = [name for name, count in collections.Counter(source.class_names).items() if count > 1]
+    if twice:
+        raise UserError(f"two classes of '{source.name}' have the name '{twice[0]}'; give each its own")
     for name, split in source.splits.items():
         labels = split.labels
         if not len(labels):
@@ -60,7 +66,9 @@ def _check(source: Source) -> None:
             )
         if labels.min() < 0 or labels.max() >= num_classes:
             wrong = int(labels.min() if labels.min() < 0 else labels.max())
-            raise UserError(f"the {name} split of '{source.name}' has the label {wrong}, outside 0 .. {num_classes - 1}")
+            raise UserError(
+                f"the {name} split of '{source.name}' has the label {wrong}, outside 0 .. {num_classes - 1}"
+            )
     counts = np.bincount(source.splits["train"].labels, minlength=num_classes)
     if not counts.all():
         empty = source.class_names[int(np.argmin(counts))]
@@ -68,16 +76,25 @@ def _check(source: Source) -> None:
 
 
 def _image_shape(source: Source, image_size: int) -> tuple[int, int, int]:
-    channels = max(shape[2] for shape in source.shapes)
+    """H, W, C as the model will see the images; those in files may be gray and in colour, which makes them colour."""
+    channels = {shape[2] for shape in source.shapes}
+    in_memory = isinstance(source.splits["train"].images, np.ndarray)
+    if in_memory and len(channels) > 1:
+        raise UserError(f"the splits of '{source.name}' differ in channels: {' and '.join(map(str, sorted(channels)))}")
     if image_size:
-        return image_size, image_size, channels
+        return image_size, image_size, max(channels)
     sizes = sorted({shape[:2] for shape in source.shapes})
     if len(sizes) > 1:
         (h0, w0), (h1, w1) = sizes[0], sizes[-1]
         raise UserError(
             f"the images of '{source.name}' differ in size, from {h0}x{w0} to {h1}x{w1}; set config.dataset.image_size"
         )
-    return *sizes[0], channels
+    height, width = sizes[0]
+    if height != width and not in_memory:  # files are decoded to squares
+        raise UserError(
+            f"the images of '{source.name}' are {height}x{width}, not square; set config.dataset.image_size"
+        )
+    return height, width, max(channels)
 
 
 def _at_size(split: Split, image_shape: tuple[int, int, int]) -> Split:
@@ -118,59 +135,86 @@ _NPZ_KEYS = {
 
 def _npz(config) -> Source:
     """An .npz file with the keys of Keras (x_train, y_train, ...) or of MedMNIST (train_images, ...)."""
-    path = pathlib.Path(config.data_dir)
-    if not path.is_file():
+    path = pathlib.Path(config.data_dir).expanduser()
+    if not config.data_dir or not path.is_file():
         raise UserError(f"config.dataset.data_dir='{config.data_dir}' is not a file; give the .npz file")
+    arrays = _read_npz(path)
     splits = {}
-    try:
-        with np.load(path) as arrays:  # refuses pickles
-            for split, choices in _NPZ_KEYS.items():
-                for images_key, labels_key in choices:
-                    if images_key in arrays:
-                        if labels_key not in arrays:
-                            raise UserError(f"{path} has '{images_key}' but no '{labels_key}'")
-                        splits[split] = Split(
-                            _npz_images(path, images_key, arrays[images_key]),
-                            _npz_labels(path, labels_key, arrays[labels_key]),
-                        )
-            names = tuple(map(str, arrays["class_names"])) if "class_names" in arrays else None
-            keys = ", ".join(arrays.files)
-    except UserError:
-        raise
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as .npz without pickles: {error}") from None
+    for split, choices in _NPZ_KEYS.items():
+        for images_key, labels_key in choices:
+            if (images_key in arrays) != (labels_key in arrays):
+                found, missing = sorted((images_key, labels_key), key=arrays.__contains__, reverse=True)
+                raise UserError(f"{path} has '{found}' but no '{missing}'")
+            if images_key in arrays:
+                splits[split] = Split(
+                    _npz_images(path, images_key, arrays[images_key]),
+                    _npz_labels(path, labels_key, arrays[labels_key]),
+                )
     if "train" not in splits:
-        raise UserError(f"{path} has no 'x_train' or 'train_images'; it has {keys}")
-    if names is None:
-        names = tuple(map(str, range(int(splits["train"].labels.max()) + 1)))
+        raise UserError(f"{path} has no 'x_train' or 'train_images'; it has {', '.join(arrays) or 'nothing'}")
     shapes = tuple({split.images.shape[1:] for split in splits.values()})
-    return Source(path.stem, names, splits, shapes)
+    return Source(path.stem, _npz_class_names(path, arrays, splits["train"].labels), splits, shapes)
+
+
+def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of a file that vitcls has a use for; pickles are refused."""
+    wanted = {key for choices in _NPZ_KEYS.values() for pair in choices for key in pair} | {"class_names"}
+    try:
+        with zipfile.ZipFile(path):  # np.load takes other files too
+            pass
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in arrays.files if key in wanted}
+    except Exception as error:  # a damaged zip file or array header fails in too many ways to be listed
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} cannot be read as .npz without pickles: {reason}") from None
 
 
 def _npz_images(path: pathlib.Path, key: str, images: np.ndarray) -> np.ndarray:
+    """The images of one key as uint8 [N, H, W, C]."""
     if images.ndim == 3:
         images = images[..., None]
-    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
         raise UserError(f"'{key}' of {path} is {images.shape}; images are [N, H, W], [N, H, W, 1] or [N, H, W, 3]")
-    if images.dtype == np.uint8 or not images.size:
-        return images.astype(np.uint8)
-    low, high = images.min(), images.max()
-    if np.issubdtype(images.dtype, np.floating) and 0 <= low and high <= 1:
-        return np.rint(images * 255).astype(np.uint8)
-    if np.issubdtype(images.dtype, np.integer) and 0 <= low and high <= 255:
-        return images.astype(np.uint8)
-    raise UserError(
-        f"'{key}' of {path} is {images.dtype} from {low} to {high}; images are uint8, integers in 0 .. 255 "
-        "or floats in 0 .. 1"
-    )
+    if images.dtype == np.uint8:
+        return images
+    if images.dtype.kind in "iuf":
+        low, high = images.min(), images.max()
+        if images.dtype.kind == "f" and low >= 0 and high <= 1:
+            return np.rint(images * 255).astype(np.uint8)
+        if images.dtype.kind != "f" and low >= 0 and high <= 255:
+            return images.astype(np.uint8)
+        found = f"{images.dtype} from {low} to {high}"
+    else:
+        found = str(images.dtype)
+    raise UserError(f"'{key}' of {path} is {found}; images are uint8, integers in 0 .. 255 or floats in 0 .. 1")
 
 
 def _npz_labels(path: pathlib.Path, key: str, labels: np.ndarray) -> np.ndarray:
+    """The labels of one key as int32 [N]."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.number) or not np.all(labels == np.rint(labels)):
+    if labels.ndim != 1 or labels.dtype.kind not in "iuf" or not np.all(labels == np.rint(labels)):
         raise UserError(f"'{key}' of {path} is {labels.dtype} {labels.shape}; labels are whole numbers [N] or [N, 1]")
+    if len(labels) and not (labels.min() >= 0 and labels.max() < 2**31):
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        raise UserError(f"'{key}' of {path} has the label {wrong}; labels count the classes from 0")
     return labels.astype(np.int32)
+
+
+def _npz_class_names(path: pathlib.Path, arrays: dict[str, np.ndarray], labels: np.ndarray) -> tuple[str, ...]:
+    """The names given, else the numbers 0, 1, ... up to the last label, every one of which must be used."""
+    if "class_names" in arrays:
+        names = arrays["class_names"]
+        if names.ndim != 1 or names.dtype.kind not in "US":
+            raise UserError(f"'class_names' of {path} is {names.dtype} {names.shape}; it is a list of strings")
+        return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist())
+    used = np.unique(labels)
+    gaps = np.flatnonzero(used != np.arange(len(used)))
+    if len(gaps):
+        raise UserError(
+            f"{path} has no training image of class {gaps[0]}; labels count the classes from 0 without gaps"
+        )
+    return tuple(map(str, used.tolist()))
 
 
 SOURCES: dict[str, Callable] = {"digits": _digits, "synthetic": _synthetic, "folder": folder, "npz": _npz}

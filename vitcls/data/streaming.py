@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from vitcls.data import images as image_files
-from vitcls.data.order import epoch_order
 from vitcls.data.dataset import Split
+from vitcls.data.order import epoch_order
 from vitcls.partition import Partition
 
 _CHUNK = 32  # examples per task: large enough to hide the cost of calling Python, small enough to spread a batch

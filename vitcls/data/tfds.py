@@ -84,7 +84,9 @@ def _record_parser(builder, image_key: str, label_key: str) -> Callable[[bytes],
     features = builder.info.features
 
     def parse(record: bytes) -> tuple[bytes, int]:
-        example = features.deserialize_example_np(record, decoders={image_key: tensorflow_datasets.decode.SkipDecoding()})
+        example = features.deserialize_example_np(
+            record, decoders={image_key: tensorflow_datasets.decode.SkipDecoding()}
+        )
         return example[image_key], int(example[label_key])
 
     return parse

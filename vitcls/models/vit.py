@@ -310,7 +310,8 @@ class FeedForward(nn.Module):
     """The feed-forward network with the paper's remedy for weak local detail (section 2): [B, N, D] -> [B, N, D].
 
     h = act(W1 x); with `local_conv` h = h + act(depthwise3x3(h)) on the grid of tokens, the inner residual of a deep
-    activation; with `squeeze_excite` the channels of h are gated; then W2 h. A class token skips the convolution.
+    activation; with `squeeze_excite` the channels of h are gated; then W2 h. A class token skips the convolution,
+    so that with aggregation 'token' the last block's reaches the logits through `squeeze_excite` alone.
     """
 
     grid: tuple[int, int]

@@ -58,8 +58,16 @@ def write(
     (new / "metrics.json").write_text(text + "\n")
 
     drawings = {
-        "curves": ("Training", "Loss and accuracy, in training and on the validation split.", lambda: plots.curves(history)),
-        "learning_rate": ("Learning rate", "The rate of the update at each step.", lambda: plots.learning_rate(history)),
+        "curves": (
+            "Training",
+            "Loss and accuracy, in training and on the validation split.",
+            lambda: plots.curves(history),
+        ),
+        "learning_rate": (
+            "Learning rate",
+            "The rate of the update at each step.",
+            lambda: plots.learning_rate(history),
+        ),
         "confusion_matrix": (
             "Confusion matrix",
             "Each row shows what became of the images of one class.",
@@ -67,9 +75,7 @@ def write(
         ),
         "mistakes": (
             "Most confident mistakes",
-            "True class, prediction and its probability."
-            if metrics["accuracy"] < 1
-            else "every prediction is right.",
+            "True class, prediction and its probability." if metrics["accuracy"] < 1 else "every prediction is right.",
             lambda: plots.mistakes(labels, probabilities, class_names, images),
         ),
         "class_accuracy": (
