@@ -22,8 +22,7 @@ def private_cache(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
 
 
-@pytest.fixture
-def tiny_config():
+def make_tiny_config():
     """A config that trains in a second: 96 synthetic 8x8 images, an improved ViT with one block of width 16."""
     from vitcls.config import default_config
 
@@ -40,3 +39,18 @@ def tiny_config():
     config.augment.mixup.probability = 0.5
     config.optimizer.ema_decay = 0.99
     return config
+
+
+@pytest.fixture
+def tiny_config():
+    return make_tiny_config()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A workdir that was trained once for all tests that only read it, or write its report again."""
+    from vitcls.train import train_and_evaluate
+
+    path = tmp_path_factory.mktemp("trained") / "run"
+    train_and_evaluate(make_tiny_config(), path)
+    return path

@@ -1,6 +1,5 @@
 """One device, `data`, `fsdp` and `pmap` over eight devices, and two processes, are the same computation."""
 
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

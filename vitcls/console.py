@@ -18,11 +18,9 @@ _logger = logging.getLogger("vitcls")
 class ProgressBar(contextlib.AbstractContextManager):
     """Steps done, speed and time left: a bar on a terminal, one line per report elsewhere."""
 
-    def __init__(self, step: int, total: int, *, images_per_step: int):
-        self._total = total
-        self._start_step, self._start_time = step, time.perf_counter()
-        self._step = step
-        self._images_per_step = images_per_step
+    def __init__(self, step: int, total: int):
+        self._step, self._total = step, total
+        self._timed_from: tuple[int, float] | None = None  # (step, time) after the first call, which compiles
         shown = sys.stderr.isatty() and jax.process_index() == 0
         self._bar = tqdm(
             total=total, initial=step, unit="step", disable=not shown, dynamic_ncols=True, leave=False, smoothing=0.1
@@ -40,6 +38,8 @@ class ProgressBar(contextlib.AbstractContextManager):
     def advance(self, steps: int) -> None:
         self._step += steps
         self._bar.update(steps)
+        if self._timed_from is None:
+            self._timed_from = self._step, time.perf_counter()
 
     def report(self, step: int, event: dict[str, float]) -> None:
         """Shows an event of training in the bar or as a line, and an evaluation always as a line."""
@@ -48,10 +48,15 @@ class ProgressBar(contextlib.AbstractContextManager):
             return
         line = f"step {step:,}/{self._total:,}  {_words(event)}"
         if "train/seconds" in event:
-            done = max(step - self._start_step, 1)
-            left = (time.perf_counter() - self._start_time) / done * (self._total - step)
-            line += f"  {event['train/images_per_second']:,.0f} images/s  {tqdm.format_interval(left)} left"
+            line += f"  {event['train/images_per_second']:,.0f} images/s{self._time_left(step)}"
         _logger.info("%s", line)
+
+    def _time_left(self, step: int) -> str:
+        first, since = self._timed_from or (step, 0.0)
+        if step in (first, self._total):
+            return ""
+        seconds = (time.perf_counter() - since) / (step - first) * (self._total - step)
+        return f"  {tqdm.format_interval(seconds)} left"
 
 
 def _words(event: dict[str, float]) -> str:

@@ -32,7 +32,7 @@ def count_bytes(tree: PyTree) -> int:
 
 
 def flops_per_image(model: nn.Module, info: DatasetInfo) -> float:
-    """FLOPs of one forward pass of one image: 2 per multiply-add of products and convolutions, 1 per other operation."""
+    """FLOPs of one forward pass of one image, 2 per multiply-add; see `flops.count`."""
     return sum(_flops_by_part(model, info).values())
 
 
@@ -48,12 +48,13 @@ def log_start(config, info: DatasetInfo, plan: Plan, training: Training, layout:
     """Says what is about to run: devices, data, model and memory."""
     state = jax.eval_shape(training.create_state, jax.random.key(0))
     resident = info.num_examples["train"] * int(np.prod(info.image_shape)) if pipeline == "resident" else 0
+    epochs = plan.total / plan.steps_per_epoch
     lines = [
         f"devices   {devices_line()}, partition '{config.partition.strategy}'",
         f"data      {dataset_line(info)}; {pipeline}",
         f"          mean {_numbers(info.mean)}, std {_numbers(info.std)} of the training split",
-        f"training  {plan.total:,} steps of {config.batch_size} images, {plan.total / plan.steps_per_epoch:.1f} epochs, "
-        f"{plan.steps_per_call} steps per call",
+        f"training  {plan.total:,} steps of {config.batch_size} images, {epochs:.1f} epochs; "
+        f"{plan.steps_per_call} steps in one call",
         f"memory    {mebibytes(layout.bytes_per_device(state))} of state and {mebibytes(resident)} of images a device, "
         "and the activations",
         f"model     {config.model.name}",

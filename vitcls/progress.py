@@ -16,7 +16,7 @@ class Progress:
     interval_seconds: float = 0.0  # of which since the last log
     best: float | None = None  # of config.checkpoint.metric
     improved: bool = False  # whether the last evaluation was the best
-    early_stopping: EarlyStopping = EarlyStopping()
+    early_stopping: EarlyStopping = dataclasses.field(default_factory=EarlyStopping)
     finished: bool = False  # stopped early
 
     def trained(self, seconds: float) -> "Progress":

@@ -89,7 +89,7 @@ def fit(
         ) as checkpoints,
         MetricWriter(path, rewind_to=step) as writer,
         StopSignal() as stop,
-        ProgressBar(step, plan.total, images_per_step=config.batch_size) as bar,
+        ProgressBar(step, plan.total) as bar,
     ):
         while step < plan.total and not progress.finished:
             before, step = step, min(step + plan.steps_per_call, plan.total)

@@ -1,0 +1,198 @@
+"""The commands as a user meets them: what they print, and how they end."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitcls import cli, config, evaluate, main, predict, workdir
+from vitcls.errors import UserError
+
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DIGITS = f"--config={REPOSITORY}/configs/vit_digits.py"
+
+
+def run(command, arguments, capsys):
+    """(exit code, stdout, stderr) of a command in this process."""
+    saved = sys.argv
+    try:
+        code = cli.run(command, arguments)
+    finally:
+        sys.argv = saved
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--workdir=x"], "--config=FILE is missing"),
+        ([DIGITS], "--workdir=DIR is missing"),
+        ([DIGITS, "--workdir=x", "--wrkdir=y"], "wrkdir"),
+        ([DIGITS, "--workdir=x", "extra"], "'extra' is not a flag"),
+        (["--config=configs/nothing.py", "--workdir=x"], "configs/nothing.py"),
+        ([DIGITS, "--workdir=x", "--config.batch_sise=3"], "did you mean 'batch_size'?"),
+        ([DIGITS, "--workdir=x", "--config.model.hiden_dim=3"], "did you mean 'model.hidden_dim'?"),
+        ([DIGITS, "--workdir=x", "--config.optimiser.name=adam"], "did you mean 'optimizer.name'?"),
+        ([DIGITS, "--workdir=x", "--config.batch_size=many"], "config.batch_size=many"),
+        ([DIGITS, "--workdir=x", "--config.model.depth=deep"], "config.model.depth=deep"),
+        ([DIGITS, "--workdir=x", "--config.batch_size=0"], "config.batch_size=0 is impossible"),
+        ([DIGITS, "--workdir=x", "--config.batch_size=130"], "cannot be divided over 8 devices"),
+        ([DIGITS, "--workdir=x", "--config.optimizer.accumulate=3"], "config.optimizer.accumulate=3"),
+        ([DIGITS, "--workdir=x", "--config.model.name=improved_vit_tinny"], "did you mean 'improved_vit_tiny'?"),
+        ([DIGITS, "--workdir=x", "--config.model.patch_size=3"], "patch_size=3"),
+        ([DIGITS, "--workdir=x", "--config.model.num_heads=5"], "num_heads"),
+        ([DIGITS, "--workdir=x", "--config.model.aggregation=max"], "aggregation"),
+        ([DIGITS, "--workdir=x", "--config.dataset.name=cifar1000"], "did you mean 'cifar100'?"),
+        (
+            [DIGITS, "--workdir=x", "--config.dataset.name=mnist", "--config.dataset.data_dir=/nowhere"],
+            "vitcls.prepare mnist",
+        ),
+        ([DIGITS, "--workdir=x", "--config.total=-3 epochs"], "config.total"),
+        ([DIGITS, "--workdir=x", "--config.total=3"], "a duration needs a unit"),
+        ([DIGITS, "--workdir=x", "--config.eval_every=1 epoks"], "did you mean 'epochs'?"),
+        ([DIGITS, "--workdir=x", "--config.optimizer.name=adamm"], "did you mean 'adam"),
+        ([DIGITS, "--workdir=x", "--config.optimizer.learning_rate=-1"], "learning_rate=-1"),
+        ([DIGITS, "--workdir=x", "--config.schedule.name=cosin"], "did you mean 'cosine'?"),
+        ([DIGITS, "--workdir=x", "--config.schedule.warmup=200%"], "warmup"),
+        ([DIGITS, "--workdir=x", "--config.partition.strategy=fdsp"], "did you mean 'fsdp'?"),
+        ([DIGITS, "--workdir=x", "--config.augment.flip.probability=2"], "config.augment.flip.probability=2"),
+        ([DIGITS, "--workdir=x", "--config.checkpoint.metric=eval/acuracy"], "did you mean 'eval/accuracy'?"),
+        ([DIGITS, "--workdir=x", "--config.dataset.validation=0", "--config.report.checkpoint=best"], "validation"),
+        ([DIGITS, "--workdir=x", "--config.loss.class_weights=(1.0,2.0)"], "class_weights"),
+        ([DIGITS, "--workdir=x", "--config.dataset.mean=(1.0,2.0)"], "config.dataset.mean has 2 values"),
+    ],
+    ids=lambda value: value[-1].removeprefix("--") if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_code_2(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(main.main, arguments, capsys)
+    complaint = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2, err
+    assert len(complaint) == 1
+    assert words in complaint[0]
+    assert "Traceback" not in err
+    assert not out
+    assert not list(tmp_path.iterdir())
+
+
+def test_overrides_change_values_and_keep_types(capsys):
+    values = main.parse(
+        [DIGITS, "--workdir=w", "--config.model.depth=7", "--config.dataset.mean=(0.5,)", "--config.seed=3"]
+    )
+    assert values.config.model.depth == 7
+    assert values.config.dataset.mean == (0.5,)
+    assert values.config.seed == 3
+    with pytest.raises((AttributeError, KeyError)):
+        values.config.new_key = 1
+
+
+def test_a_resolved_config_survives_json(tiny_config):
+    resolved = config.resolve(tiny_config)
+    assert config.from_json(config.to_json(resolved)).to_dict() == resolved.to_dict()
+    assert resolved.model.hidden_dim == 16
+    assert resolved.model.aggregation is not None
+
+
+def test_presets_change_values_and_not_keys():
+    def keys(tree):
+        return {key: keys(value) if isinstance(value, dict) else None for key, value in tree.items()}
+
+    default = config.default_config("improved_vit_tiny").to_dict()
+    for path in ("vit_digits.py", "vit_cifar100.py", "vit_cifar100.py:tiny"):
+        loaded = main.parse([f"--config={REPOSITORY}/configs/{path}", "--workdir=x"]).config
+        assert keys(loaded.to_dict()) == keys(default)
+        config.validate(config.resolve(loaded))
+    with pytest.raises(UserError, match="did you mean 'tiny'"):
+        main.parse([f"--config={REPOSITORY}/configs/vit_cifar100.py:tinny", "--workdir=x"])
+
+
+def test_evaluate_needs_nothing_but_the_workdir(trained, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    before = json.loads((trained / "report" / "metrics.json").read_text())
+    code, out, err = run(evaluate.main, [f"--workdir={trained}"], capsys)
+    assert code == 0, err
+    after = json.loads((trained / "report" / "metrics.json").read_text())
+    for key in ("loss", "accuracy", "auc_ovr_macro", "ece", "parameters", "flops_per_image", "per_class"):
+        assert after[key] == pytest.approx(before[key], rel=1e-4) or after[key] == before[key]
+    assert str(trained / "report" / "index.html") in out
+    code, out, err = run(evaluate.main, [f"--workdir={trained}", "--split=validation", "--checkpoint=4"], capsys)
+    assert code == 0, err
+    assert json.loads((trained / "report" / "metrics.json").read_text())["split"] == "validation"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--workdir=nowhere"], "is not the workdir of a run"),
+        (["--workdir={trained}", "--checkpoint=5"], "checkpoint '5' is not there"),
+        (["--workdir={trained}", "--split=tset"], "--split"),
+        ([], "--workdir"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(trained, arguments, words, capsys):
+    code, _, err = run(evaluate.main, [argument.format(trained=trained) for argument in arguments], capsys)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert words in err
+
+
+def test_predict_labels_files_and_names_those_it_cannot_read(trained, capsys, tmp_path):
+    good = tmp_path / "good.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(good)
+    page = tmp_path / "page.jpg"
+    page.write_text("<html>not found</html>")
+    files = [str(good), str(page), str(tmp_path / "missing.png"), str(good)]
+
+    code, out, err = run(predict.main, [f"--workdir={trained}", "--json", *files], capsys)
+    assert code == 2
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["file"] for row in rows] == [str(good), str(good)]
+    assert sum(row["probability"] for row in rows[0]["top"]) == pytest.approx(1, abs=1e-4)  # 3 classes in all
+    assert [row["probability"] for row in rows[0]["top"]] == sorted(
+        (r["probability"] for r in rows[0]["top"]), reverse=True
+    )
+    assert "page.jpg" in err and "missing.png" in err and "good.png" not in err
+
+    code, out, _ = run(predict.main, [f"--workdir={trained}", str(good)], capsys)
+    assert code == 0
+    assert out.splitlines()[0] == str(good)
+    assert "%" in out.splitlines()[1]
+
+
+def test_predict_agrees_with_the_report(trained):
+    """The same picture gives the same probabilities from a file as from the data set."""
+    opened = workdir.open_workdir(trained)
+    from vitcls import data
+
+    dataset = data.load(opened.config.dataset)
+    image = Image.fromarray(dataset.test.images[0])
+    path = trained.parent / "first.png"
+    image.save(path)
+    ((_, probabilities),) = predict.predict(opened, [path])
+    model = evaluate.experiment.make_model(opened.config, opened.info)
+    variables = opened.restore_variables(model, opened.find_step("last"))
+    images = (dataset.test.images[:1] / 255.0 - np.array(opened.info.mean)) / np.array(opened.info.std)
+    logits = np.asarray(model.apply(variables, images.astype(np.float32), train=False))[0]
+    np.testing.assert_allclose(probabilities, np.exp(logits) / np.exp(logits).sum(), rtol=1e-3)
+
+
+def test_the_installed_script_knows_the_verbs(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vitcls", "evalute"])
+    assert cli.main() == 2
+    assert "did you mean 'evaluate'?" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["vitcls", "predict", "--workdir=nowhere", "x.png"])
+    assert cli.main() == 2
+    assert "nowhere is not the workdir of a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["vitcls.models", "vitcls.steps"])
+def test_the_core_loads_no_heavy_library(module):
+    heavy = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn")
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert done.stdout.strip() == "[]"
