@@ -94,7 +94,7 @@ def test_no_whole_checkpoint_is_an_error_and_no_checkpoint_is_a_new_run(tmp_path
     assert checkpoint.latest_whole(tmp_path / "new", set_aside=True) is None
     save(tmp_path, {3: None})
     os.truncate(array_file(tmp_path, 3), 10)
-    with pytest.raises(RunError, match="no checkpoint in .* is whole"):
+    with pytest.raises(RunError, match=r"no checkpoint in .* is whole"):
         checkpoint.latest_whole(tmp_path, set_aside=False)
 
 

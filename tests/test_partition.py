@@ -1,5 +1,10 @@
 """One device, `data`, `fsdp` and `pmap` over eight devices, and two processes, are the same computation."""
 
+import json
+import socket
+import subprocess
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,9 +13,10 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from vitcls import config as configs
-from vitcls import data, experiment, partition, steps
+from vitcls import data, experiment, partition, steps, workdir
 from vitcls.errors import UserError
 from vitcls.models.layers import Dropout
+from vitcls.train import train_and_evaluate
 
 
 class BatchNormNet(nn.Module):
@@ -39,7 +45,7 @@ def layouts():
 
 
 def train(config, layout, *, batch_norm=False):
-    """Trains six steps in two calls; returns the state and the sums on the host, and the evaluation of the test split."""
+    """Trains six steps in two calls; returns, on the host, the state, the sums and the test evaluation."""
     config = configs.resolve(config)
     dataset = data.load(config.dataset)
     info = data.describe(dataset, config.dataset)
@@ -129,3 +135,48 @@ def test_rows_reach_the_devices_in_order():
         put = layout.put_batch(rows, stacked=True)["x"]
         host = np.asarray(put)
         np.testing.assert_array_equal(np.moveaxis(host, 0, 1).reshape(2, 16) if name == "pmap" else host, rows["x"])
+
+
+TWO_PROCESSES = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+from vitcls import checkpoint, cli
+from vitcls import config as configs
+from vitcls.train import train_and_evaluate
+
+port, process, strategy, pipeline, workdir = sys.argv[1:]
+cli.start_jax(f"localhost:{port}", 2, int(process))
+config = configs.from_json(open(workdir + ".json").read()).unlock()
+config.partition.strategy, config.dataset.pipeline = strategy, pipeline
+config.partition.min_shard_elements = 64
+train_and_evaluate(config.lock(), workdir)
+"""
+
+
+@pytest.mark.parametrize(("strategy", "pipeline"), [("data", "streaming"), ("fsdp", "resident"), ("pmap", "streaming")])
+def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, tmp_path, strategy, pipeline):
+    tiny_config.optimizer.name = "sgd"
+    tiny_config.optimizer.learning_rate = 0.1
+    alone = tmp_path / "alone"
+    train_and_evaluate(tiny_config, alone)
+
+    together = tmp_path / "together"
+    (tmp_path / "together.json").write_text(configs.to_json(configs.resolve(tiny_config)))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", TWO_PROCESSES, str(port)]
+    processes = [
+        subprocess.Popen([*command, str(i), strategy, pipeline, str(together)], stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+    one, two = (workdir.open_workdir(path) for path in (alone, together))
+    model = experiment.make_model(one.config, one.info)
+    assert_close(two.restore_variables(model, 12), one.restore_variables(model, 12))
+    ours, theirs = (json.loads((path / "report" / "metrics.json").read_text()) for path in (alone, together))
+    assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+    assert theirs["accuracy"] == ours["accuracy"]

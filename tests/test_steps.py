@@ -13,6 +13,7 @@ from vitcls.state import create_state
 
 NUM_CLASSES = 3
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1), np.uint8)
+EVERY = np.ones(8, np.float32)
 LABELS = np.array([0, 1, 2, 0, 1, 2, 0, 1], np.int32)
 
 
@@ -60,11 +61,11 @@ def build(
     return jax.jit(train_step), state
 
 
-def batch(mask=np.ones(8, np.float32), images=IMAGES):
+def batch(mask=EVERY, images=IMAGES):
     return {"image": jnp.asarray(images), "label": jnp.asarray(LABELS), "mask": jnp.asarray(mask, jnp.float32)}
 
 
-def by_hand(params, mask=np.ones(8), l2=0.0):
+def by_hand(params, mask=EVERY, l2=0.0):
     """Loss and gradients of softmax regression in float64; L2 on the kernel alone."""
     kernel, bias = (np.asarray(params["Dense_0"][name], np.float64) for name in ("kernel", "bias"))
     x = (IMAGES.reshape(8, -1) / 255 - 0.5) / 0.25

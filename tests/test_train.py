@@ -140,7 +140,7 @@ def test_another_config_does_not_touch_the_run_that_is_there(tiny_config, tmp_pa
     train_and_evaluate(tiny_config, tmp_path)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     tiny_config.optimizer.learning_rate = 0.5
-    with pytest.raises(UserError, match="optimizer.learning_rate was 0.001, is 0.5; use another --workdir"):
+    with pytest.raises(UserError, match=r"optimizer.learning_rate was 0.001, is 0.5; use another --workdir"):
         train_and_evaluate(tiny_config, tmp_path)
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 

@@ -126,7 +126,7 @@ def latest_whole(directory: os.PathLike | str, *, set_aside: bool) -> int | None
         if problem is None:
             return step
         _logger.warning("checkpoint %s is passed over: %s", folder, problem)
-        if set_aside and jax.process_index() == 0:
+        if set_aside:
             folder.rename(_free_name(folder))
     if found:
         raise RunError(f"no checkpoint in {directory} is whole; restore one from a copy, or start in another workdir")

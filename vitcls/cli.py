@@ -48,12 +48,24 @@ def run(command: Callable[[list[str]], int | None], argv: list[str] | None = Non
 def quiet_libraries() -> None:
     """Sends the words of vitcls to stderr, one plain line each, and only the complaints of the libraries."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    handler = logging.StreamHandler()
+    handler = _CurrentStderr()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("vitcls")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+class _CurrentStderr(logging.StreamHandler):
+    """Writes to whatever sys.stderr is now, not to what it was when logging was set up."""
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value) -> None:
+        pass
 
 
 def start_jax(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
@@ -62,6 +74,7 @@ def start_jax(coordinator: str | None = None, num_processes: int | None = None, 
 
     if coordinator is not None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # programs that overlap could wait for each other
         jax.distributed.initialize(coordinator, num_processes, process_id)
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
 

@@ -3,6 +3,7 @@
 python -m vitcls.main --config=configs/vit_digits.py --workdir=DIR [--config.a.b=value ...] [--dry_run]
 """
 
+import os
 import sys
 
 from absl import flags
@@ -34,6 +35,9 @@ def parse(argv: list[str]) -> flags.FlagValues:
     values = define_flags()
     overrides = [argument for argument in argv if argument.lstrip("-").startswith("config.")]
     others = [argument for argument in argv if argument not in overrides]
+    path = next((text.partition("=")[2] for text in others if text.lstrip("-").startswith("config=")), "")
+    if path and not os.path.isfile(path.partition(":")[0]):
+        raise UserError(f"the config file '{path.partition(':')[0]}' is not there; see the directory configs/")
     try:
         sys.argv = [sys.argv[0], *others]
         values(sys.argv)  # config_flags reads overrides from sys.argv
@@ -46,6 +50,10 @@ def parse(argv: list[str]) -> flags.FlagValues:
         rest = values(sys.argv)[1:]
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever a config file can do
+        raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}") from None
     if rest:
         raise UserError(f"'{rest[0]}' is not a flag; did you mean --{rest[0]}?")
     return values

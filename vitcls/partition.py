@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vitcls.errors import UserError
@@ -162,3 +163,9 @@ def all_devices(strategy: str, *, min_shard_elements: int = 1) -> Partition:
     """The partition over all devices of all processes."""
     mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
     return Partition(strategy, mesh, min_shard_elements)
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process has come to this point, which `what` names."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)

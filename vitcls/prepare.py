@@ -4,6 +4,7 @@ python -m vitcls.prepare NAME [--data_dir=DIR]
 """
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import pathlib
@@ -32,7 +33,7 @@ def prepare(name: str, data_dir: str = "") -> tuple[pathlib.Path, bool]:
     if place.exists():
         raise RunError(f"{place} is there, but holds no prepared data set; move it away and prepare '{name}' again")
     root = place.parents[builder.info.full_name.count("/")]  # place is root/name[/config]/version
-    downloads = root / "downloads" / builder.name
+    downloads = root / "downloads" / builder.name  # as TFDS has it
     with _nothing_half_done([root / builder.name, downloads]), _sigterm_raises():
         try:
             failure = _prepare_in_child(name, data_dir, downloads)
@@ -71,13 +72,16 @@ def _download_and_prepare(name: str, data_dir: str, downloads: pathlib.Path, sen
     """Sends None through `sender` once the set is prepared, else the reason why not."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     cli.quiet_libraries()
+    logging.disable(logging.WARNING)  # every attempt to connect would be told of
     import tensorflow_datasets
+    from tensorflow_datasets.core.download import downloader
 
+    downloader.MAX_RETRIES = 5  # with TFDS's pauses 6 seconds; its own 10 take 3 minutes to find that one is offline
     if not sys.stderr.isatty():
         tensorflow_datasets.disable_progress_bar()
-    config = tensorflow_datasets.download.DownloadConfig(manual_dir=downloads.parent / "manual")
+    config = tensorflow_datasets.download.DownloadConfig(extract_dir=downloads / "extracted")  # not shared between sets
     try:
-        find_builder(name, data_dir).download_and_prepare(download_dir=downloads, download_config=config)
+        find_builder(name, data_dir).download_and_prepare(download_config=config)
     except Exception as error:  # TFDS fails in every way a network, an archive and a disk can
         sender.send(" ".join(str(error).split())[:300] or type(error).__name__)
     else:

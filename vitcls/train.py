@@ -45,7 +45,10 @@ def train_and_evaluate(config: configs.ConfigDict, path: os.PathLike | str, *, d
         overview.log_first_step(config, info, training)
         return {}
 
-    workdir.begin(path, config, info)
+    if jax.process_index() == 0:
+        workdir.begin(path, config, info)
+        checkpoint.latest_whole(path / workdir.CHECKPOINTS, set_aside=True)
+    partition.wait_for_all("the workdir is ready")
     evaluator = evaluate.make_evaluator(training.model, info, layout)
     batches = data.train_batches(
         dataset, config.dataset, partition=layout, batch_size=config.batch_size, seed=config.seed
@@ -87,7 +90,7 @@ def fit(
         checkpoint.Checkpoints(
             path / workdir.CHECKPOINTS, keep=config.checkpoint.keep, metric=config.checkpoint.metric
         ) as checkpoints,
-        MetricWriter(path, rewind_to=step) as writer,
+        MetricWriter(path, rewind_to=step, active=jax.process_index() == 0) as writer,
         StopSignal() as stop,
         ProgressBar(step, plan.total) as bar,
     ):
@@ -139,7 +142,7 @@ def start_or_resume(
     """The state, the sums of the open logging interval, the progress and the step to go on from."""
     state, sums = layout.init(training.create_state, jax.random.key(config.seed)), new_sums(layout)
     progress = Progress()
-    step = checkpoint.latest_whole(path / workdir.CHECKPOINTS, set_aside=True)
+    step = checkpoint.latest_whole(path / workdir.CHECKPOINTS, set_aside=False)
     if step is None:
         return state, sums, progress, 0
     template = {"state": layout.to_savable(state), "sums": layout.to_savable(sums)}
@@ -171,15 +174,15 @@ class Update:
         It waits for the call before this one: the host stays one call ahead, not more, so the time is true.
         """
         length = after - before
-        with jax.transfer_guard("disallow"):
+        start = time.perf_counter()
+        batches = self._batches.data(before, length)
+        if length not in self._compiled:
+            self._compiled[length] = self._compile(state, sums, batches, length)
             start = time.perf_counter()
-            batches = self._batches.data(before, length)
-            if length not in self._compiled:
-                self._compiled[length] = self._compile(state, sums, batches, length)
-                start = time.perf_counter()
+        with jax.transfer_guard("disallow"):
             state, new_sums = self._compiled[length](state, sums, batches)
-            jax.block_until_ready(sums)
-            return state, new_sums, time.perf_counter() - start
+        jax.block_until_ready(sums)
+        return state, new_sums, time.perf_counter() - start
 
     def _compile(self, state: TrainState, sums: steps.Sums, batches: Any, length: int) -> Callable:
         call = steps.make_train_call(

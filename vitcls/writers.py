@@ -14,14 +14,16 @@ METRICS_FILE = "metrics.jsonl"
 class MetricWriter(contextlib.AbstractContextManager):
     """Appends events to metrics.jsonl: one JSON object a line, `step` and then names such as `train/loss`.
 
-    A run that is resumed from a checkpoint says again what the killed one had said after it: `rewind` drops those.
+    Only the first of several processes writes (`active`). A run that is resumed from a checkpoint says again what the
+    killed one had said after it: that is dropped first.
     """
 
-    def __init__(self, workdir: os.PathLike | str, *, rewind_to: int):
-        self._path = pathlib.Path(workdir) / METRICS_FILE
-        _rewind(self._path, rewind_to)
-        self._file = open(self._path, "a")  # noqa: SIM115 (closed by __exit__)
-        self._tensorboard = _tensorboard_writer(workdir)
+    def __init__(self, workdir: os.PathLike | str, *, rewind_to: int, active: bool = True):
+        path = pathlib.Path(workdir) / METRICS_FILE
+        if active:
+            _rewind(path, rewind_to)
+        self._file = open(path if active else os.devnull, "a")  # noqa: SIM115 (closed by __exit__)
+        self._tensorboard = _tensorboard_writer(workdir) if active else None
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one event; a value that is not finite becomes null."""
