@@ -20,6 +20,7 @@ def get_config():
     config.dataset.name = "digits"
     config.dataset.validation = 0.1
     config.augment.crop = dict(probability=1.0, padding=1)
+    config.augment.rotate = dict(probability=0.5, degrees=10.0)
 
     config.model.stem = "patch"
     config.model.patch_size = 2
@@ -29,7 +30,7 @@ def get_config():
     config.model.mlp_dim = 128
 
     config.optimizer.name = "adam"
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 4e-3
     config.loss.l2 = 1e-4
     config.loss.label_smoothing = 0.1
     config.schedule.warmup = "5%"

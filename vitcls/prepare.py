@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator
 
 from vitcls import cli
@@ -83,7 +84,7 @@ def _download_and_prepare(name: str, data_dir: str, downloads: pathlib.Path, sen
     try:
         find_builder(name, data_dir).download_and_prepare(download_config=config)
     except Exception as error:  # TFDS fails in every way a network, an archive and a disk can
-        sender.send(" ".join(str(error).split())[:300] or type(error).__name__)
+        sender.send(textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__)
     else:
         sender.send(None)
 

@@ -22,11 +22,13 @@ class MetricWriter(contextlib.AbstractContextManager):
         path = pathlib.Path(workdir) / METRICS_FILE
         if active:
             _rewind(path, rewind_to)
-        self._file = open(path if active else os.devnull, "a")  # noqa: SIM115 (closed by __exit__)
+        self._file = open(path, "a") if active else None  # noqa: SIM115 (closed by __exit__)
         self._tensorboard = _tensorboard_writer(workdir) if active else None
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one event; a value that is not finite becomes null."""
+        if self._file is None:
+            return
         values = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
@@ -35,13 +37,16 @@ class MetricWriter(contextlib.AbstractContextManager):
 
     def sync(self) -> None:
         """Returns when all that was written would outlive the machine."""
+        if self._file is None:
+            return
         os.fsync(self._file.fileno())
         if self._tensorboard is not None:
             self._tensorboard.flush()
 
     def __exit__(self, *error) -> None:
         self.sync()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 

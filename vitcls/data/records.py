@@ -6,6 +6,7 @@ import hashlib
 import os
 import pathlib
 import struct
+import textwrap
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -88,9 +89,9 @@ def _scan(name: str, parse: Parse) -> np.ndarray:
             try:
                 rows.append((place + _HEADER, length, parse(record)[1]))
             except Exception as error:  # a protocol buffer can be damaged in many ways
+                reason = textwrap.shorten(str(error), 200, placeholder=" ...")
                 raise UserError(
-                    f"the record at byte {place:,} of {name} cannot be read ({' '.join(str(error).split())[:200]}); "
-                    "prepare the data set again"
+                    f"the record at byte {place:,} of {name} cannot be read ({reason}); prepare the data set again"
                 ) from None
             file.read(_FOOTER)
             place = end

@@ -2,6 +2,7 @@
 
 import collections
 import pathlib
+import textwrap
 import zipfile
 from collections.abc import Callable
 
@@ -165,7 +166,7 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files if key in wanted}
     except Exception as error:  # a damaged zip file or array header fails in too many ways to be listed
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
         raise UserError(f"{path} cannot be read as .npz without pickles: {reason}") from None
 
 
