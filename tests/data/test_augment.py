@@ -328,7 +328,8 @@ def test_trivialaugment_draws_its_strength():
     images = np.full((1500, 3, 3, 1), 100, np.uint8)
     varied, _ = run(block(trivialaugment={"probability": 1.0}), images)
     center = np.floor(varied[:, 1, 1, 0] + 0.01)
-    possible = {np.floor(100 * (1 + sign * 0.99 * level / 30) + 0.01) for level in range(31) for sign in (-1, 1)}
+    exact = {100 * (1 + sign * 0.99 * level / 30) for level in range(31) for sign in (-1, 1)}
+    possible = {np.floor(value + last_bit) for value in exact for last_bit in (-0.01, 0.01)}
     possible |= {100 // 2**bits * 2**bits for bits in range(7)} | {155.0}  # posterize, solarize
     assert set(center) <= possible | {0.0}
     assert len(set(center)) > 40

@@ -146,6 +146,8 @@ def resize_all(images: np.ndarray, size: int) -> np.ndarray:
 
 def verify(path: pathlib.Path) -> tuple[int, int, int]:
     """Decodes a file completely; returns `examine` of it, or raises BadImage or OSError."""
+    if path.stat().st_size > 8 * MAX_PIXELS:  # not to be read into memory
+        raise BadImage("is too large for an image")
     data = path.read_bytes()
     found = examine(data)
     decode(data, size=0, channels=found[2])
@@ -169,7 +171,9 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 .. 8, as the header has it; 1 where it has none or one that cannot be read."""
+    """How the picture is still to be turned, as EXIF counts it, 1 .. 8; 1 where nothing is said that can be read."""
+    if image.format == "TIFF":  # turned by its reader
+        return 1
     try:
         # Not image.getexif(): PNG's would decode the whole picture to look for EXIF data behind it.
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)

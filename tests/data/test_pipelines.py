@@ -1,0 +1,137 @@
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from vitcls import data, partition
+from vitcls.data.dataset import Dataset, Split
+from vitcls.data.folder import FileImages
+from vitcls.errors import UserError
+
+SHAPE = (6, 6, 3)
+
+
+def dataset(num_examples=40, encoded_in=None):
+    """Image i is filled with the value i, so that a batch tells which examples it has."""
+    images = np.broadcast_to(
+        np.arange(num_examples, dtype=np.uint8)[:, None, None, None], (num_examples, *SHAPE)
+    ).copy()
+    labels = (np.arange(num_examples) % 4 == 0).astype(np.int32)
+    split = Split(images, labels)
+    if encoded_in is not None:
+        paths = tuple(encoded_in / f"{i:03d}.png" for i in range(num_examples))
+        for path, image in zip(paths, images, strict=True):
+            Image.fromarray(image).save(path)
+        split = Split(FileImages(paths), labels)
+    return Dataset("test", ("no", "yes"), split, split, split, SHAPE)
+
+
+def config(**values):
+    block = {
+        "pipeline": "resident",
+        "sampling": "uniform",
+        "random_resized_crop": False,
+        "crop_area": (0.08, 1.0),
+        "crop_ratio": (0.75, 4 / 3),
+        "mean": (),
+        "std": (),
+    }
+    return ConfigDict(block | values)
+
+
+def read(dataset, config, steps, *, batch_size=16, length=2, seed=0, layout=None):
+    """The batches of calls that start at `steps`, on the host: image [calls, length, B, ...] and so on."""
+    layout = layout or partition.all_devices("data")
+    batches = data.train_batches(dataset, config, partition=layout, batch_size=batch_size, seed=seed)
+    gather = jax.jit(lambda given, step: jax.vmap(batches.open(given, step, length))(np.arange(length)))
+    read = [jax.device_get(gather(batches.data(step, length), np.int32(step))) for step in steps]
+    return jax.tree.map(lambda *parts: np.stack(parts), *read)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "balanced"])
+def test_both_pipelines_give_the_same_batches(tmp_path, sampling):
+    resident = read(dataset(), config(sampling=sampling), [0, 2, 4])
+    in_memory = read(dataset(), config(sampling=sampling, pipeline="streaming"), [0, 2, 4])
+    encoded = read(dataset(encoded_in=tmp_path), config(sampling=sampling, pipeline="streaming"), [0, 2, 4])
+    jax.tree.map(np.testing.assert_array_equal, resident, in_memory)
+    jax.tree.map(np.testing.assert_array_equal, resident, encoded)
+    assert (resident["label"] == (resident["image"][..., 0, 0, 0] % 4 == 0)).all()
+    if sampling == "balanced":
+        assert resident["label"].reshape(-1)[:40].mean() == 0.5
+
+
+@pytest.mark.parametrize("pipeline", ["resident", "streaming"])
+def test_every_epoch_has_every_example_once(pipeline):
+    batches = read(dataset(), config(pipeline=pipeline), range(0, 10, 2))
+    seen = batches["image"][..., 0, 0, 0].reshape(-1)  # 10 batches of 16 are 4 epochs of 40
+    for epoch in np.split(seen, 4):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(40))
+    assert not np.array_equal(seen[:40], seen[40:80])
+
+
+@pytest.mark.parametrize("pipeline", ["resident", "streaming"])
+def test_a_run_can_be_entered_at_any_step(pipeline):
+    whole = read(dataset(), config(pipeline=pipeline), [0, 2, 4, 6])
+    late = read(dataset(), config(pipeline=pipeline), [6, 2])
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[[3, 1]], b), whole, late)
+    other = read(dataset(), config(pipeline=pipeline), [0], seed=1)
+    assert not np.array_equal(whole["image"][0], other["image"][0])
+
+
+def test_random_resized_crops_are_a_function_of_the_place_in_the_run(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = tuple(tmp_path / f"{i}.png" for i in range(8))
+    for path in paths:
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(path)
+    split = Split(FileImages(paths), np.arange(8, dtype=np.int32) % 2)
+    files = Dataset("test", ("a", "b"), split, None, split, (12, 12, 3))
+    cropping = config(pipeline="auto", random_resized_crop=True)
+    assert data.choose_pipeline(files, cropping) == "streaming"
+    first, again = (read(files, cropping, steps, batch_size=8, length=1) for steps in ([0, 1], [1]))
+    np.testing.assert_array_equal(first["image"][1], again["image"][0])
+    assert first["image"].shape == (2, 1, 8, 12, 12, 3)
+    assert not np.array_equal(np.sort(first["image"][0], axis=None), np.sort(first["image"][1], axis=None))
+
+
+def test_random_resized_crop_is_not_offered_where_it_cannot_be_done():
+    with pytest.raises(UserError, match=r"random_resized_crop needs config.dataset.pipeline='streaming'"):
+        data.choose_pipeline(dataset(), config(random_resized_crop=True))
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_evaluation_counts_every_example_once(tmp_path, encoded):
+    examples = dataset(encoded_in=tmp_path if encoded else None).test
+    layout = partition.all_devices("data")
+    batches = data.EvaluationBatches(examples, image_shape=SHAPE, partition=layout, batch_size=16)
+    for _ in range(2):  # the second time from the devices, where they stay
+        got = [jax.device_get(batch) for batch in batches]
+        mask = np.concatenate([batch["mask"] for batch in got])
+        images = np.concatenate([batch["image"] for batch in got])[mask > 0]
+        labels = np.concatenate([batch["label"] for batch in got])[mask > 0]
+        assert [len(batch["mask"]) for batch in got] == [16, 16, 16]
+        assert mask.sum() == 40
+        np.testing.assert_array_equal(images[:, 0, 0, 0], np.arange(40))
+        np.testing.assert_array_equal(labels, examples.labels)
+
+
+def test_mean_and_std_are_those_of_the_training_split(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (30, *SHAPE), np.uint8)
+    train, test = Split(images[:20], np.arange(20) % 2), Split(images[20:], np.arange(10) % 2)
+    measured = data.describe(Dataset("test", ("a", "b"), train, None, test, SHAPE), config())
+    np.testing.assert_allclose(measured.mean, (images[:20] / 255).mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(measured.std, (images[:20] / 255).std((0, 1, 2)), rtol=1e-6)
+    assert measured.num_examples == {"train": 20, "test": 10}
+    assert measured.class_counts == (10, 10)
+    assert data.DatasetInfo.from_json(measured.to_json()) == measured
+    given = data.describe(
+        Dataset("test", ("a", "b"), train, None, test, SHAPE), config(mean=(0.5,) * 3, std=(1.0,) * 3)
+    )
+    assert (given.mean, given.std) == ((0.5,) * 3, (1.0,) * 3)
+
+
+def test_auto_goes_by_what_fits(monkeypatch):
+    assert data.choose_pipeline(dataset(), config(pipeline="auto")) == "resident"
+    monkeypatch.setattr(data, "_device_memory_bytes", lambda: 4 * 40 * 6 * 6 * 3 - 1)
+    assert data.choose_pipeline(dataset(), config(pipeline="auto")) == "streaming"
