@@ -159,9 +159,6 @@ def validate(config: ConfigDict) -> None:
             "num_folds must be 0 or at least 2, and fold one of 0 .. num_folds - 1"
         )
     make_augment(config.augment)
-    pairs = config.augment.mixup.probability + config.augment.cutmix.probability
-    if pairs and config.batch_size % 2:
-        raise UserError(f"config.batch_size={config.batch_size} must be even: mixup and CutMix mix pairs of examples")
 
 
 def validate_metrics(config: ConfigDict, *, evaluates: bool) -> None:

@@ -81,6 +81,7 @@ def parameter_table(model: nn.Module, info: DatasetInfo) -> str:
         )
         for group, parts in groups.items()
     ]
+    rows = [row for row in rows if row[1] or row[2] >= 0.005]
     rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     return "\n".join(
         [f"          {'part':<28}{'parameters':>14}{'MFLOPs/image':>16}"]

@@ -42,12 +42,14 @@ class Partition:
     def sharding(self, *spec: str | None) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
-    def check_batch_size(self, batch_size: int) -> None:
-        """Raises UserError where a batch cannot be spread evenly."""
-        if batch_size % self.mesh.size:
+    def check_batch_size(self, batch_size: int, *, unit: int = 1) -> None:
+        """Raises UserError where a batch cannot be spread evenly, in whole units of so many examples."""
+        needed = self.mesh.size * unit
+        if batch_size % needed:
+            of_units = f" in groups of {unit} (pairs to mix, parts to accumulate)" if unit > 1 else ""
             raise UserError(
-                f"config.batch_size={batch_size} cannot be divided over {self.mesh.size} devices; "
-                f"use a multiple of it, such as {self.round_up(batch_size)}"
+                f"config.batch_size={batch_size} cannot be divided over {self.mesh.size} devices{of_units}; "
+                f"use a multiple of {needed}, such as {-(-batch_size // needed) * needed}"
             )
 
     def round_up(self, batch_size: int) -> int:

@@ -1,6 +1,7 @@
 """train_and_evaluate: a training run, to be read from top to bottom."""
 
 import logging
+import math
 import os
 import pathlib
 import time
@@ -12,6 +13,7 @@ import jax
 from vitcls import checkpoint, data, evaluate, experiment, metrics, optim, overview, partition, steps, workdir
 from vitcls import config as configs
 from vitcls.console import ProgressBar, StopSignal
+from vitcls.data.augment import mixes_pairs
 from vitcls.errors import RunError, Stopped
 from vitcls.experiment import Plan, Training
 from vitcls.partition import Partition
@@ -38,7 +40,8 @@ def train_and_evaluate(config: configs.ConfigDict, path: os.PathLike | str, *, d
     configs.validate_metrics(config, evaluates=dataset.validation is not None and plan.eval_every > 0)
     pipeline = data.choose_pipeline(dataset, config.dataset)
     layout = partition.all_devices(config.partition.strategy, min_shard_elements=config.partition.min_shard_elements)
-    layout.check_batch_size(config.batch_size)
+    pair = 2 if mixes_pairs(config.augment) else 1
+    layout.check_batch_size(config.batch_size, unit=math.lcm(pair, config.optimizer.accumulate))
     training = experiment.make_training(config, info, plan, axis_name=layout.axis_name)
     overview.log_start(config, info, plan, training, layout, pipeline)
     if dry_run:

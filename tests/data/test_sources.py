@@ -1,0 +1,553 @@
+"""Every source against what was put into it, and every way in which one can be unusable."""
+
+import os
+import pathlib
+import shutil
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitcls.cache import cache_dir
+from vitcls.config import default_config
+from vitcls.data.images import decode_all
+from vitcls.data.records import crc32c, index_records
+from vitcls.data.sources import load
+from vitcls.errors import UserError
+
+SHARED = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def config(**values):
+    """The block `dataset` of a config."""
+    block = default_config("improved_vit_tiny").dataset
+    block.update(values)
+    return block
+
+
+def decoded(split, dataset):
+    return decode_all(split.images, size=dataset.image_shape[0], channels=dataset.image_shape[2])
+
+
+# Digits and synthetic
+
+
+def test_digits_are_those_of_scikit_learn():
+    from sklearn.datasets import load_digits
+
+    dataset = load(config(name="digits", validation=0.1, test=0.2))
+    assert dataset.image_shape == (8, 8, 1) and dataset.num_classes == 10 and dataset.class_names[3] == "3"
+    expected = load_digits()
+    splits = (dataset.train, dataset.validation, dataset.test)
+    assert [len(split.labels) for split in splits] == [1294, 144, 359]
+    images = np.concatenate([split.images for split in splits]).reshape(-1, 64)
+    labels = np.concatenate([split.labels for split in splits])
+    assert images.dtype == np.uint8 and images.max() == 255 and labels.dtype == np.int32
+    found = sorted((*image, label) for image, label in zip(np.rint(images * (16 / 255)), labels, strict=True))
+    assert found == sorted((*image, label) for image, label in zip(expected.data, expected.target, strict=True))
+
+
+def test_synthetic_is_deterministic_balanced_and_learnable():
+    from sklearn.neighbors import NearestCentroid
+
+    block = config(name="synthetic", num_examples=200, num_classes=4, image_size=8, validation=0.0)
+    first, again = load(block), load(block)
+    np.testing.assert_array_equal(first.train.images, again.train.images)
+    assert first.image_shape == (8, 8, 3) and first.validation is None
+    np.testing.assert_array_equal(np.bincount(first.train.labels), [40] * 4)
+    model = NearestCentroid().fit(first.train.images.reshape(160, -1).astype(float), first.train.labels)
+    assert model.score(first.test.images.reshape(40, -1).astype(float), first.test.labels) > 0.95
+    block.split_seed = 1
+    assert not np.array_equal(load(block).train.images, first.train.images)
+    assert load(config(name="synthetic", num_examples=30, num_classes=2)).image_shape == (32, 32, 3)
+
+
+def test_folds_take_the_place_of_the_validation_split_and_leave_test_alone():
+    blocks = [config(name="digits", num_folds=4, fold=fold) for fold in range(4)]
+    datasets = [load(block) for block in blocks]
+    plain = load(config(name="digits", validation=0.0))
+    for dataset in datasets:
+        np.testing.assert_array_equal(dataset.test.images, plain.test.images)
+        assert len(dataset.train.labels) + len(dataset.validation.labels) == len(plain.train.labels)
+    held = np.concatenate([dataset.validation.images for dataset in datasets]).reshape(-1, 64)
+    np.testing.assert_array_equal(np.unique(held, axis=0), np.unique(plain.train.images.reshape(-1, 64), axis=0))
+
+
+def test_images_in_memory_are_resized():
+    assert load(config(name="digits", image_size=12)).train.images.shape[1:] == (12, 12, 1)
+
+
+# npz
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (20, 5, 5, 3), np.uint8)
+LABELS = np.arange(20) % 2
+GOOD = {"x_train": IMAGES, "y_train": LABELS, "x_test": IMAGES[:6], "y_test": LABELS[:6]}
+
+
+@pytest.fixture
+def npz(tmp_path):
+    def write(**arrays):
+        np.savez(tmp_path / "set.npz", **arrays)
+        return config(name="npz", data_dir=str(tmp_path / "set.npz"), validation=0.0)
+
+    return write
+
+
+def test_npz_with_keras_and_with_medmnist_keys(npz):
+    keras = load(npz(**GOOD))
+    assert keras.name == "set" and keras.class_names == ("0", "1") and keras.validation is None
+    np.testing.assert_array_equal(keras.train.images, IMAGES)
+    np.testing.assert_array_equal(keras.test.labels, LABELS[:6])
+    medmnist = {
+        f"{split}_{kind}": array
+        for split in ("train", "val", "test")
+        for kind, array in (("images", IMAGES[..., 0]), ("labels", LABELS[:, None]))
+    }
+    dataset = load(npz(**medmnist, class_names=np.array(["benign", "malignant"]), extra=np.zeros(3)))
+    assert dataset.class_names == ("benign", "malignant") and dataset.image_shape == (5, 5, 1)
+    np.testing.assert_array_equal(dataset.validation.images, IMAGES[..., :1])
+    np.testing.assert_array_equal(dataset.train.labels, LABELS)
+
+
+def test_npz_without_a_test_split_is_split(npz):
+    block = npz(x_train=IMAGES, y_train=LABELS)
+    block.test = 0.2
+    dataset = load(block)
+    assert len(dataset.train.labels) == 16 and len(dataset.test.labels) == 4
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int16, np.uint16, np.int64])
+def test_npz_images_of_other_types(npz, dtype):
+    images = IMAGES.astype(dtype) / dtype(255) if np.issubdtype(dtype, np.floating) else IMAGES.astype(dtype)
+    np.testing.assert_array_equal(load(npz(**GOOD | {"x_train": images})).train.images, IMAGES)
+
+
+NPZ_ERRORS = {
+    "two lengths": ({"y_train": LABELS[:-1]}, "20 images and 19 labels"),
+    "no labels": ({"y_test": None}, "has 'x_test' but no 'y_test'"),
+    "no images": ({"x_train": None}, "has 'y_train' but no 'x_train'"),
+    "no train": ({"x_train": None, "y_train": None}, "no 'x_train' or 'train_images'; it has x_test, y_test"),
+    "negative": ({"y_train": LABELS - 1}, "'y_train' .* has the label -1"),
+    "gap": ({"y_train": LABELS * 2}, "no training image of class 1"),
+    "huge label": ({"y_train": LABELS * 2**40}, "'y_train' .* has the label 1099511627776"),
+    "large label": ({"y_train": LABELS * 2**30}, "no training image of class 1"),
+    "test label": ({"y_test": LABELS[:6] + 1}, "test split .* has the label 2, outside 0 .. 1"),
+    "fractions": ({"y_train": LABELS + 0.5}, r"'y_train' .* is float64 \(20,\); labels are whole numbers"),
+    "infinite": ({"y_train": np.full(20, np.inf)}, "'y_train'"),
+    "nan": ({"y_train": np.full(20, np.nan)}, "'y_train' .* whole numbers"),
+    "one-hot": ({"y_train": np.eye(2)[LABELS]}, r"'y_train' .* is float64 \(20, 2\)"),
+    "strings": ({"y_train": np.array(["a"] * 20)}, "'y_train' .* whole numbers"),
+    "complex": ({"y_train": LABELS.astype(complex)}, "'y_train' .* whole numbers"),
+    "one class": ({"y_train": LABELS * 0, "y_test": LABELS[:6] * 0}, "has 1 class"),
+    "pickle": ({"y_train": np.array([None] * 20)}, "cannot be read as .npz without pickles"),
+    "too bright": ({"x_train": IMAGES * 2.0}, "'x_train' .* float64 from 0.0 to .* floats in 0 .. 1"),
+    "signed": ({"x_train": IMAGES.astype(int) - 1}, "'x_train' .* int64 from -1"),
+    "nan image": ({"x_train": np.full((20, 5, 5, 3), np.nan)}, "'x_train' .* from nan to nan"),
+    "boolean": ({"x_train": IMAGES > 0}, "'x_train' .* is bool"),
+    "channels first": ({"x_train": IMAGES.swapaxes(1, 3)[:, :, :, :2]}, "images are"),
+    "flat": ({"x_train": IMAGES.reshape(20, -1)}, r"'x_train' .* is \(20, 75\)"),
+    "no examples": ({"x_train": IMAGES[:0], "y_train": LABELS[:0]}, r"'x_train' .* is \(0, 5, 5, 3\)"),
+    "channels": ({"x_test": IMAGES[:6, :, :, :1]}, "differ in channels: 1 and 3"),
+    "sizes": ({"x_test": IMAGES[:6, :4, :4]}, "differ in size, from 4x4 to 5x5; set config.dataset.image_size"),
+    "names": ({"class_names": np.array(["a", "b", "c"])}, "class 'c' .* has no training image"),
+    "same name": ({"class_names": np.array(["a", "a"])}, "two classes .* have the name 'a'"),
+    "number names": ({"class_names": np.arange(2)}, "'class_names' .* is int64"),
+}
+
+
+@pytest.mark.parametrize("name", NPZ_ERRORS)
+def test_npz_that_cannot_be_used(npz, name):
+    changes, message = NPZ_ERRORS[name]
+    arrays = {key: array for key, array in (GOOD | changes).items() if array is not None}
+    with pytest.raises(UserError, match=message) as error:
+        load(npz(**arrays))
+    assert "\n" not in str(error.value)
+
+
+def test_npz_files_that_are_damaged_or_none(npz, tmp_path):
+    path = pathlib.Path(npz(**GOOD).data_dir)
+    whole = path.read_bytes()
+    block = config(name="npz", data_dir=str(path))
+    for data in (
+        b"",
+        b"not a zip file",
+        whole[:100],
+        whole[: len(whole) // 2],
+        whole[:300] + b"\xff" * 40 + whole[340:],
+    ):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"set\.npz cannot be read as \.npz") as error:
+            load(block)
+        assert "\n" not in str(error.value)
+    np.save(path.with_suffix(".npy"), IMAGES)
+    with pytest.raises(UserError, match="cannot be read as .npz"):
+        load(config(name="npz", data_dir=str(path.with_suffix(".npy"))))
+    for missing in ("", str(tmp_path), str(tmp_path / "none.npz")):
+        with pytest.raises(UserError, match="is not a file"):
+            load(config(name="npz", data_dir=missing))
+
+
+# Folders
+
+
+def write_image(path: pathlib.Path, size=(8, 8), mode="RGB", seed=None):
+    rng = np.random.default_rng(len(str(path)) if seed is None else seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of ten images each, all distinct."""
+    root = tmp_path / "pets"
+    for number in range(10):
+        write_image(root / "dog" / f"{number}.png", seed=number)
+        write_image(root / "cat" / f"{number}.PNG", seed=100 + number)
+    return root
+
+
+def folder_config(root, **values):
+    return config(**{"name": "folder", "data_dir": str(root), "validation": 0.0} | values)
+
+
+def test_folder_without_splits_is_split_the_same_way_every_time(folder):
+    block = folder_config(folder, validation=0.25, test=0.2)
+    dataset, again = load(block), load(block)
+    assert dataset.name == "pets" and dataset.class_names == ("cat", "dog") and dataset.image_shape == (8, 8, 3)
+    sizes = [len(split.labels) for split in (dataset.train, dataset.validation, dataset.test)]
+    assert sizes == [12, 4, 4] and dataset.skipped == ()
+    paths = [path for split in (dataset.train, dataset.validation, dataset.test) for path in split.images.paths]
+    assert len(set(paths)) == 20
+    for split, same in ((dataset.train, again.train), (dataset.test, again.test)):
+        assert split.images.paths == same.images.paths
+        assert [path.parent.name for path in split.images.paths] == [dataset.class_names[k] for k in split.labels]
+    expected = [np.asarray(Image.open(path)) for path in dataset.train.images.paths]
+    np.testing.assert_array_equal(decoded(dataset.train, dataset), expected)
+
+
+@pytest.mark.parametrize("validation", ["val", "valid", "validation"])
+def test_folder_with_splits(tmp_path, validation):
+    for split, count in (("train", 3), (validation, 2), ("test", 1)):
+        for name in ("b", "a"):
+            for number in range(count):
+                write_image(tmp_path / split / name / f"{number}.png", mode="L")
+    dataset = load(folder_config(tmp_path, validation=0.1))
+    assert dataset.class_names == ("a", "b") and dataset.image_shape == (8, 8, 1)
+    for split, count in ((dataset.train, 3), (dataset.validation, 2), (dataset.test, 1)):
+        np.testing.assert_array_equal(split.labels, np.repeat([0, 1], count))
+    write_image(tmp_path / "test" / "c" / "0.png")
+    with pytest.raises(UserError, match=r"test/c is a class that .*train does not have"):
+        load(folder_config(tmp_path))
+
+
+def test_folder_skips_what_cannot_be_used_and_says_why(folder, tmp_path):
+    outside = tmp_path / "outside.png"
+    write_image(outside)
+    (folder / "cat" / "secret.png").symlink_to(outside)
+    (folder / "cat" / "inside.png").symlink_to(folder / "cat" / "0.PNG")
+    (folder / "dog" / "elsewhere").symlink_to(tmp_path, target_is_directory=True)
+    (folder / "cat" / "empty.jpg").touch()
+    (folder / "cat" / "page.jpg").write_text("<html><body>Not found</body></html>")
+    (folder / "cat" / "more").mkdir()
+    (folder / "cat" / "more" / "notes.txt").write_text("nothing")
+    whole = (folder / "dog" / "1.png").read_bytes()
+    (folder / "dog" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "dog" / "wrong name.jpg").write_bytes(whole)  # a PNG file: contents count
+    for hidden in (".DS_Store", ".hidden.png"):
+        (folder / "dog" / hidden).write_text("")
+    (folder / ".thumbnails").mkdir()
+    for _ in range(2):  # the second time from the cache
+        dataset = load(folder_config(folder))
+        skipped = {file.path: file.reason for file in dataset.skipped}
+        cut = skipped.pop("dog/cut.png")
+        assert cut.startswith("cannot be decoded")
+        assert skipped == {
+            "cat/secret.png": "is a link out of the folder",
+            "dog/elsewhere": "is a link out of the folder",
+            "cat/empty.jpg": "is empty",
+            "cat/page.jpg": "is an HTML page",
+            "cat/more/notes.txt": "is not an image",
+        }
+        used = {path.name for split in (dataset.train, dataset.test) for path in split.images.paths}
+        assert {"inside.png", "wrong name.jpg"} < used and "secret.png" not in used
+        assert len(dataset.train.labels) + len(dataset.test.labels) == 22
+
+
+def test_a_file_that_has_changed_is_looked_at_again(folder):
+    load(folder_config(folder))
+    path = folder / "cat" / "0.PNG"
+    path.write_bytes(path.read_bytes()[:60])
+    assert [file.path for file in load(folder_config(folder)).skipped] == ["cat/0.PNG"]
+    write_image(path)
+    assert load(folder_config(folder)).skipped == ()
+
+
+def test_a_damaged_cache_of_verdicts_is_made_anew(folder):
+    (folder / "cat" / "empty.jpg").touch()
+    expected = load(folder_config(folder)).skipped
+    for path in (cache_dir() / "folders").iterdir():
+        for content in (b"", b"{", b"\xff\xfe", b"not json"):
+            path.write_bytes(content)
+            assert load(folder_config(folder)).skipped == expected
+
+
+def test_folder_of_gray_and_colour_and_of_differing_sizes(folder):
+    write_image(folder / "cat" / "gray.png", mode="L")
+    assert load(folder_config(folder)).image_shape == (8, 8, 3)
+    write_image(folder / "cat" / "wide.png", size=(20, 10))
+    with pytest.raises(UserError, match="differ in size, from 8x8 to 10x20; set config.dataset.image_size"):
+        load(folder_config(folder))
+    dataset = load(folder_config(folder, image_size=16))
+    assert dataset.image_shape == (16, 16, 3) and decoded(dataset.train, dataset).shape[1:] == (16, 16, 3)
+
+
+def test_images_that_are_not_square_need_a_size(tmp_path):
+    for name in "ab":
+        for number in range(4):
+            write_image(tmp_path / name / f"{number}.png", size=(10, 6))
+    with pytest.raises(UserError, match="are 6x10, not square; set config.dataset.image_size"):
+        load(folder_config(tmp_path))
+    assert load(folder_config(tmp_path, image_size=6)).image_shape == (6, 6, 3)
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    def refused(message, root=tmp_path):
+        with pytest.raises(UserError, match=message) as error:
+            load(folder_config(root))
+        assert "\n" not in str(error.value)
+
+    refused("is not a directory", tmp_path / "none")
+    refused("is not a directory", "")
+    refused("has no directories")
+    (tmp_path / "cat").mkdir()
+    refused("has 1 class")
+    (tmp_path / "dog").mkdir()
+    refused("train split .* is empty")
+    for number in range(3):
+        write_image(tmp_path / "cat" / f"{number}.png")
+    (tmp_path / "dog" / "0.png").touch()
+    refused(r"class 'dog' of .* has no training image.*1 file was skipped.*dog/0.png is empty")
+    write_image(tmp_path / "dog" / "1.png")
+    refused("class 'dog' has a single example")
+
+
+# TFDS
+
+PREPARE = """
+import io, sys, tensorflow_datasets as tfds, numpy as np
+from PIL import Image
+
+def prepare(name, splits):
+    builder = tfds.builder(name, data_dir=sys.argv[1])
+    builder._split_generators = lambda *_: {split: enumerate(examples) for split, examples in splits.items()}
+    builder.download_and_prepare()
+
+rng = np.random.default_rng(0)
+
+def jpeg(number):
+    file = io.BytesIO()
+    shape = (10 + number % 3, 12, 3)
+    Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(file, "JPEG")
+    file.seek(0)
+    return file
+
+def imagenet(count, label):
+    return [{"image": jpeg(i), "label": label(i), "file_name": f"{i}.jpg"} for i in range(count)]
+
+prepare("imagenet2012", {
+    "train": imagenet(1000, lambda i: i),
+    "validation": imagenet(30, lambda i: i),
+    "test": imagenet(5, lambda i: -1),
+})
+prepare("binary_alpha_digits", {
+    "train": [{"image": np.full((20, 16, 1), i, np.uint8), "label": i % 36} for i in range(72)],
+})
+"""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A TFDS directory with a small ImageNet (no labels in 'test') and a set that has only 'train'."""
+    directory = tmp_path_factory.mktemp("tfds")
+    subprocess.run([sys.executable, "-c", PREPARE, directory], check=True, capture_output=True)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory):
+    """The first 200 images of each split of MNIST, for TFDS and as arrays."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not here")
+    directory = tmp_path_factory.mktemp("mnist")
+    for kind in ("tfds", "npz"):
+        command = [sys.executable, SHARED / "unpack.py", "mnist", "--format", kind, "--limit", "200"]
+        subprocess.run([*command, "--out", directory], check=True, capture_output=True)
+    return directory
+
+
+def tfds_config(directory, **values):
+    return config(**{"name": "mnist", "data_dir": str(directory), "validation": 0.0} | values)
+
+
+def as_rows(images, labels):
+    """The examples in an order that does not depend on how they were stored."""
+    return sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
+
+
+def test_tfds_gives_the_examples_that_were_prepared(mnist):
+    dataset = load(tfds_config(mnist))
+    assert dataset.name == "mnist" and dataset.image_shape == (28, 28, 1) and dataset.validation is None
+    assert dataset.class_names == tuple("0123456789") and dataset.train.labels.dtype == np.int32
+    with np.load(mnist / "mnist.npz") as arrays:
+        for split, name in ((dataset.train, "train"), (dataset.test, "test")):
+            assert as_rows(decoded(split, dataset), split.labels) == as_rows(arrays[f"x_{name}"], arrays[f"y_{name}"])
+    chosen = np.array([5, 0, 17])
+    np.testing.assert_array_equal(decoded(dataset.train.take(chosen), dataset), decoded(dataset.train, dataset)[chosen])
+
+
+def test_tfds_by_version_and_with_a_validation_split(mnist):
+    dataset = load(tfds_config(mnist, name="mnist:3.*.*", validation=0.2))
+    assert [len(split.labels) for split in (dataset.train, dataset.validation, dataset.test)] == [160, 40, 200]
+
+
+def test_no_tensorflow_is_loaded(mnist):
+    code = (
+        "import sys; from vitcls.config import default_config; from vitcls.data.sources import load\n"
+        "block = default_config('improved_vit_tiny').dataset\n"
+        "block.update(name='mnist', data_dir=sys.argv[1])\n"
+        "load(block).train.images.read(0)\n"
+        "print('tensorflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, mnist], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_labels_that_are_not_public_make_validation_the_test_split(prepared):
+    with pytest.raises(UserError, match="differ in size, from 10x12 to 12x12; set config.dataset.image_size"):
+        load(tfds_config(prepared, name="imagenet2012"))
+    dataset = load(tfds_config(prepared, name="imagenet2012", image_size=8))
+    assert dataset.num_classes == 1000 and dataset.validation is None and dataset.image_shape == (8, 8, 3)
+    np.testing.assert_array_equal(np.sort(dataset.train.labels), np.arange(1000))
+    np.testing.assert_array_equal(np.sort(dataset.test.labels), np.arange(30))
+    assert dataset.class_names[0] == "n01440764"
+
+
+def test_tfds_without_a_test_split_is_split(prepared):
+    with pytest.raises(UserError, match="not square"):
+        load(tfds_config(prepared, name="binary_alpha_digits", test=0.5))
+    dataset = load(tfds_config(prepared, name="binary_alpha_digits", test=0.5, image_size=16))
+    np.testing.assert_array_equal(np.bincount(dataset.train.labels), np.ones(36))
+    np.testing.assert_array_equal(np.bincount(dataset.test.labels), np.ones(36))
+    values = decoded(dataset.train, dataset)[:, 0, 0, 0]  # each image is filled with its number
+    np.testing.assert_array_equal(values % 36, dataset.train.labels)
+
+
+def test_tfds_sets_that_are_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"'cifar1000' is not known; did you mean 'cifar100'\?"):
+        load(tfds_config(tmp_path, name="cifar1000"))
+    with pytest.raises(UserError, match=r"'digit' is not known; did you mean 'digits'\?"):
+        load(tfds_config(tmp_path, name="digit"))
+    with pytest.raises(UserError, match="not prepared in .*cifar100.*python -m vitcls.prepare cifar100 --data_dir="):
+        load(tfds_config(tmp_path, name="cifar100"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_index_of_records_is_kept_and_made_anew_when_damaged(mnist, tmp_path, monkeypatch):
+    monkeypatch.setenv("VITCLS_CACHE_DIR", str(tmp_path))
+    expected = load(tfds_config(mnist)).train.labels
+    indexes = sorted((tmp_path / "indexes").iterdir())
+    assert [path.suffix for path in indexes] == [".npz", ".npz"]
+    before = [path.stat().st_mtime_ns for path in indexes]
+    np.testing.assert_array_equal(load(tfds_config(mnist)).train.labels, expected)
+    assert [path.stat().st_mtime_ns for path in indexes] == before
+    whole = indexes[0].read_bytes()
+    for damaged in (b"", b"no zip", whole[:50], whole[: len(whole) // 2], whole[:-200]):
+        for path in indexes:
+            path.write_bytes(damaged)
+        np.testing.assert_array_equal(load(tfds_config(mnist)).train.labels, expected)
+        assert sorted((tmp_path / "indexes").iterdir()) == indexes
+
+
+def record_file(path: pathlib.Path, records: list[bytes]) -> pathlib.Path:
+    """A TFRecord file; the checksums of records are left out, as nothing reads them."""
+    with open(path, "wb") as file:
+        for record in records:
+            length = struct.pack("<Q", len(record))
+            checksum = crc32c(length)
+            masked = (((checksum >> 15) | (checksum << 17)) + 0xA282EAD8) % 2**32
+            file.write(length + struct.pack("<I", masked) + record + bytes(4))
+    return path
+
+
+def parse(record: bytes) -> tuple[bytes, int]:
+    return record[1:], record[0]
+
+
+def test_crc32c():
+    assert crc32c(b"123456789") == 0xE3069283  # the check value of the standard
+    assert crc32c(bytes(32)) == 0x8A9136AA  # RFC 3720, B.4
+
+
+def test_records_are_read_in_any_order_from_several_files(tmp_path):
+    records = [bytes([k % 5]) + RNG.bytes(k) for k in range(30)]
+    files = [record_file(tmp_path / f"{k}", records[10 * k : 10 * k + 10]) for k in range(3)]
+    files.insert(1, record_file(tmp_path / "empty", []))
+    images, labels = index_records(files, parse)
+    np.testing.assert_array_equal(labels, np.arange(30) % 5)
+    for index in RNG.permutation(30):
+        assert images.read(index) == records[index][1:]
+    taken = images.take(np.array([29, 3]))
+    assert [taken.read(0), taken.read(1)] == [records[29][1:], records[3][1:]]
+
+
+def damage(name: str, path: pathlib.Path):
+    data = bytearray(path.read_bytes())
+    second = 16 + struct.unpack("<Q", data[:8])[0]
+    match name:
+        case "cut record":
+            del data[-10:]
+        case "cut header":
+            del data[second + 6 :]
+        case "long":
+            data[second : second + 8] = struct.pack("<Q", 2**60)
+        case "bit":
+            data[second] ^= 1
+        case "zeros":
+            data[second:] = bytes(16 * 100)
+        case "html":
+            data[:] = b"<html>" * 100
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["cut record", "cut header", "long", "bit", "zeros", "html"])
+def test_damaged_record_files_are_named(tmp_path, name):
+    path = record_file(tmp_path / "file.tfrecord", [bytes([k]) + RNG.bytes(50) for k in range(4)])
+    damage(name, path)
+    with pytest.raises(UserError, match=r"file\.tfrecord is damaged or cut short at byte"):
+        index_records([path], parse)
+
+
+def test_damaged_tfds_files_are_named(mnist, tmp_path):
+    shutil.copytree(mnist / "mnist", tmp_path / "mnist")
+    (path,) = tmp_path.glob("mnist/*/mnist-train*")
+    data = bytearray(path.read_bytes())
+    data[12:40] = b"\xff" * 28  # the record, not its length
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"the record at byte 0 of .*mnist-train.* cannot be read"):
+        load(tfds_config(tmp_path))
+    path.unlink()
+    with pytest.raises(UserError, match=r"mnist-train.* cannot be read .*prepare the data set again"):
+        load(tfds_config(tmp_path))
+
+
+def test_a_full_disk_costs_the_cache_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("VITCLS_CACHE_DIR", str(tmp_path / "cache"))
+    path = record_file(tmp_path / "file", [b"\1a", b"\2b"])
+    (cache_dir() / "indexes").write_text("a file where the directory should be")
+    assert index_records([path], parse)[1].tolist() == [1, 2]
+    assert os.listdir(tmp_path / "cache") == ["indexes"]
