@@ -18,8 +18,6 @@ from vitcls.data.records import crc32c, index_records
 from vitcls.data.sources import load
 from vitcls.errors import UserError
 
-SHARED = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data"
-
 
 def config(**values):
     """The block `dataset` of a config."""
@@ -184,7 +182,7 @@ def test_npz_files_that_are_damaged_or_none(npz, tmp_path):
             load(block)
         assert "\n" not in str(error.value)
     np.save(path.with_suffix(".npy"), IMAGES)
-    with pytest.raises(UserError, match="cannot be read as .npz"):
+    with pytest.raises(UserError, match=r"cannot be read as \.npz"):
         load(config(name="npz", data_dir=str(path.with_suffix(".npy"))))
     for missing in ("", str(tmp_path), str(tmp_path / "none.npz")):
         with pytest.raises(UserError, match="is not a file"):
@@ -300,7 +298,7 @@ def test_folder_of_gray_and_colour_and_of_differing_sizes(folder):
     write_image(folder / "cat" / "gray.png", mode="L")
     assert load(folder_config(folder)).image_shape == (8, 8, 3)
     write_image(folder / "cat" / "wide.png", size=(20, 10))
-    with pytest.raises(UserError, match="differ in size, from 8x8 to 10x20; set config.dataset.image_size"):
+    with pytest.raises(UserError, match=r"differ in size, from 8x8 to 10x20; set config.dataset.image_size"):
         load(folder_config(folder))
     dataset = load(folder_config(folder, image_size=16))
     assert dataset.image_shape == (16, 16, 3) and decoded(dataset.train, dataset).shape[1:] == (16, 16, 3)
@@ -310,7 +308,7 @@ def test_images_that_are_not_square_need_a_size(tmp_path):
     for name in "ab":
         for number in range(4):
             write_image(tmp_path / name / f"{number}.png", size=(10, 6))
-    with pytest.raises(UserError, match="are 6x10, not square; set config.dataset.image_size"):
+    with pytest.raises(UserError, match=r"are 6x10, not square; set config.dataset.image_size"):
         load(folder_config(tmp_path))
     assert load(folder_config(tmp_path, image_size=6)).image_shape == (6, 6, 3)
 
@@ -331,7 +329,7 @@ def test_folders_that_cannot_be_used(tmp_path):
     for number in range(3):
         write_image(tmp_path / "cat" / f"{number}.png")
     (tmp_path / "dog" / "0.png").touch()
-    refused(r"class 'dog' of .* has no training image.*1 file was skipped.*dog/0.png is empty")
+    refused(r"class 'dog' of .* has no training image.*\(1 file was skipped; dog/0\.png is empty\)")
     write_image(tmp_path / "dog" / "1.png")
     refused("class 'dog' has a single example")
 
@@ -367,26 +365,29 @@ prepare("imagenet2012", {
 prepare("binary_alpha_digits", {
     "train": [{"image": np.full((20, 16, 1), i, np.uint8), "label": i % 36} for i in range(72)],
 })
+mnist = np.load(sys.argv[2])
+prepare("mnist", {
+    split: [
+        {"image": image, "label": int(label)} for image, label in zip(mnist[f"x_{split}"], mnist[f"y_{split}"])
+    ]
+    for split in ("train", "test")
+})
 """
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A TFDS directory with a small ImageNet (no labels in 'test') and a set that has only 'train'."""
+    """A TFDS directory, written by TFDS: a small ImageNet (no labels in 'test'), a set that has only 'train', and
+    images in the place of MNIST's, which lie beside them as mnist.npz."""
     directory = tmp_path_factory.mktemp("tfds")
-    subprocess.run([sys.executable, "-c", PREPARE, directory], check=True, capture_output=True)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def mnist(tmp_path_factory):
-    """The first 200 images of each split of MNIST, for TFDS and as arrays."""
-    if not SHARED.is_dir():
-        pytest.skip(f"{SHARED} is not here")
-    directory = tmp_path_factory.mktemp("mnist")
-    for kind in ("tfds", "npz"):
-        command = [sys.executable, SHARED / "unpack.py", "mnist", "--format", kind, "--limit", "200"]
-        subprocess.run([*command, "--out", directory], check=True, capture_output=True)
+    rng = np.random.default_rng(1)
+    arrays = {}
+    for split, count in (("train", 200), ("test", 50)):
+        arrays[f"x_{split}"] = rng.integers(0, 256, (count, 28, 28, 1), np.uint8)
+        arrays[f"y_{split}"] = rng.permutation(count) % 10
+    np.savez(directory / "mnist.npz", **arrays)
+    command = [sys.executable, "-c", PREPARE, directory, directory / "mnist.npz"]
+    subprocess.run(command, check=True, capture_output=True)
     return directory
 
 
@@ -399,23 +400,23 @@ def as_rows(images, labels):
     return sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
 
 
-def test_tfds_gives_the_examples_that_were_prepared(mnist):
-    dataset = load(tfds_config(mnist))
+def test_tfds_gives_the_examples_that_were_prepared(prepared):
+    dataset = load(tfds_config(prepared))
     assert dataset.name == "mnist" and dataset.image_shape == (28, 28, 1) and dataset.validation is None
     assert dataset.class_names == tuple("0123456789") and dataset.train.labels.dtype == np.int32
-    with np.load(mnist / "mnist.npz") as arrays:
+    with np.load(prepared / "mnist.npz") as arrays:
         for split, name in ((dataset.train, "train"), (dataset.test, "test")):
             assert as_rows(decoded(split, dataset), split.labels) == as_rows(arrays[f"x_{name}"], arrays[f"y_{name}"])
     chosen = np.array([5, 0, 17])
     np.testing.assert_array_equal(decoded(dataset.train.take(chosen), dataset), decoded(dataset.train, dataset)[chosen])
 
 
-def test_tfds_by_version_and_with_a_validation_split(mnist):
-    dataset = load(tfds_config(mnist, name="mnist:3.*.*", validation=0.2))
-    assert [len(split.labels) for split in (dataset.train, dataset.validation, dataset.test)] == [160, 40, 200]
+def test_tfds_by_version_and_with_a_validation_split(prepared):
+    dataset = load(tfds_config(prepared, name="mnist:3.*.*", validation=0.2))
+    assert [len(split.labels) for split in (dataset.train, dataset.validation, dataset.test)] == [160, 40, 50]
 
 
-def test_no_tensorflow_is_loaded(mnist):
+def test_no_tensorflow_is_loaded(prepared):
     code = (
         "import sys; from vitcls.config import default_config; from vitcls.data.sources import load\n"
         "block = default_config('improved_vit_tiny').dataset\n"
@@ -423,12 +424,12 @@ def test_no_tensorflow_is_loaded(mnist):
         "load(block).train.images.read(0)\n"
         "print('tensorflow' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code, mnist], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, prepared], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
 
 def test_labels_that_are_not_public_make_validation_the_test_split(prepared):
-    with pytest.raises(UserError, match="differ in size, from 10x12 to 12x12; set config.dataset.image_size"):
+    with pytest.raises(UserError, match=r"differ in size, from 10x12 to 12x12; set config.dataset.image_size"):
         load(tfds_config(prepared, name="imagenet2012"))
     dataset = load(tfds_config(prepared, name="imagenet2012", image_size=8))
     assert dataset.num_classes == 1000 and dataset.validation is None and dataset.image_shape == (8, 8, 3)
@@ -452,24 +453,24 @@ def test_tfds_sets_that_are_not_there(tmp_path):
         load(tfds_config(tmp_path, name="cifar1000"))
     with pytest.raises(UserError, match=r"'digit' is not known; did you mean 'digits'\?"):
         load(tfds_config(tmp_path, name="digit"))
-    with pytest.raises(UserError, match="not prepared in .*cifar100.*python -m vitcls.prepare cifar100 --data_dir="):
+    with pytest.raises(UserError, match=r"not prepared in .*cifar100.*python -m vitcls.prepare cifar100 --data_dir="):
         load(tfds_config(tmp_path, name="cifar100"))
     assert not list(tmp_path.iterdir())
 
 
-def test_the_index_of_records_is_kept_and_made_anew_when_damaged(mnist, tmp_path, monkeypatch):
+def test_the_index_of_records_is_kept_and_made_anew_when_damaged(prepared, tmp_path, monkeypatch):
     monkeypatch.setenv("VITCLS_CACHE_DIR", str(tmp_path))
-    expected = load(tfds_config(mnist)).train.labels
+    expected = load(tfds_config(prepared)).train.labels
     indexes = sorted((tmp_path / "indexes").iterdir())
     assert [path.suffix for path in indexes] == [".npz", ".npz"]
     before = [path.stat().st_mtime_ns for path in indexes]
-    np.testing.assert_array_equal(load(tfds_config(mnist)).train.labels, expected)
+    np.testing.assert_array_equal(load(tfds_config(prepared)).train.labels, expected)
     assert [path.stat().st_mtime_ns for path in indexes] == before
     whole = indexes[0].read_bytes()
     for damaged in (b"", b"no zip", whole[:50], whole[: len(whole) // 2], whole[:-200]):
         for path in indexes:
             path.write_bytes(damaged)
-        np.testing.assert_array_equal(load(tfds_config(mnist)).train.labels, expected)
+        np.testing.assert_array_equal(load(tfds_config(prepared)).train.labels, expected)
         assert sorted((tmp_path / "indexes").iterdir()) == indexes
 
 
@@ -532,8 +533,8 @@ def test_damaged_record_files_are_named(tmp_path, name):
         index_records([path], parse)
 
 
-def test_damaged_tfds_files_are_named(mnist, tmp_path):
-    shutil.copytree(mnist / "mnist", tmp_path / "mnist")
+def test_damaged_tfds_files_are_named(prepared, tmp_path):
+    shutil.copytree(prepared / "mnist", tmp_path / "mnist")
     (path,) = tmp_path.glob("mnist/*/mnist-train*")
     data = bytearray(path.read_bytes())
     data[12:40] = b"\xff" * 28  # the record, not its length

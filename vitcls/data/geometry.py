@@ -41,8 +41,3 @@ def rotation_matrix(degrees: jax.Array) -> jax.Array:
     angle = jnp.deg2rad(degrees)
     cosine, sine, zero = jnp.cos(angle), jnp.sin(angle), jnp.zeros(())
     return jnp.array([[cosine, -sine, zero], [sine, cosine, zero]])
-
-
-def scale_matrix(factor: jax.Array) -> jax.Array:
-    """Enlarges the picture about its centre."""
-    return jnp.eye(2, 3) / factor

@@ -64,11 +64,18 @@ def apply(
     """Applies OPERATIONS[operation] at `level` in [0, 1] and `sign` of 1 or -1; whole values in [0, 255] result."""
     image = jnp.round(affine(image, _matrix(operation, level, sign, ranges)))
     factor = 1 + sign * level * ranges["enhance"]
-    image = _look_up(_tables(image, operation, level, factor, ranges), image)
-    if image.shape[-1] == 3:
-        luma = jnp.round(jnp.sum(image * _LUMA[None, None, :], axis=-1, keepdims=True))
-        image = jnp.where(_is(operation, "color"), _blend(luma, image, factor), image)
-    return jnp.where(_is(operation, "sharpness"), _blend(_smooth(image), image, factor), image)
+    # The barrier: else XLA fuses the tables into the look-up and computes an entry anew for every pixel.
+    tables = jax.lax.optimization_barrier(_tables(image, operation, level, factor, ranges))
+    looked_up = _look_up(tables, image)
+    # Both from the same image, not one after the other: else the look-up is fused into each tap of the stencil.
+    base = jnp.where(_is(operation, "sharpness"), _smooth(image), jnp.round(_luma(image)))
+    blends = _is(operation, "sharpness") | (_is(operation, "color") & (image.shape[-1] == 3))
+    return jnp.where(blends, _blend(base, image, factor), looked_up)
+
+
+def _luma(image: jax.Array) -> jax.Array:
+    """[H, W, C] -> [H, W, 1]"""
+    return image if image.shape[-1] == 1 else jnp.sum(image * _LUMA[None, None, :], axis=-1, keepdims=True)
 
 
 def _is(operation: jax.Array, name: str) -> jax.Array:
@@ -97,14 +104,14 @@ def _tables(
     """What becomes of each value of each channel, [C, 256]."""
     channels = image.shape[-1]
     values = jnp.arange(256.0)
-    luma = image if channels == 1 else jnp.sum(image * _LUMA[None, None, :], axis=-1)
+    mean = jnp.round(jnp.mean(jnp.round(_luma(image))))
     step = 2.0 ** jnp.round(level * ranges["bits"])
     threshold = 256.0 - level * ranges["solarize"]
     pointwise = jnp.select(
         [_is(operation, name) for name in ("brightness", "contrast", "solarize", "posterize")],
         [
-            jnp.clip(values * factor, 0, 255),
-            jnp.clip(jnp.round(jnp.mean(luma)) * (1 - factor) + values * factor, 0, 255),
+            _blend(jnp.zeros(()), values, factor),
+            _blend(mean, values, factor),
             jnp.where(values < threshold, values, 255 - values),
             jnp.floor(values / step) * step,
         ],

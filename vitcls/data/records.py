@@ -134,7 +134,7 @@ def _fingerprint(files: Sequence[str]) -> str:
 
 def _read_index(path: pathlib.Path) -> dict[str, np.ndarray] | None:
     try:
-        with np.load(path) as stored:
+        with open(path, "rb") as file, np.load(file) as stored:  # np.load leaves open what it opened and cannot read
             return {name: stored[name] for name in ("file_numbers", "offsets", "lengths", "labels")}
     except Exception:  # whatever is wrong with the file, it is made anew
         return None

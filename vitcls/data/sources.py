@@ -60,7 +60,7 @@ def _check(source: Source) -> None:
     for name, split in source.splits.items():
         labels = split.labels
         if not len(labels):
-            raise UserError(f"the {name} split of '{source.name}' is empty")
+            raise UserError(f"the {name} split of '{source.name}' is empty{_told_of_skipped(source)}")
         if len(labels) != len(split.images):
             raise UserError(
                 f"the {name} split of '{source.name}' has {len(split.images)} images and {len(labels)} labels"
@@ -73,7 +73,17 @@ def _check(source: Source) -> None:
     counts = np.bincount(source.splits["train"].labels, minlength=num_classes)
     if not counts.all():
         empty = source.class_names[int(np.argmin(counts))]
-        raise UserError(f"class '{empty}' of '{source.name}' has no training image; add some, or remove the class")
+        raise UserError(
+            f"class '{empty}' of '{source.name}' has no training image; add some, or remove the class"
+            + _told_of_skipped(source)
+        )
+
+
+def _told_of_skipped(source: Source) -> str:
+    if not source.skipped:
+        return ""
+    count, first = len(source.skipped), source.skipped[0]
+    return f" ({count} file{'s were' if count > 1 else ' was'} skipped; {first.path} {first.reason})"
 
 
 def _image_shape(source: Source, image_size: int) -> tuple[int, int, int]:
@@ -161,9 +171,9 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The arrays of a file that vitcls has a use for; pickles are refused."""
     wanted = {key for choices in _NPZ_KEYS.values() for pair in choices for key in pair} | {"class_names"}
     try:
-        with zipfile.ZipFile(path):  # np.load takes other files too
-            pass
-        with np.load(path, allow_pickle=False) as arrays:
+        if not zipfile.is_zipfile(path):  # np.load would take other files too
+            raise ValueError("it is no zip file, or cut short")
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files if key in wanted}
     except Exception as error:  # a damaged zip file or array header fails in too many ways to be listed
         reason = textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
