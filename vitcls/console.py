@@ -8,6 +8,7 @@ import threading
 import time
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -81,9 +82,9 @@ class StopSignal(contextlib.AbstractContextManager):
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            # With several processes JAX's own service takes SIGTERM, and agrees on a step at which all stop.
-            watched = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
-            self._previous = {number: signal.signal(number, self._receive) for number in watched}
+            self._previous = {
+                number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *error) -> None:
@@ -94,8 +95,8 @@ class StopSignal(contextlib.AbstractContextManager):
         self._code = 128 + number
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_IGN)
 
-    def requested(self, step: int) -> int:
-        """The exit code of a run that has to stop at `step`, else 0."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            return 128 + signal.SIGTERM
+    def requested(self) -> int:
+        """The exit code of a run that has to stop now, else 0; the same on all processes, which must all ask."""
+        if jax.process_count() > 1:
+            return int(multihost_utils.process_allgather(np.int32(self._code)).max())
         return self._code

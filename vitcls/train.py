@@ -105,7 +105,7 @@ def fit(
 
             due = _due(before, step, plan.total)
             log_due, eval_due = due(plan.log_every), validation is not None and due(plan.eval_every)
-            save_due, stop_code = due(plan.checkpoint_every) or step == plan.total, stop.requested(step)
+            save_due, stop_code = due(plan.checkpoint_every) or step == plan.total, stop.requested()
             if not (log_due or eval_due or save_due or stop_code):
                 continue
 

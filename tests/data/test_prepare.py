@@ -13,7 +13,7 @@ import pytest
 from vitcls import cli
 from vitcls.data.tfds import find_builder
 from vitcls.errors import UserError
-from vitcls.prepare import main, prepare
+from vitcls.prepare import _nothing_half_done, main, prepare
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -77,6 +77,31 @@ def test_a_stopped_download_leaves_everything_as_it_was(offline, used_directory,
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (code, "stopped; nothing half done was left\n")
     assert tree(used_directory) == before
+
+
+def test_what_is_whole_or_was_there_is_kept(tmp_path):
+    folders = [tmp_path / "data" / "cifar10", tmp_path / "data" / "downloads" / "cifar10"]
+
+    def write(folder: pathlib.Path, name: str):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+    write(folders[1], "before.tmp.0/part")
+    with pytest.raises(KeyError), _nothing_half_done(folders):
+        write(folders[0], "incomplete.X_3.0.2/shard")
+        write(folders[0], ".config/metadata.json")
+        write(folders[1], "whole.tar.gz")
+        write(folders[1], "other.zip.tmp.1/part")
+        write(folders[1], "extracted/incomplete.2_other/file")
+        write(tmp_path / "data", "mnist/incomplete.Y_3.0.1/shard")  # of another process
+        raise KeyError
+    kept = {str(path.relative_to(tmp_path / "data")) for path in tmp_path.rglob("*") if path.is_file()}
+    assert kept == {
+        "downloads/cifar10/before.tmp.0/part",
+        "downloads/cifar10/whole.tar.gz",
+        "mnist/incomplete.Y_3.0.1/shard",
+    }
+    assert not folders[0].exists() and not (folders[1] / "extracted").exists()
 
 
 def test_what_must_be_fetched_by_hand_is_said(offline, tmp_path):
