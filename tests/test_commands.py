@@ -120,7 +120,7 @@ def test_evaluate_needs_nothing_but_the_workdir(trained, capsys, monkeypatch, tm
     for key in ("loss", "accuracy", "auc_ovr_macro", "ece", "parameters", "flops_per_image", "per_class"):
         assert after[key] == (before[key] if key == "per_class" else pytest.approx(before[key], rel=1e-4))
     assert str(trained / "report" / "index.html") in out
-    code, out, err = run(evaluate.main, [f"--workdir={trained}", "--split=validation", "--checkpoint=4"], capsys)
+    code, out, err = run(evaluate.main, [f"--workdir={trained}", "--split=validation", "--checkpoint=8"], capsys)
     assert code == 0, err
     assert json.loads((trained / "report" / "metrics.json").read_text())["split"] == "validation"
 

@@ -182,6 +182,11 @@ def test_the_best_checkpoint_can_be_reported(tiny_config, tmp_path):
     assert workdir.open_workdir(tmp_path).find_step("best") == results["checkpoint_step"]
 
 
-def test_a_dry_run_leaves_nothing(tiny_config, tmp_path):
+@pytest.mark.parametrize("strategy", ["data", "pmap"])
+def test_a_dry_run_leaves_nothing(tiny_config, tmp_path, strategy):
+    tiny_config.partition.strategy = strategy
     assert train_and_evaluate(tiny_config, tmp_path / "run", dry_run=True) == {}
     assert not (tmp_path / "run").exists()
+    tiny_config.loss.class_weights = (1.0,)
+    with pytest.raises(UserError, match=r"config.loss.class_weights"):
+        train_and_evaluate(tiny_config, tmp_path / "run", dry_run=True)

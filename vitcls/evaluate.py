@@ -151,6 +151,8 @@ def evaluate(path: pathlib.Path, *, split: str = "test", checkpoint: str = "", d
             f"{dataset.num_classes} classes of {dataset.image_shape} now, "
             f"{trained.info.num_classes} of {trained.info.image_shape} then; give the original with --data_dir"
         )
+    if data.choose_pipeline(dataset, config.dataset) == "resident":
+        dataset = data.decode(dataset, (split,))
     layout = partition.all_devices("data")
     model = experiment.make_model(config, trained.info)
     variables = layout.replicate(trained.restore_variables(model, step))

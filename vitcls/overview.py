@@ -89,17 +89,19 @@ def parameter_table(model: nn.Module, info: DatasetInfo) -> str:
     )
 
 
-def log_first_step(config, info: DatasetInfo, training: Training) -> None:
+def log_first_step(config, info: DatasetInfo, training: Training, layout: Partition) -> None:
     """Traces the first training step by shapes alone; the end of a dry run."""
     state = jax.eval_shape(training.create_state, jax.random.key(0))
-    batch_size = config.batch_size
+    step, shape = training.train_step, (config.batch_size,)
+    if layout.mapped:
+        step = jax.vmap(step, in_axes=(None, 0, None), axis_name=layout.axis_name)
+        shape = (layout.mesh.size, layout.visible(config.batch_size))
     batch = {
-        "image": jax.ShapeDtypeStruct((batch_size, *info.image_shape), np.uint8),
-        "label": jax.ShapeDtypeStruct((batch_size,), np.int32),
-        "mask": jax.ShapeDtypeStruct((batch_size,), np.float32),
+        "image": jax.ShapeDtypeStruct((*shape, *info.image_shape), np.uint8),
+        "label": jax.ShapeDtypeStruct(shape, np.int32),
+        "mask": jax.ShapeDtypeStruct(shape, np.float32),
     }
-    if training.model.axis_name is None:
-        jax.eval_shape(training.train_step, state, batch, jax.random.key(0))
+    jax.eval_shape(step, state, batch, jax.random.key(0))
     _logger.info("dry run: the first step has been traced; nothing was run and nothing was written")
 
 

@@ -35,17 +35,19 @@ def train_and_evaluate(config: configs.ConfigDict, path: os.PathLike | str, *, d
     config = configs.resolve(config)
     configs.validate(config)
     dataset = data.load(config.dataset)
+    pipeline = data.choose_pipeline(dataset, config.dataset)
+    if pipeline == "resident":
+        dataset = data.decode(dataset)
     info = data.describe(dataset, config.dataset)
     plan = experiment.make_plan(config, info)
     configs.validate_metrics(config, evaluates=dataset.validation is not None and plan.eval_every > 0)
-    pipeline = data.choose_pipeline(dataset, config.dataset)
     layout = partition.all_devices(config.partition.strategy, min_shard_elements=config.partition.min_shard_elements)
     pair = 2 if mixes_pairs(config.augment) else 1
     layout.check_batch_size(config.batch_size, unit=math.lcm(pair, config.optimizer.accumulate))
     training = experiment.make_training(config, info, plan, axis_name=layout.axis_name)
     overview.log_start(config, info, plan, training, layout, pipeline)
     if dry_run:
-        overview.log_first_step(config, info, training)
+        overview.log_first_step(config, info, training, layout)
         return {}
 
     if jax.process_index() == 0:

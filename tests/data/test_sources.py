@@ -291,7 +291,7 @@ def test_a_damaged_cache_of_verdicts_is_made_anew(folder):
     (folder / "cat" / "empty.jpg").touch()
     expected = load(folder_config(folder)).skipped
     for path in (cache_dir() / "folders").iterdir():
-        for content in (b"", b"{", b"\xff\xfe", b"not json"):
+        for content in (b"", b"{", b"[]", b"\xff\xfe", b"not json"):
             path.write_bytes(content)
             assert load(folder_config(folder)).skipped == expected
 
@@ -334,6 +334,52 @@ def test_folders_that_cannot_be_used(tmp_path):
     refused(r"class 'dog' of .* has no training image.*\(1 file was skipped; dog/0\.png is empty\)")
     write_image(tmp_path / "dog" / "1.png")
     refused("class 'dog' has a single example")
+
+
+def test_folder_links_that_lead_nowhere_or_in_circles(folder):
+    (folder / "cat" / "self.png").symlink_to(folder / "cat" / "self.png")
+    (folder / "cat" / "gone.png").symlink_to(folder / "cat" / "none.png")
+    (folder / "bird").symlink_to(folder / "cat", target_is_directory=True)
+    skipped = {file.path: file.reason for file in load(folder_config(folder)).skipped}
+    assert skipped == {
+        "bird": "is a linked directory; copy or move it here",
+        "cat/self.png": "is a link to no file",
+        "cat/gone.png": "is a link to no file",
+    }
+
+
+def test_classes_may_be_called_like_splits(tmp_path):
+    for name in ("train", "plane"):
+        for number in range(3):
+            write_image(tmp_path / name / f"{number}.png")
+    assert load(folder_config(tmp_path, test=0.34)).class_names == ("plane", "train")
+
+
+def test_splits_of_a_folder_must_make_sense(tmp_path):
+    for split in ("val", "test"):
+        write_image(tmp_path / split / "a" / "0.png")
+    with pytest.raises(UserError, match="has a directory 'test' but no 'train'"):
+        load(folder_config(tmp_path))
+    write_image(tmp_path / "train" / "a" / "0.png")
+    write_image(tmp_path / "valid" / "a" / "0.png")
+    with pytest.raises(UserError, match="are both the validation split"):
+        load(folder_config(tmp_path))
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(folder, monkeypatch):
+    denied = folder / "cat" / "0.PNG"
+    read_bytes = pathlib.Path.read_bytes
+
+    def read(path):
+        if path == denied:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    with monkeypatch.context() as context:
+        context.setattr(pathlib.Path, "read_bytes", read)  # file modes do not stop root
+        (file,) = load(folder_config(folder)).skipped
+    assert (file.path, file.reason) == ("cat/0.PNG", "cannot be read (Permission denied)")
+    assert load(folder_config(folder)).skipped == ()
 
 
 # TFDS
@@ -455,6 +501,9 @@ def test_tfds_sets_that_are_not_there(tmp_path):
         load(tfds_config(tmp_path, name="cifar1000"))
     with pytest.raises(UserError, match=r"'digit' is not known; did you mean 'digits'\?"):
         load(tfds_config(tmp_path, name="digit"))
+    for name in ("cifar10:9.9.9", "cifar10/nothing", "cifar10/x=3", "", "a/b/c d"):
+        with pytest.raises(UserError, match="is not known"):
+            load(tfds_config(tmp_path, name=name))
     with pytest.raises(UserError, match=r"not prepared in .*cifar100.*python -m vitcls.prepare cifar100 --data_dir="):
         load(tfds_config(tmp_path, name="cifar100"))
     assert not list(tmp_path.iterdir())

@@ -29,6 +29,7 @@ __all__ = [
     "Split",
     "TrainBatches",
     "choose_pipeline",
+    "decode",
     "describe",
     "load",
     "read_image",
@@ -133,12 +134,16 @@ def _device_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
-def decoded(split: Split, image_shape: tuple[int, int, int]) -> Split:
-    """The split with its images as an array uint8 [N, H, W, C]."""
-    if isinstance(split.images, np.ndarray):
-        return split
-    size, _, channels = image_shape
-    return Split(image_files.decode_all(split.images, size=size, channels=channels), split.labels)
+def decode(dataset: Dataset, splits: tuple[str, ...] = ("train", "validation", "test")) -> Dataset:
+    """The data set with the images of these splits as arrays uint8 [N, H, W, C], for the resident pipeline."""
+    size, _, channels = dataset.image_shape
+    arrays = {}
+    for name in splits:
+        split = getattr(dataset, name)
+        if split is not None and not isinstance(split.images, np.ndarray):
+            images = image_files.decode_all(split.images, size=size, channels=channels)
+            arrays[name] = Split(images, split.labels)
+    return dataclasses.replace(dataset, **arrays)
 
 
 TrainBatches = Resident | Streaming
@@ -157,7 +162,7 @@ def train_batches(dataset: Dataset, config, *, partition: Partition, batch_size:
         "balanced": config.sampling == "balanced",
     }
     if choose_pipeline(dataset, config) == "resident":
-        train = decoded(dataset.train, dataset.image_shape)
+        train = decode(dataset, ("train",)).train
         return make_resident(partition, train.images, train.labels, **arguments)
     crop = Crop(tuple(config.crop_area), tuple(config.crop_ratio)) if config.random_resized_crop else None
     return Streaming(partition, dataset.train, image_shape=dataset.image_shape, crop=crop, **arguments)

@@ -46,18 +46,20 @@ def folder(config) -> Source:
     root = pathlib.Path(config.data_dir).expanduser()
     if not config.data_dir or not root.is_dir():
         raise UserError(f"config.dataset.data_dir='{config.data_dir}' is not a directory; give the root of the images")
-    children = _directories(root)
-    roots = {SPLIT_FOLDERS[path.name]: path for path in children if path.name in SPLIT_FOLDERS}
-    if "train" not in roots:
-        roots = {"train": root}
+    skipped: list[SkippedFile] = []
+    roots = _split_roots(root)
     class_names = tuple(path.name for path in _directories(roots["train"]))
     if not class_names:
         raise UserError(f"{roots['train']} has no directories; put the images of each class in a directory of its own")
 
-    skipped: list[SkippedFile] = []
     splits, shapes = {}, set()
     verdicts = _Verdicts(root)
     for split, split_root in roots.items():
+        skipped += [
+            SkippedFile(path.relative_to(root).as_posix(), "is a linked directory; copy or move it here")
+            for path in sorted(split_root.iterdir())
+            if path.is_symlink() and path.is_dir() and not path.name.startswith(".")
+        ]
         for path in _directories(split_root):
             if path.name not in class_names:
                 raise UserError(f"{path} is a class that {roots['train']} does not have")
@@ -76,6 +78,20 @@ def folder(config) -> Source:
     return Source(root.name, class_names, splits, tuple(shapes), tuple(skipped))
 
 
+def _split_roots(root: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The directory of every split; a directory without classes in it is itself a class, whatever its name."""
+    roots = {}
+    for path in _directories(root):
+        split = SPLIT_FOLDERS.get(path.name)
+        if split and _directories(path):
+            if split in roots:
+                raise UserError(f"{roots[split]} and {path} are both the {split} split; keep one")
+            roots[split] = path
+    if roots and "train" not in roots:
+        raise UserError(f"{root} has a directory '{next(iter(roots.values())).name}' but no 'train'")
+    return roots or {"train": root}
+
+
 def _directories(path: pathlib.Path) -> list[pathlib.Path]:
     """The real, visible directories in `path`, by name."""
     inside = sorted(path.iterdir())
@@ -84,7 +100,7 @@ def _directories(path: pathlib.Path) -> list[pathlib.Path]:
 
 def _files(path: pathlib.Path, root: pathlib.Path, skipped: list[SkippedFile]) -> list[pathlib.Path]:
     """The visible files below a class directory, by name; links that lead out of the root are skipped."""
-    real_root = root.resolve()
+    real_root = os.path.realpath(root)
     found = []
     for directory, subdirectories, names in os.walk(path):
         subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
@@ -92,9 +108,14 @@ def _files(path: pathlib.Path, root: pathlib.Path, skipped: list[SkippedFile]) -
             child = pathlib.Path(directory, name)
             if name.startswith("."):
                 continue
-            if not child.resolve().is_relative_to(real_root):
-                skipped.append(SkippedFile(child.relative_to(root).as_posix(), "is a link out of the folder"))
-            elif child.is_file():
+            if child.is_symlink():  # os.path.realpath, since Path.resolve raises for a link to itself
+                name = child.relative_to(root).as_posix()
+                if not pathlib.Path(os.path.realpath(child)).is_relative_to(real_root):
+                    skipped.append(SkippedFile(name, "is a link out of the folder"))
+                    continue
+                if not child.is_file():
+                    skipped.append(SkippedFile(name, "is a link to no file"))
+            if child.is_file():
                 found.append(child)
     return sorted(found)
 
@@ -110,7 +131,8 @@ class _Verdicts:
         self._path = cache_dir() / "folders" / f"{name}.json"
         self._known: dict[str, list] = {}
         with contextlib.suppress(OSError, ValueError):
-            self._known = json.loads(self._path.read_text())
+            known = json.loads(self._path.read_text())
+            self._known = known if isinstance(known, dict) else {}
         self._current: dict[str, list] = {}
 
     def of(self, paths: list[pathlib.Path]) -> list[tuple[pathlib.Path, tuple[int, int, int] | str]]:
@@ -118,19 +140,22 @@ class _Verdicts:
             return list(zip(paths, pool.map(self._verdict, paths), strict=True))
 
     def _verdict(self, path: pathlib.Path) -> tuple[int, int, int] | str:
-        status = path.stat()
-        key = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
-        verdict = self._known.get(key)
-        if verdict is None:
-            try:
+        try:
+            status = path.stat()
+            key = f"{os.path.realpath(path)}|{status.st_size}|{status.st_mtime_ns}"
+            verdict = self._known.get(key)
+            if verdict is None:
                 verdict = list(image_files.verify(path))
-            except (BadImage, OSError) as error:
-                verdict = str(error)
+        except BadImage as error:
+            verdict = str(error)
+        except OSError as error:  # may pass without a change of the file: not to be kept
+            return f"cannot be read ({error.strerror})"
         self._current[key] = verdict
         return verdict if isinstance(verdict, str) else tuple(verdict)
 
     def store(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_name(f"{self._path.stem}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self._current))
-        os.replace(temporary, self._path)
+        with contextlib.suppress(OSError):  # as on a full disk: the files are looked at again next time
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self._current))
+            os.replace(temporary, self._path)
