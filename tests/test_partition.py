@@ -1,9 +1,11 @@
 """One device, `data`, `fsdp` and `pmap` over eight devices, and two processes, are the same computation."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import flax.linen as nn
 import jax
@@ -12,11 +14,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
+from vitcls import checkpoint, data, experiment, partition, steps, workdir
 from vitcls import config as configs
-from vitcls import data, experiment, partition, steps, workdir
 from vitcls.errors import UserError
 from vitcls.models.layers import Dropout
 from vitcls.train import train_and_evaluate
+from vitcls.writers import read_history
 
 
 class BatchNormNet(nn.Module):
@@ -141,17 +144,32 @@ TWO_PROCESSES = """
 import sys
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
-from vitcls import checkpoint, cli
+from vitcls import cli
 from vitcls import config as configs
 from vitcls.train import train_and_evaluate
 
-port, process, strategy, pipeline, workdir = sys.argv[1:]
-cli.start_jax(f"localhost:{port}", 2, int(process))
-config = configs.from_json(open(workdir + ".json").read()).unlock()
-config.partition.strategy, config.dataset.pipeline = strategy, pipeline
-config.partition.min_shard_elements = 64
-train_and_evaluate(config.lock(), workdir)
+def command(arguments):
+    port, process, strategy, pipeline, workdir = arguments
+    cli.start_jax(f"localhost:{port}", 2, int(process))
+    config = configs.from_json(open(workdir + ".json").read()).unlock()
+    config.partition.strategy, config.dataset.pipeline = strategy, pipeline
+    config.partition.min_shard_elements = 64
+    train_and_evaluate(config.lock(), workdir)
+
+sys.exit(cli.run(command))
 """
+
+
+def start_two_processes(config, path, strategy, pipeline):
+    path.with_suffix(".json").write_text(configs.to_json(configs.resolve(config)))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", TWO_PROCESSES, str(port)]
+    return [
+        subprocess.Popen([*command, str(i), strategy, pipeline, str(path)], stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
 
 
 @pytest.mark.parametrize(("strategy", "pipeline"), [("data", "streaming"), ("fsdp", "resident"), ("pmap", "streaming")])
@@ -162,16 +180,7 @@ def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, t
     train_and_evaluate(tiny_config, alone)
 
     together = tmp_path / "together"
-    (tmp_path / "together.json").write_text(configs.to_json(configs.resolve(tiny_config)))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", TWO_PROCESSES, str(port)]
-    processes = [
-        subprocess.Popen([*command, str(i), strategy, pipeline, str(together)], stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    for process in processes:
+    for process in start_two_processes(tiny_config, together, strategy, pipeline):
         _, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
     one, two = (workdir.open_workdir(path) for path in (alone, together))
@@ -180,3 +189,19 @@ def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, t
     ours, theirs = (json.loads((path / "report" / "metrics.json").read_text()) for path in (alone, together))
     assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
     assert theirs["accuracy"] == ours["accuracy"]
+
+
+def test_sigterm_to_one_process_stops_all_of_them_after_saving(tiny_config, tmp_path):
+    tiny_config.total = "100000 steps"
+    tiny_config.eval_every = tiny_config.checkpoint_every = "50000 steps"
+    path = tmp_path / "run"
+    processes = start_two_processes(tiny_config, path, "data", "resident")
+    deadline = time.monotonic() + 120
+    while not read_history(path):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    for process in processes:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGTERM, err
+    assert checkpoint.latest_whole(path / "checkpoints", set_aside=False) is not None
