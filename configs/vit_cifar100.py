@@ -3,7 +3,7 @@
     python -m vitcls.main --config=configs/vit_cifar100.py --workdir=runs/vit_cifar100
 
 The full recipe is written for one accelerator and about 10 minutes; it has not been run yet. The preset
-`configs/vit_cifar100.py:tiny` is a small model for a CPU: 3 epochs in 11 minutes on 2 cores, 27.84 % (seed 0;
+`configs/vit_cifar100.py:tiny` is a small model for a CPU: 3 epochs in 15 minutes on 2 busy cores, 27.84 % (seed 0;
 docs/results.md).
 """
 

@@ -111,6 +111,7 @@ def fit(
             if not (log_due or eval_due or save_due or stop_code):
                 continue
 
+            progress = progress.trained(seconds_until_ready(sums))
             check_finite(layout.to_host(state.nonfinite), config.nonfinite_limit)
             if log_due:
                 event = progress.interval_event(layout.to_host(sums), config.batch_size) | {
@@ -174,9 +175,10 @@ class Update:
     def __call__(
         self, state: TrainState, sums: steps.Sums, before: int, after: int
     ) -> tuple[TrainState, steps.Sums, float]:
-        """Returns the new state and sums, and the seconds that the call took.
+        """Returns the new state and sums, and the seconds that this took, without compilation.
 
-        It waits for the call before this one: the host stays one call ahead, not more, so the time is true.
+        It waits for the call before this one, so that the host is one call ahead of the devices and not more; the
+        last call of all is waited for with `seconds_until_ready`.
         """
         length = after - before
         start = time.perf_counter()
@@ -186,7 +188,7 @@ class Update:
             start = time.perf_counter()
         with jax.transfer_guard("disallow"):
             state, new_sums = self._compiled[length](state, sums, batches)
-        jax.block_until_ready(sums)
+        seconds_until_ready(sums)
         return state, new_sums, time.perf_counter() - start
 
     def _compile(self, state: TrainState, sums: steps.Sums, batches: Any, length: int) -> Callable:
@@ -198,6 +200,13 @@ class Update:
         compiled = self._layout.compile_update(call, state, sums, batches)
         _logger.info("compiled in %.1f s%s", time.perf_counter() - start, overview.compiled_memory(compiled))
         return compiled
+
+
+def seconds_until_ready(sums: steps.Sums) -> float:
+    """Waits for the call that makes `sums`."""
+    start = time.perf_counter()
+    jax.block_until_ready(sums)
+    return time.perf_counter() - start
 
 
 def _due(before: int, step: int, total: int) -> Callable[[int], bool]:
