@@ -42,7 +42,9 @@ def predict(
         for i, file in enumerate(group):
             try:
                 batch["image"][i] = read(file, info.image_shape)
-            except (OSError, image_files.BadImage) as error:
+            except OSError as error:
+                results[i] = error.strerror or str(error)
+            except image_files.BadImage as error:
                 results[i] = str(error)
         if len(results) < len(group):
             probabilities = jax.device_get(eval_step(variables, batch)[1])
