@@ -92,13 +92,6 @@ def test_a_model_that_has_diverged_gets_nothing_right():
     assert np.isnan(sums["loss"])
 
 
-def test_given_losses_are_summed_under_the_mask():
-    logits, labels, mask = examples(3)
-    losses = np.arange(BATCH, dtype=np.float32)
-    sums = evaluation_sums(logits, labels, mask, losses=losses)
-    assert float(sums["loss"]) == losses[mask > 0].sum()
-
-
 def test_sums_of_half_precision_logits_are_float32():
     logits, labels, mask = examples(3)
     sums = evaluation_sums(logits.astype(jnp.bfloat16), labels, mask)

@@ -13,7 +13,7 @@ BINS = 15  # of the expected calibration error (Guo et al. 2017)
 Sums = dict[str, jax.Array]
 
 
-def evaluation_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array, *, losses: jax.Array | None = None) -> Sums:
+def evaluation_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
     """Sums over a batch; an example with mask 0 is nowhere in them, whatever its logits and label.
 
     The first of equal logits is the prediction. A logit that is not a number ranks above all, so that a model which
@@ -23,7 +23,6 @@ def evaluation_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array, *, lo
       logits: [B, K].
       labels: int32 [B].
       mask: float32 [B], 0 or 1.
-      losses: float32 [B] to sum instead of the cross-entropy (without smoothing) of the logits.
 
     Returns:
       float32 scalars loss, correct, correct_top5 (of the top min(5, K)) and count, and confusion int32 [K, K]
@@ -32,9 +31,8 @@ def evaluation_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array, *, lo
     num_classes = logits.shape[-1]
     logits = logits.astype(jnp.float32)
     kept = mask > 0
-    if losses is None:
-        log_p = jax.nn.log_softmax(logits, axis=-1)
-        losses = -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    losses = -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]  # cross-entropy, without smoothing
     # The number of classes ahead of the true one says all that a sort of the logits would.
     classes = jnp.arange(num_classes)[None, :]
     true_logit = jnp.take_along_axis(logits, labels[:, None], axis=-1)
@@ -42,7 +40,7 @@ def evaluation_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array, *, lo
     rank = jnp.sum(~behind, axis=-1)  # [B, K] -> [B]
     predicted = jnp.argmax(logits, axis=-1)
     return {
-        "loss": jnp.sum(jnp.where(kept, mask * losses.astype(jnp.float32), 0.0)),
+        "loss": jnp.sum(jnp.where(kept, mask * losses, 0.0)),
         "correct": jnp.sum(mask * (rank == 0)),
         "correct_top5": jnp.sum(mask * (rank < 5)),
         "count": jnp.sum(mask),

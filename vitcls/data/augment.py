@@ -17,7 +17,6 @@ from vitcls.data.geometry import affine, rotation_matrix
 from vitcls.errors import UserError, unknown
 
 FILLS = ("noise", "zero")
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601, as in Pillow
 _RATIO = (0.3, 3.3)  # of the erased box, width / height (Zhong et al. 2020)
 _QUANTILES = 1025  # of Beta, on an even grid
 Vary = Callable[[jax.Array, jax.Array], jax.Array]  # key, image float32 [H, W, C] in [0, 255] -> image
@@ -119,21 +118,14 @@ def _color(config) -> Vary:
         factor_key, hue_key = jax.random.split(key)
         brightness, contrast, saturation = jax.random.uniform(factor_key, (3,), minval=1 - lowest, maxval=1 + highest)
         image = _blend(jnp.zeros(()), image, brightness)
-        image = _blend(jnp.mean(gray(image)), image, contrast)
+        image = _blend(jnp.mean(randaugment.luma(image)), image, contrast)
         if image.shape[-1] == 3:
-            image = _blend(gray(image), image, saturation)
+            image = _blend(randaugment.luma(image), image, saturation)
             turn = jax.random.uniform(hue_key, minval=-limits.hue, maxval=limits.hue)
             image = _turn_hue(image, turn) if limits.hue else image
         return image
 
     return color
-
-
-def gray(image: jax.Array) -> jax.Array:
-    """Luma [H, W, 1] of an image [H, W, C]."""
-    if image.shape[-1] == 1:
-        return image
-    return jnp.sum(image * _LUMA[None, None, :], axis=-1, keepdims=True)
 
 
 def _blend(base: jax.Array, image: jax.Array, factor: jax.Array) -> jax.Array:

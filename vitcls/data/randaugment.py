@@ -68,13 +68,13 @@ def apply(
     tables = jax.lax.optimization_barrier(_tables(image, operation, level, factor, ranges))
     looked_up = _look_up(tables, image)
     # Both from the same image, not one after the other: else the look-up is fused into each tap of the stencil.
-    base = jnp.where(_is(operation, "sharpness"), _smooth(image), jnp.round(_luma(image)))
+    base = jnp.where(_is(operation, "sharpness"), _smooth(image), jnp.round(luma(image)))
     blends = _is(operation, "sharpness") | (_is(operation, "color") & (image.shape[-1] == 3))
     return jnp.where(blends, _blend(base, image, factor), looked_up)
 
 
-def _luma(image: jax.Array) -> jax.Array:
-    """[H, W, C] -> [H, W, 1]"""
+def luma(image: jax.Array) -> jax.Array:
+    """Luma of an image (ITU-R 601, as in Pillow): [H, W, C] -> [H, W, 1]."""
     return image if image.shape[-1] == 1 else jnp.sum(image * _LUMA[None, None, :], axis=-1, keepdims=True)
 
 
@@ -104,7 +104,7 @@ def _tables(
     """What becomes of each value of each channel, [C, 256]."""
     channels = image.shape[-1]
     values = jnp.arange(256.0)
-    mean = jnp.round(jnp.mean(jnp.round(_luma(image))))
+    mean = jnp.round(jnp.mean(jnp.round(luma(image))))
     step = 2.0 ** jnp.round(level * ranges["bits"])
     threshold = 256.0 - level * ranges["solarize"]
     pointwise = jnp.select(
