@@ -7,9 +7,23 @@ import flax.linen as nn
 from ml_collections import config_dict
 
 from vitcls import errors
-from vitcls.models import vit
+from vitcls.models import (
+    alexnet,
+    convnext,
+    densenet,
+    efficientnet,
+    inception,
+    mobilenet,
+    resnet,
+    resnext,
+    small,
+    vgg,
+    vit,
+)
+from vitcls.models.preset import Preset
 
-_PRESETS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {**vit.PRESETS}
+_FAMILIES = (vit, resnext, resnet, convnext, vgg, densenet, inception, efficientnet, mobilenet, alexnet, small)
+_PRESETS: dict[str, Preset] = {name: preset for family in _FAMILIES for name, preset in family.PRESETS.items()}
 _NOT_CONFIGURED = ("num_classes", "axis_name", "parent", "name")
 
 
@@ -23,29 +37,33 @@ def create(name: str, num_classes: int, **overrides: Any) -> nn.Module:
 
     Raises UserError for an unknown model or field, naming the nearest that is known.
     """
-    preset = fields(name)
+    known = fields(name)
     for field in overrides:
-        if field not in preset:
-            raise errors.unknown(f"field of {name}", field, preset)
+        if field not in known:
+            raise errors.unknown(f"field of {name}", field, known)
     chosen = {field: value for field, value in overrides.items() if value is not None}
-    return _PRESETS[name][0](num_classes=num_classes, **preset | chosen)
+    return _PRESETS[name].module(num_classes=num_classes, **known | chosen)
+
+
+def preset(name: str) -> Preset:
+    """What is known of the model `name`: its paper, native image shape and number of classes; raises UserError."""
+    if name not in _PRESETS:
+        raise errors.unknown("model", name, _PRESETS)
+    return _PRESETS[name]
 
 
 def fields(name: str) -> dict[str, Any]:
     """Every field of the model `name` that a config may set, with the preset's value; plain JSON values."""
-    if name not in _PRESETS:
-        raise errors.unknown("model", name, _PRESETS)
-    module, preset = _PRESETS[name]
-    defaults = {field.name: field.default for field in _configured_fields(module)}
-    return defaults | preset
+    chosen = preset(name)
+    defaults = {field.name: field.default for field in _configured_fields(chosen.module)}
+    return defaults | chosen.fields
 
 
 def field_placeholders(name: str) -> dict[str, config_dict.FieldReference]:
     """For a config: field -> a value that is None until set, and then of the field's type."""
-    fields(name)  # raises for an unknown name
     return {
         field.name: config_dict.placeholder(typing.get_origin(field.type) or field.type)
-        for field in _configured_fields(_PRESETS[name][0])
+        for field in _configured_fields(preset(name).module)
     }
 
 

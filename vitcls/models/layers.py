@@ -1,5 +1,6 @@
 """Parts that models share."""
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -12,9 +13,16 @@ from vitcls.rng import example_keys
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "hard_swish": jax.nn.hard_swish,
+    "linear": lambda x: x,
     "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
     "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
 }
+NORMS = ("batch", "layer", "group", "none")
+GROUPED_CONV_FORMS = ("auto", "xla", "shifted")
+FORM_BY_PLATFORM = {"cpu": "shifted"}  # elsewhere 'xla'
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -75,36 +83,283 @@ class SqueezeExcite(nn.Module):
 
     reduced_channels: int
     dtype: str = "float32"
+    activation: str = "relu"
+    gate: Callable[[jax.Array], jax.Array] = jax.nn.sigmoid
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
         mean = jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), keepdims=True)
-        hidden = jax.nn.relu(nn.Dense(self.reduced_channels, dtype=self.dtype, name="reduce")(mean))
-        return x * jax.nn.sigmoid(nn.Dense(channels, dtype=self.dtype, name="expand")(hidden))
+        hidden = nn.Dense(self.reduced_channels, dtype=self.dtype, name="reduce")(mean)
+        return x * self.gate(nn.Dense(channels, dtype=self.dtype, name="expand")(activation(self.activation)(hidden)))
 
 
-class DepthwiseConv3x3(nn.Module):
-    """A 3x3 convolution of each channel by itself on [B, H, W, C], padded with zeros, as nine shifted products.
+def conv(
+    features: int,
+    kernel_size: int | tuple[int, int],
+    *,
+    stride: int = 1,
+    padding: str | int | None = None,
+    groups: int = 1,
+    use_bias: bool = False,
+    grouped_conv: str = "auto",
+    dtype: str = "float32",
+    name: str = "conv",
+) -> nn.Module:
+    """A convolution [B, H, W, C] -> [B, H', W', features], grouped or not; weights start as in He et al. 2015.
 
-    The parameters are those of `nn.Conv(C, (3, 3), feature_group_count=C)`, and so is their start. XLA's CPU backend
-    takes ten times as long for the gradient of that form ([64, 8, 8, 768]: 749 ms against 72 ms on 2 cores).
+    `padding` None puts half the kernel on every side, for odd kernels, as PyTorch's models do. 'SAME' is TensorFlow's,
+    which for an even image and stride 2 pads right and below only.
+    """
+    if groups > 1:
+        padding = kernel_size // 2 if padding is None else padding
+        form, init = grouped_conv, nn.initializers.he_normal()
+        return GroupedConv(features, kernel_size, groups, stride, padding, use_bias, form, dtype, init, name=name)
+    size = (kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size
+    if not isinstance(padding, str):
+        padding = [(side // 2 if padding is None else padding,) * 2 for side in size]
+    return nn.Conv(
+        features,
+        size,
+        strides=stride,
+        padding=padding,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.initializers.he_normal(),
+        name=name,
+    )
+
+
+def normalize(
+    x: jax.Array,
+    kind: str,
+    *,
+    train: bool,
+    epsilon: float = 1e-5,
+    dtype: str = "float32",
+    axis_name: str | None = None,
+    name: str = "norm",
+) -> jax.Array:
+    """Normalises [B, ..., C] with a scale and a shift per channel, which are submodules of the calling module.
+
+    'batch' (Ioffe & Szegedy 2015) uses the statistics of the global batch in training and running means otherwise;
+    'layer' those of each place (Ba et al. 2016), 'group' those of 32 groups of channels of each example, or fewer
+    where 32 do not divide them (Wu & He 2018); 'none' returns x.
+    """
+    match kind:
+        case "batch":
+            norm = nn.BatchNorm(
+                use_running_average=not train,
+                momentum=0.9,
+                epsilon=epsilon,
+                dtype=dtype,
+                axis_name=axis_name,
+                name=name,
+            )
+        case "layer":
+            norm = nn.LayerNorm(epsilon=epsilon, dtype=dtype, name=name)
+        case "group":
+            norm = nn.GroupNorm(math.gcd(32, x.shape[-1]), epsilon=epsilon, dtype=dtype, name=name)
+        case "none":
+            return x
+        case _:
+            raise errors.unknown("config.model.norm", kind, NORMS)
+    return norm(x)
+
+
+class ConvNorm(nn.Module):
+    """Convolution, normalisation, activation: the unit of most convolutional networks. [B, H, W, C] -> NHWC."""
+
+    features: int
+    kernel_size: int | tuple[int, int]
+    stride: int = 1
+    padding: str | int | None = None
+    groups: int = 1
+    use_bias: bool | None = None  # None: where there is no norm, whose shift would take its place
+    norm: str = "batch"
+    epsilon: float = 1e-5
+    activation: str = "relu"
+    grouped_conv: str = "auto"
+    dtype: str = "float32"
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = conv(
+            self.features,
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            groups=self.groups,
+            use_bias=self.norm == "none" if self.use_bias is None else self.use_bias,
+            grouped_conv=self.grouped_conv,
+            dtype=self.dtype,
+        )(x)
+        x = normalize(x, self.norm, train=train, epsilon=self.epsilon, dtype=self.dtype, axis_name=self.axis_name)
+        return activation(self.activation)(x)
+
+
+def max_pool(x: jax.Array, size: int, stride: int, padding: str | int = 0) -> jax.Array:
+    """The maximum of windows of [B, H, W, C]; `padding` is 'CEIL' or the places on every side, which never win.
+
+    'CEIL' lets the last window stand out on the right and below, so that no place is left out.
+    """
+    return nn.max_pool(x, (size, size), (stride, stride), _pool_padding(x, size, stride, padding))
+
+
+def avg_pool(x: jax.Array, size: int, stride: int, padding: str | int = 0) -> jax.Array:
+    """The mean of windows of [B, H, W, C], over the places inside the image only; `padding` as in `max_pool`."""
+    window, strides = (size, size), (stride, stride)
+    return nn.avg_pool(x, window, strides, _pool_padding(x, size, stride, padding), count_include_pad=False)
+
+
+def _pool_padding(x: jax.Array, size: int, stride: int, padding: str | int) -> list[tuple[int, int]]:
+    if padding == "CEIL":
+        return [(0, max(size - length, (size - length) % stride)) for length in x.shape[1:3]]
+    return [(padding, padding)] * 2
+
+
+def resize_by_mean(x: jax.Array, height: int, width: int) -> jax.Array:
+    """[B, H, W, C] -> [B, height, width, C]: means of windows that tile the image, whatever its size.
+
+    Window i of n over a length L is floor(i L / n) .. ceil((i + 1) L / n), so that an image that is too small is
+    repeated (the adaptive average pooling of PyTorch).
+    """
+    if x.shape[1:3] == (height, width):
+        return x
+    rows, columns = (jnp.asarray(_windows(a, b), x.dtype) for a, b in zip(x.shape[1:3], (height, width), strict=True))
+    return jnp.einsum("yh,bhwc,xw->byxc", rows, x, columns)
+
+
+def _windows(length: int, count: int) -> np.ndarray:
+    """[count, length]; row i has the weights of window i, which sum to 1."""
+    starts = [i * length // count for i in range(count)]
+    ends = [-(-(i + 1) * length // count) for i in range(count)]
+    places = np.arange(length)
+    return np.stack([((a <= places) & (places < b)) / (b - a) for a, b in zip(starts, ends, strict=True)])
+
+
+def local_response_norm(x: jax.Array, *, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0):
+    """x_c / (k + alpha sum_{|c' - c| <= size / 2} x_c'^2)^beta over [..., C] (Krizhevsky et al. 2012, section 3.3)."""
+    half = size // 2
+    squares = jnp.square(x.astype(jnp.float32))
+    window, strides = (1,) * (x.ndim - 1) + (size,), (1,) * x.ndim
+    sums = jax.lax.reduce_window(squares, 0.0, jax.lax.add, window, strides, [(0, 0)] * (x.ndim - 1) + [(half, half)])
+    return (x * (k + alpha * sums) ** -beta).astype(x.dtype)
+
+
+def classify(model: nn.Module, features: jax.Array, *, train: bool) -> jax.Array:
+    """Sows 'features' [B, D] and maps them, after dropout, to logits float32 [B, num_classes] with the layer 'head'.
+
+    `model` is the calling module, with the fields num_classes, dropout and axis_name.
+    """
+    features = features.astype(jnp.float32)
+    model.sow("intermediates", "features", features)
+    features = Dropout(model.dropout, axis_name=model.axis_name)(features, train=train)
+    return nn.Dense(model.num_classes, name="head")(features)
+
+
+def classify_flat(model: nn.Module, x: jax.Array, *, side: int, train: bool) -> jax.Array:
+    """`classify` of two hidden layers over side x side means of [B, H, W, C], as AlexNet and VGG have it.
+
+    The dropout of the second layer's outputs is that of `classify`. `model` has head_width, activation, dtype besides.
+    """
+    act = activation(model.activation)
+    x = resize_by_mean(x, side, side).reshape(x.shape[0], -1)
+    x = act(nn.Dense(model.head_width, dtype=model.dtype, name="hidden_1")(x))
+    x = Dropout(model.dropout, axis_name=model.axis_name)(x, train=train)
+    x = act(nn.Dense(model.head_width, dtype=model.dtype, name="hidden_2")(x))
+    return classify(model, x, train=train)
+
+
+def checkpointed(block: type[nn.Module], remat: bool) -> type[nn.Module]:
+    """The class of a block, called as block(x, train); with `remat` the backward pass computes its inside again."""
+    return nn.remat(block, static_argnums=(2,)) if remat else block
+
+
+def linear_rates(last: float, count: int) -> list[float]:
+    """Drop-path rates of `count` blocks, from 0 to `last` (Huang et al. 2016, equation 4)."""
+    return [last * i / max(count - 1, 1) for i in range(count)]
+
+
+def round_channels(channels: float, divisor: int = 8) -> int:
+    """The nearest multiple of `divisor` that is not below 90 % of `channels` (Sandler et al. 2018, reference code)."""
+    rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * channels else rounded
+
+
+class GroupedConv(nn.Module):
+    """y = concat_g(W_g * x_g), the grouped convolution of the improved ResNeXt50 (section 3), [B, H, W, C] -> NHWC.
+
+    The parameters are those of `nn.Conv` with `feature_group_count=groups`, whichever form computes the same sum:
+
+        'xla'      one grouped convolution of XLA
+        'shifted'  a product of shifted images and slices of the kernel for each place in the kernel; batched matrix
+                   products over the groups, or, with one channel in a group (depthwise), products of elements
+        'auto'     what benchmarks/grouped_conv.py found the faster on the platform: `FORM_BY_PLATFORM`
+
+    `padding` is 'SAME', 'VALID' or the zeros on every side.
     """
 
+    features: int
+    kernel_size: int
+    groups: int
+    stride: int = 1
+    padding: str | int = "SAME"
+    use_bias: bool = False
+    form: str = "auto"
     dtype: str = "float32"
+    kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        height, width, channels = x.shape[1:]
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, 1, channels)).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(self.dtype)
-        padded = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
-        shifted = [
-            padded[:, row : row + height, column : column + width] * kernel[row, column][None, None]
-            for row in range(3)
-            for column in range(3)
-        ]
-        return sum(shifted) + bias[None, None, None, :]
+        if self.form not in GROUPED_CONV_FORMS:
+            raise errors.unknown("config.model.grouped_conv", self.form, GROUPED_CONV_FORMS)
+        channels, size = x.shape[-1], self.kernel_size
+        if channels % self.groups or self.features % self.groups:
+            raise errors.UserError(
+                f"{channels} channels to {self.features} cannot be divided into {self.groups} groups of a convolution"
+            )
+        kernel = self.param("kernel", self.kernel_init, (size, size, channels // self.groups, self.features))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        padding = [(self.padding,) * 2] * 2 if isinstance(self.padding, int) else self.padding
+        form = self.form if self.form != "auto" else FORM_BY_PLATFORM.get(jax.default_backend(), "xla")
+        if form == "xla":
+            y = jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                (self.stride, self.stride),
+                padding,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=self.groups,
+            )
+        else:
+            if isinstance(padding, str):
+                padding = jax.lax.padtype_to_pads(x.shape[1:3], (size, size), (self.stride, self.stride), padding)
+            y = _shifted_conv(jnp.pad(x, ((0, 0), *padding, (0, 0))), kernel, self.groups, self.stride)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None, None, None]
+        return y
+
+
+def _shifted_conv(padded: jax.Array, kernel: jax.Array, groups: int, stride: int) -> jax.Array:
+    """A grouped convolution without padding: the sum over the kernel's places of shifted images times kernel slices."""
+    size, _, inputs, features = kernel.shape
+    batch, *image = padded.shape[:3]
+    height, width = ((length - size) // stride + 1 for length in image)
+
+    def shifted(x: jax.Array, row: int, column: int, axis: int) -> jax.Array:
+        x = jax.lax.slice_in_dim(x, row, row + (height - 1) * stride + 1, stride, axis)
+        return jax.lax.slice_in_dim(x, column, column + (width - 1) * stride + 1, stride, axis + 1)
+
+    places = [(row, column) for row in range(size) for column in range(size)]
+    if inputs == 1 and features == groups:
+        return sum(shifted(padded, *place, axis=1) * kernel[place][None, None] for place in places)
+    # Groups first, so that each place of the kernel is one product of [G, B * H * W, C / G] and [G, C / G, F / G].
+    x = jnp.moveaxis(padded.reshape(batch, *image, groups, inputs), 3, 0)
+    kernel = jnp.moveaxis(kernel.reshape(size, size, inputs, groups, features // groups), 3, 2)
+    y = sum(shifted(x, *place, axis=2).reshape(groups, -1, inputs) @ kernel[place] for place in places)
+    return jnp.moveaxis(y.reshape(groups, batch, height, width, -1), 0, 3).reshape(batch, height, width, features)
 
 
 class GeneralizedMean(nn.Module):

@@ -11,21 +11,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitcls import errors
 from vitcls.errors import UserError
-from vitcls.models import layers
+from vitcls.models import checks, layers
+from vitcls.models.preset import Preset
 
 _CHOICES = {
     "stem": ("patch", "conv"),
     "position_embedding": ("learned", "sincos2d", "none"),
     "attention": ("xla", "cudnn"),
-    "activation": tuple(layers.ACTIVATIONS),
     "aggregation": ("token", "mean", "gem", "attention", "mean_attention"),
-    "dtype": ("float32", "bfloat16"),
 }
-_COUNTS = ("patch_size", "hidden_dim", "depth", "num_heads", "mlp_dim")  # at least 1
-_PROBABILITIES = ("drop_path", "dropout", "attention_dropout")  # in [0, 1)
-_OPTIONAL_SIZES = ("layer_scale", "squeeze_excite")  # at least 0, which turns them off
 
 
 class VisionTransformer(nn.Module):
@@ -59,6 +54,7 @@ class VisionTransformer(nn.Module):
     squeeze_excite: float = 0.0  # width of the feed-forward network's gate, of hidden_dim; 0 for none
     aggregation: str = "token"  # g: 'token', 'mean', 'gem', 'attention', 'mean_attention'
     head_norm: bool = False  # a second norm, after the aggregation
+    grouped_conv: str = "auto"  # of local_conv; see layers.GroupedConv
     remat: bool = False  # recompute each block in the backward pass
     dtype: str = "float32"  # 'bfloat16'
     axis_name: str | None = None
@@ -69,21 +65,22 @@ class VisionTransformer(nn.Module):
         tokens = self._embed(images.astype(self.dtype), train=train)  # [B, H, W, C] -> [B, N, D]
         grid = tuple(size // self.patch_size for size in images.shape[1:3])
 
-        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        for i in range(self.depth):
+        block = layers.checkpointed(Block, self.remat)
+        for i, drop_path in enumerate(layers.linear_rates(self.drop_path, self.depth)):
             tokens = block(
                 grid=grid,
                 num_heads=self.num_heads,
                 mlp_dim=self.mlp_dim,
                 qk_norm=self.qk_norm,
                 layer_scale=self.layer_scale,
-                drop_path=self.drop_path * i / max(self.depth - 1, 1),
+                drop_path=drop_path,
                 dropout=self.dropout,
                 attention_dropout=self.attention_dropout,
                 attention=self.attention,
                 activation=self.activation,
                 local_conv=self.local_conv,
                 squeeze_excite=self.squeeze_excite,
+                grouped_conv=self.grouped_conv,
                 dtype=self.dtype,
                 axis_name=self.axis_name,
                 name=f"block_{i}",
@@ -109,17 +106,7 @@ class VisionTransformer(nn.Module):
             )
 
     def _check_fields(self) -> None:
-        for field, choices in _CHOICES.items():
-            if getattr(self, field) not in choices:
-                raise errors.unknown(f"config.model.{field}", str(getattr(self, field)), choices)
-        for fields, valid, expected in (
-            (_COUNTS, lambda value: value >= 1, "at least 1"),
-            (_PROBABILITIES, lambda value: 0 <= value < 1, "in [0, 1)"),
-            (_OPTIONAL_SIZES, lambda value: value >= 0, "at least 0"),
-        ):
-            for field in fields:
-                if not valid(getattr(self, field)):
-                    raise UserError(f"config.model.{field}={getattr(self, field)} is impossible; it must be {expected}")
+        checks.check_fields(self, _CHOICES)
         if self.hidden_dim % self.num_heads:
             raise UserError(
                 f"config.model.hidden_dim={self.hidden_dim} cannot be divided over "
@@ -223,6 +210,7 @@ class Block(nn.Module):
     activation: str
     local_conv: bool
     squeeze_excite: float
+    grouped_conv: str
     dtype: str
     axis_name: str | None
 
@@ -250,6 +238,7 @@ class Block(nn.Module):
             activation=self.activation,
             local_conv=self.local_conv,
             squeeze_excite=self.squeeze_excite,
+            grouped_conv=self.grouped_conv,
             dtype=self.dtype,
             axis_name=self.axis_name,
             name="feed_forward",
@@ -320,6 +309,7 @@ class FeedForward(nn.Module):
     activation: str
     local_conv: bool
     squeeze_excite: float
+    grouped_conv: str
     dtype: str
     axis_name: str | None
 
@@ -332,7 +322,16 @@ class FeedForward(nn.Module):
             split = hidden.shape[1] - math.prod(self.grid)  # 1 with a class token
             token, patches = hidden[:, :split], hidden[:, split:]
             on_grid = patches.reshape(-1, *self.grid, self.mlp_dim)  # [B, N, M] -> [B, rows, columns, M]
-            local = act(layers.DepthwiseConv3x3(self.dtype, name="local_conv")(on_grid))
+            local_conv = layers.conv(
+                self.mlp_dim,
+                3,
+                groups=self.mlp_dim,
+                use_bias=True,
+                grouped_conv=self.grouped_conv,
+                dtype=self.dtype,
+                name="local_conv",
+            )
+            local = act(local_conv(on_grid))
             hidden = jnp.concatenate([token, patches + local.reshape(patches.shape)], axis=1)
         if self.squeeze_excite:
             reduced = max(1, round(self.squeeze_excite * x.shape[-1]))
@@ -363,10 +362,15 @@ _IMPROVEMENTS = {
     "head_norm": True,  # "fully connected layers and normalization strategies"
     "drop_path": 0.1,
 }
+_IMPROVED = "Image Classification via an Improved Vision Transformer"
+_PLAIN = "Dosovitskiy et al. 2021, arXiv 2010.11929"
 PRESETS = {
-    f"improved_vit_{size}": (VisionTransformer, _SIZES[size] | _IMPROVEMENTS) for size in ("tiny", "small", "base")
+    f"improved_vit_{size}": Preset(VisionTransformer, _SIZES[size] | _IMPROVEMENTS, _IMPROVED, (32, 32, 3), 100)
+    for size in ("tiny", "small", "base")
 } | {
-    f"vit_{size}_patch{patch}": (VisionTransformer, fields | {"patch_size": patch})
+    f"vit_{size}_patch{patch}": Preset(
+        VisionTransformer, fields | {"patch_size": patch}, _PLAIN, (32, 32, 3) if patch == 4 else (224, 224, 3)
+    )
     for size, fields in _SIZES.items()
     for patch in (4, 16, 32)
 }
