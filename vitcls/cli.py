@@ -19,6 +19,7 @@ VERBS = {
     "evaluate": "vitcls.evaluate",
     "predict": "vitcls.predict",
     "prepare": "vitcls.prepare",
+    "models": "vitcls.models.__main__",
 }
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import jax
 import numpy as np
 
-from vitcls import cli, data, experiment, metrics, overview, partition, report, workdir, writers
+from vitcls import cli, data, experiment, metrics, models, overview, partition, report, workdir, writers
 from vitcls.data import DatasetInfo
 from vitcls.errors import UserError
 from vitcls.partition import Partition
@@ -72,6 +72,7 @@ def write_report(
     sums, rows = evaluator(variables, batches)
     probabilities = np.concatenate([evaluator.layout.to_host(part) for part in rows])
     images_per_second = measure_throughput(evaluator, variables, batches)
+    learned = evaluator.layout.to_host(models.learned_weights(model, variables["params"]))
     if jax.process_index():
         return {}
 
@@ -86,6 +87,7 @@ def write_report(
         "flops_per_image": overview.flops_per_image(model, info),
         "latency_ms": measure_latency(model, info),
         "images_per_second": images_per_second,
+        "learned_weights": {name: float(weight) for name, weight in learned.items()},
         "train_seconds": next((e["train/seconds"] for e in reversed(history) if "train/seconds" in e), 0.0),
     }
     report.write(

@@ -4,6 +4,7 @@ import typing
 from typing import Any
 
 import flax.linen as nn
+import jax
 from ml_collections import config_dict
 
 from vitcls import errors
@@ -50,6 +51,14 @@ def preset(name: str) -> Preset:
     if name not in _PRESETS:
         raise errors.unknown("model", name, _PRESETS)
     return _PRESETS[name]
+
+
+def learned_weights(model: nn.Module, params: dict) -> dict[str, jax.Array]:
+    """What a model has learned that can be read as it is, such as its fusion weights: name -> scalar; {} for most.
+
+    Under `pmap`, where `params` have a leading axis of devices, so have these.
+    """
+    return model.learned_weights(params) if hasattr(model, "learned_weights") else {}
 
 
 def fields(name: str) -> dict[str, Any]:

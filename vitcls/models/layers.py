@@ -356,9 +356,10 @@ def _shifted_conv(padded: jax.Array, kernel: jax.Array, groups: int, stride: int
     if inputs == 1 and features == groups:
         return sum(shifted(padded, *place, axis=1) * kernel[place][None, None] for place in places)
     # Groups first, so that each place of the kernel is one product of [G, B * H * W, C / G] and [G, C / G, F / G].
-    x = jnp.moveaxis(padded.reshape(batch, *image, groups, inputs), 3, 0)
+    x = jax.lax.optimization_barrier(jnp.moveaxis(padded.reshape(batch, *image, groups, inputs), 3, 0))
     kernel = jnp.moveaxis(kernel.reshape(size, size, inputs, groups, features // groups), 3, 2)
     y = sum(shifted(x, *place, axis=2).reshape(groups, -1, inputs) @ kernel[place] for place in places)
+    y = jax.lax.optimization_barrier(y)
     return jnp.moveaxis(y.reshape(groups, batch, height, width, -1), 0, 3).reshape(batch, height, width, features)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from vitcls import errors
 from vitcls.errors import UserError
@@ -36,14 +35,14 @@ class ResNeXt(resnet.ResNet):
     fusion_stages: tuple[int, ...] = (2, 3, 4)  # of fusion='stages': the stages whose maps are fused
     fusion_width: int = 512  # of fusion='stages': channels of the sum
 
-    def learned_weights(self, params: dict) -> dict[str, float]:
-        """The fusion weights alpha_i by scale, which sum to 1; {} without fusion."""
+    def learned_weights(self, params: dict) -> dict[str, jax.Array]:
+        """The fusion weights alpha_i by scale, float32 scalars that sum to 1; {} without fusion."""
         if self.fusion == "none":
             return {}
         kernels = self.fusion == "kernels"
-        names = [f"{k}x{k}" for k in self.fusion_kernels] if kernels else [f"stage {i}" for i in self.fusion_stages]
-        weights = jax.nn.softmax(jnp.asarray(params["fusion"]["logits"]))
-        return {f"fusion weight of {name}": float(weight) for name, weight in zip(names, weights, strict=True)}
+        scales = [f"{k}x{k}" for k in self.fusion_kernels] if kernels else [f"stage {i}" for i in self.fusion_stages]
+        weights = jax.nn.softmax(params["fusion"]["logits"], axis=-1)
+        return {f"Fusion weight of {scale}": weights[..., i] for i, scale in enumerate(scales)}
 
     def _check(self, shape: tuple[int, ...]) -> None:
         super()._check(shape)

@@ -139,7 +139,7 @@ def _details(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     latency = metrics["latency_ms"]
     rows = [(label, form.format(metrics[key])) for key, label, form in _DETAILS]
     rows.insert(5, ("Latency of one image", f"{latency['median']:.2f} ms median, {latency['p95']:.2f} ms p95"))
-    return rows
+    return rows + [(name, f"{weight:.4f} (learned)") for name, weight in metrics["learned_weights"].items()]
 
 
 def _key_values(rows: Sequence[tuple[str, str]]) -> str:

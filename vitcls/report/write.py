@@ -23,6 +23,7 @@ UNITS = {
     "checkpoint_step": "steps",
     "parameters": "parameters",
     "flops_per_image": "FLOPs (2 per multiply-add, forward pass)",
+    "learned_weights": "fractions that sum to 1",
     "latency_ms": "milliseconds (batch of 1, from host to host)",
     "images_per_second": "images/s (inference, all devices)",
     "train_seconds": "seconds (without compilation, evaluation and saving)",

@@ -1,0 +1,20 @@
+"""LeNet-5 on MNIST.
+
+python -m vitcls.main --config=configs/lenet_mnist.py --workdir=runs/lenet_mnist
+"""
+
+from vitcls.config import default_config
+
+
+def get_config():
+    config = default_config("lenet5")
+    config.batch_size = 128
+    config.total = "10 epochs"
+    config.log_every = "100 steps"
+    config.dataset.name = "mnist"
+    config.dataset.validation = 0.05
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 2e-3
+    config.loss.l2 = 1e-4
+    config.schedule.warmup = "2%"
+    return config
