@@ -52,6 +52,7 @@ def write(directory, labels, probabilities, names, *, images=pictures, history=H
         "latency_ms": {"median": 1.25, "p95": 2.5},
         "images_per_second": 1000.0,
         "train_seconds": 60.0,
+        "learned_weights": {"Fusion weight of 3x3": 0.625},
     }
     report.write(
         directory,

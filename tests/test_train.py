@@ -120,7 +120,7 @@ def test_a_run_writes_all_that_it_promises(trained):
     assert set(written) >= {
         *("dataset", "split", "num_examples", "loss", "accuracy", "top5_accuracy", "precision_macro", "recall_macro"),
         *("f1_macro", "auc_ovr_macro", "auc_ovr_macro_hard", "ece", "parameters", "flops_per_image", "latency_ms"),
-        *("images_per_second", "train_seconds", "per_class"),
+        *("images_per_second", "train_seconds", "per_class", "learned_weights"),
     }
     for name in ("config.json", "dataset.json", "metrics.jsonl", "report/index.html", "checkpoints/12/manifest.json"):
         assert (trained / name).is_file(), name

@@ -1,0 +1,58 @@
+"""The table of models: `python -m vitcls.models` and docs/models.md."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from vitcls import models
+from vitcls.models import __main__ as table
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "models.md"
+
+
+def test_the_page_is_what_the_command_writes():
+    assert PAGE.read_text() == table.markdown_page([table.describe(name) for name in models.names()])
+
+
+def test_flops_are_those_the_papers_count():
+    # Multiply-adds at the native size, of He et al. 2016 (table 1), Xie et al. 2017 (table 1), Howard et al. 2017
+    # (table 4) and Tan & Le 2019 (table 2); ours are 2 FLOPs each and a few for norms and activations.
+    for name, multiply_adds in (
+        ("resnet18", 1.8e9),
+        ("resnext50_32x4d", 4.2e9),
+        ("mobilenet_v1", 569e6),
+        ("efficientnet_b0", 0.39e9),
+    ):
+        assert table.describe(name).flops == pytest.approx(2 * multiply_adds, rel=0.06)
+
+
+def test_activations_of_a_small_network_are_what_its_backward_pass_reads():
+    # Of one float32 image: the padded input of each convolution, its output before the activation (whose derivative
+    # needs it) and what pooling and dense layers read. Bounds, since which of two equal arrays is kept may change.
+    saved = table.describe("lenet5").activation_bytes
+    outputs = 28 * 28 * 6 + 10 * 10 * 16 + 120 + 84
+    assert 4 * outputs <= saved <= 4 * 5 * outputs
+
+
+def test_remat_saves_fewer_activations(monkeypatch):
+    plain = table.describe("resnet18").activation_bytes
+    preset = models.preset("resnet18")
+    monkeypatch.setitem(models._PRESETS, "resnet18", preset._replace(fields=preset.fields | {"remat": True}))
+    assert table.describe("resnet18").activation_bytes < 0.6 * plain
+
+
+def test_the_command_prints_one_line_for_each_model_and_one_for_a_wrong_name():
+    def run(*arguments):
+        return subprocess.run([sys.executable, "-m", "vitcls.models", *arguments], capture_output=True, text=True)
+
+    shown = run("lenet5", "mnist_cnn")
+    assert shown.returncode == 0
+    header, lenet, cnn = shown.stdout.splitlines()
+    assert header.split()[:2] == ["model", "parameters"]
+    assert lenet.split()[:2] == ["lenet5", "61,706"]
+    assert cnn.split()[:2] == ["mnist_cnn", "421,642"]
+    wrong = run("lenet6")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == "error: model 'lenet6' is not known; did you mean 'lenet5'?\n" or "lenet5" in wrong.stderr

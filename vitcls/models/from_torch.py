@@ -1,0 +1,225 @@
+"""Weights that are named as in PyTorch's state dicts -> the variables of our models.
+
+The names are torchvision's. ViT has timm's, and so have EfficientNet and MobileNet v3: their networks here are those of
+timm's 'tf_' models, which pad and normalise as the authors do and torchvision does not.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from vitcls import models
+from vitcls.errors import UserError
+from vitcls.models import alexnet, convnext, densenet, efficientnet, inception, mobilenet, resnet, resnext, vgg, vit
+
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_LEFT_OUT = re.compile(r"aux\d\.|.*\.num_batches_tracked$")  # auxiliary classifiers, counts of batches
+
+# The path of a module or a weight of ours, its name in PyTorch, and, for a weight, what is done to the array first.
+_Names = Iterator[tuple[str, str] | tuple[str, str, Callable[[np.ndarray], np.ndarray]]]
+
+
+def from_torch(
+    name: str,
+    weights: Mapping[str, np.ndarray],
+    *,
+    num_classes: int = 1000,
+    image_shape: tuple[int, int, int] | None = None,
+    **fields: Any,
+) -> dict:
+    """The variables of `models.create(name, num_classes, **fields)`: nested dicts of numpy arrays.
+
+    `weights` has convolutions as OIHW and matrices as [out, in]. `image_shape` [H, W, C], by default the model's native
+    one, says how many channels there are and, to a ViT, for which size its positions were learned.
+
+    Raises UserError for a model that has no names there, and for weights that are missing, do not fit or are too many.
+    """
+    model = models.create(name, num_classes, **fields)
+    if type(model) not in _FAMILIES:
+        raise UserError(f"{name} cannot take weights of PyTorch: no names are known for it")
+    known = {path: (key, *view) for path, key, *view in _FAMILIES[type(model)](model)}
+    images = jnp.zeros((1, *(image_shape or models.preset(name).image_shape)))
+    shapes = jax.eval_shape(lambda key: model.init(key, images, train=False), jax.random.key(0))
+
+    variables, unused = {}, dict.fromkeys(key for key in weights if not _LEFT_OUT.match(key))
+    for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
+        _, _, ours = path.partition("/")
+        module, _, kind = ours.rpartition("/")
+        if ours not in known and module not in known:
+            raise UserError(f"{name} cannot take weights of PyTorch: no name is known for '{path}'")
+        key, *view = known[ours] if ours in known else (f"{known[module][0]}.{_LEAVES[kind]}",)
+        if key not in weights:
+            raise UserError(f"the weights have no '{key}', which {name} needs for '{path}'")
+        value = _in_our_layout(np.asarray(weights[key]), leaf.shape, *view)
+        if value is None:
+            shape = np.shape(weights[key])
+            raise UserError(f"the shape {shape} of '{key}' does not fit '{path}' of {name}, which is {leaf.shape}")
+        variables[path] = value.astype(leaf.dtype)
+        unused.pop(key, None)
+    if unused:
+        raise UserError(
+            f"{name} has no place for {len(unused)} of the weights, the first of them '{next(iter(unused))}'"
+        )
+    return traverse_util.unflatten_dict(variables, sep="/")
+
+
+def _in_our_layout(value: np.ndarray, shape: tuple[int, ...], view: Callable = np.asarray) -> np.ndarray | None:
+    """An array of PyTorch as ours of this shape; None where it does not fit.
+
+    Matrices become [in, out], convolutions HWIO, or, where ours is a matrix over flattened patches or maps, [HWI, O].
+    """
+    try:
+        value = view(value)
+    except (IndexError, ValueError):
+        return None
+    value = value.transpose({2: (1, 0), 4: (2, 3, 1, 0)}.get(value.ndim, range(value.ndim)))
+    fits = value.shape[-1:] == shape[-1:] and value.size == math.prod(shape)
+    return value.reshape(shape) if fits else None
+
+
+def _flattened(side: int) -> Callable[[np.ndarray], np.ndarray]:
+    """A matrix over a flattened map [C, side, side] as the convolution that it is."""
+    return lambda value: value.reshape(len(value), -1, side, side)
+
+
+def _resnet(model: resnet.ResNet) -> _Names:
+    yield "stem/conv", "conv1"
+    yield "stem/norm", "bn1"
+    for stage, depth in enumerate(model.depths, start=1):
+        for i in range(depth):
+            ours, theirs = f"stage_{stage}_block_{i + 1}", f"layer{stage}.{i}"
+            for n in (1, 2, 3):
+                yield f"{ours}/conv_{n}/conv", f"{theirs}.conv{n}"
+                yield f"{ours}/conv_{n}/norm", f"{theirs}.bn{n}"
+            yield f"{ours}/shortcut/conv", f"{theirs}.downsample.0"
+            yield f"{ours}/shortcut/norm", f"{theirs}.downsample.1"
+    yield "head", "fc"
+
+
+def _vgg(model: vgg.VGG) -> _Names:
+    n = 0
+    for stage, depth in enumerate(model.depths, start=1):
+        for i in range(1, depth + 1):
+            yield f"stage_{stage}/conv_{i}/conv", f"features.{n}"
+            yield f"stage_{stage}/conv_{i}/norm", f"features.{n + 1}"
+            n += 2 if model.norm == "none" else 3  # beside the activation
+        n += 1  # the pooling
+    yield "hidden_1", "classifier.0"
+    yield "hidden_1/kernel", "classifier.0.weight", _flattened(1 if model.stem == "small" else 7)
+    yield "hidden_2", "classifier.3"
+    yield "head", "classifier.6"
+
+
+def _alexnet(model: alexnet.AlexNet) -> _Names:
+    for i, n in enumerate((0, 3, 6, 8, 10), start=1):
+        yield f"conv_{i}/conv", f"features.{n}"
+    yield "hidden_1", "classifier.1"
+    yield "hidden_1/kernel", "classifier.1.weight", _flattened(3 if model.stem == "small" else 6)
+    yield "hidden_2", "classifier.4"
+    yield "head", "classifier.6"
+
+
+def _googlenet(model: inception.GoogLeNet) -> _Names:
+    units = {f"stem_{i}": f"conv{i}" for i in (1, 2, 3)}
+    branches = {"1x1_1": "1", "3x3_1": "2.0", "3x3_2": "2.1", "5x5_1": "3.0", "5x5_2": "3.1", "pool_2": "4.1"}
+    for module in ("3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b"):
+        units |= {f"inception_{module}/{ours}": f"inception{module}.branch{n}" for ours, n in branches.items()}
+    for ours, theirs in units.items():
+        yield f"{ours}/conv", f"{theirs}.conv"
+        yield f"{ours}/norm", f"{theirs}.bn"
+    yield "head", "fc"
+
+
+def _densenet(model: densenet.DenseNet) -> _Names:
+    yield "stem", "features.conv0"
+    yield "stem_norm", "features.norm0"
+    for stage, depth in enumerate(model.depths, start=1):
+        for i in range(1, depth + 1):
+            ours, theirs = f"stage_{stage}_layer_{i}", f"features.denseblock{stage}.denselayer{i}"
+            for n in (1, 2):
+                yield f"{ours}/norm_{n}", f"{theirs}.norm{n}"
+                yield f"{ours}/conv_{n}", f"{theirs}.conv{n}"
+        yield f"transition_{stage + 1}_norm", f"features.transition{stage}.norm"
+        yield f"transition_{stage + 1}", f"features.transition{stage}.conv"
+    yield "head_norm", "features.norm5"
+    yield "head", "classifier"
+
+
+def _convnext(model: convnext.ConvNeXt) -> _Names:
+    yield "stem", "features.0.0"
+    yield "stem_norm", "features.0.1"
+    for stage, depth in enumerate(model.depths, start=1):
+        yield f"downsample_{stage}_norm", f"features.{2 * stage - 2}.0"
+        yield f"downsample_{stage}", f"features.{2 * stage - 2}.1"
+        for i in range(depth):
+            ours, theirs = f"stage_{stage}_block_{i + 1}", f"features.{2 * stage - 1}.{i}"
+            for part, n in (("depthwise", 0), ("norm", 2), ("expand", 3), ("project", 5)):
+                yield f"{ours}/{part}", f"{theirs}.block.{n}"
+            yield f"{ours}/layer_scale/scale", f"{theirs}.layer_scale", np.ravel
+    yield "head_norm", "classifier.0"
+    yield "head", "classifier.2"
+
+
+def _inverted_residuals(model: efficientnet.EfficientNet | mobilenet.MobileNetV3) -> _Names:
+    yield "stem/conv", "conv_stem"
+    yield "stem/norm", "bn1"
+    for stage, i in itertools.product(range(7), range(20)):  # more than any of these networks has
+        ours, theirs = f"stage_{stage + 1}_block_{i + 1}", f"blocks.{stage}.{i}"
+        units = (
+            {"depthwise": "dw", "project": "pw"}
+            if stage == 0
+            else {"expand": "pw", "depthwise": "dw", "project": "pwl"}
+        )
+        for n, (unit, conv) in enumerate(units.items(), start=1):
+            yield f"{ours}/{unit}/conv", f"{theirs}.conv_{conv}"
+            yield f"{ours}/{unit}/norm", f"{theirs}.bn{n}"
+        for part in ("reduce", "expand"):
+            yield f"{ours}/squeeze_excite/{part}", f"{theirs}.se.conv_{part}"
+    if isinstance(model, efficientnet.EfficientNet):
+        yield "last/conv", "conv_head"
+        yield "last/norm", "bn2"
+    else:
+        stages = {"large": 6, "small": 5}[model.size]
+        yield "last/conv", f"blocks.{stages}.0.conv"
+        yield "last/norm", f"blocks.{stages}.0.bn1"
+        yield "hidden", "conv_head"
+    yield "head", "classifier"
+
+
+def _vit(model: vit.VisionTransformer) -> _Names:
+    yield "stem", "patch_embed.proj"
+    yield "class_token", "cls_token"
+    yield "class_position_embedding", "pos_embed", lambda value: value[:, :1]
+    yield "position_embedding", "pos_embed", lambda value: value[:, 1:]
+    for i in range(model.depth):
+        ours, theirs = f"block_{i}", f"blocks.{i}"
+        yield f"{ours}/attention_norm", f"{theirs}.norm1"
+        yield f"{ours}/attention/qkv", f"{theirs}.attn.qkv"
+        yield f"{ours}/attention/project", f"{theirs}.attn.proj"
+        yield f"{ours}/feed_forward_norm", f"{theirs}.norm2"
+        yield f"{ours}/feed_forward/expand", f"{theirs}.mlp.fc1"
+        yield f"{ours}/feed_forward/project", f"{theirs}.mlp.fc2"
+    yield "norm", "norm"
+    yield "head", "head"
+
+
+_FAMILIES: dict[type[nn.Module], Callable[[Any], _Names]] = {
+    resnet.ResNet: _resnet,
+    resnext.ResNeXt: _resnet,
+    vgg.VGG: _vgg,
+    alexnet.AlexNet: _alexnet,
+    inception.GoogLeNet: _googlenet,
+    densenet.DenseNet: _densenet,
+    convnext.ConvNeXt: _convnext,
+    efficientnet.EfficientNet: _inverted_residuals,
+    mobilenet.MobileNetV3: _inverted_residuals,
+    vit.VisionTransformer: _vit,
+}
