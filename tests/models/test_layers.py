@@ -1,17 +1,18 @@
+import itertools
 import math
+import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.signal
 import scipy.special
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
 from vitcls.errors import UserError
-from vitcls.models import layers
+from vitcls.models import checks, layers
 
 DROPOUT = {"dropout": jax.random.key(7)}
 
@@ -94,26 +95,380 @@ def test_squeeze_excite(shape):
     np.testing.assert_allclose(layers.SqueezeExcite(4).apply({"params": params}, x), expected, rtol=1e-5)
 
 
-def test_depthwise_convolution_is_that_of_scipy():
-    x, kernel, bias = normal(0, 2, 4, 5, 3), normal(1, 3, 3, 1, 3), normal(2, 3)
-    y = layers.DepthwiseConv3x3().apply({"params": {"kernel": kernel, "bias": bias}}, x)
-    for example in range(2):
-        for channel in range(3):
-            expected = scipy.signal.correlate2d(x[example, ..., channel], kernel[:, :, 0, channel], mode="same")
-            np.testing.assert_allclose(y[example, ..., channel], expected + bias[channel], rtol=1e-4, atol=1e-5)
+def same_pads(length, size, stride):
+    """TensorFlow's 'SAME': ceil(length / stride) places, and the odd zero goes behind."""
+    zeros = max((-(-length // stride) - 1) * stride + size - length, 0)
+    return zeros // 2, zeros - zeros // 2
 
 
-def test_depthwise_convolution_has_the_parameters_and_gradients_of_flax():
-    x = normal(0, 2, 4, 4, 6)
-    ours, flax = layers.DepthwiseConv3x3(), nn.Conv(6, (3, 3), feature_group_count=6)
+def literal_grouped_conv(x, kernel, groups, stride, padding, cotangent_seed):
+    """concat_g(W_g * x_g) group by group in float64, and the gradients of its product with a random cotangent.
+
+    Returns the output, the cotangent and the gradients of input and kernel.
+    """
+    size = kernel.shape[0]
+    if padding == "SAME":
+        pads = [same_pads(length, size, stride) for length in x.shape[1:3]]
+    else:
+        pads = [(0, 0) if padding == "VALID" else (padding, padding)] * 2
+    x, kernel = x.astype(np.float64), kernel.astype(np.float64)
+    padded = np.pad(x, ((0, 0), *pads, (0, 0)))
+    height, width = ((length - size) // stride + 1 for length in padded.shape[1:3])
+    cotangent = normal(cotangent_seed, len(x), height, width, kernel.shape[-1])
+    outputs, padded_grad, kernel_grad = [], np.zeros_like(padded), np.zeros_like(kernel)
+    for inputs, outs in zip(
+        np.split(np.arange(x.shape[-1]), groups), np.split(np.arange(kernel.shape[-1]), groups), strict=True
+    ):
+        y = np.zeros((len(x), height, width, len(outs)))
+        for row in range(size):
+            for column in range(size):
+                place = np.ix_(
+                    range(len(x)),
+                    range(row, row + stride * height, stride),
+                    range(column, column + stride * width, stride),
+                    inputs,
+                )
+                weights = kernel[row, column][:, outs]
+                y += padded[place] @ weights
+                padded_grad[place] += cotangent[..., outs] @ weights.T
+                kernel_grad[row, column][:, outs] = np.einsum("bhwi,bhwo->io", padded[place], cotangent[..., outs])
+        outputs.append(y)
+    (top, bottom), (left, right) = pads
+    inside = padded_grad[:, top : padded.shape[1] - bottom, left : padded.shape[2] - right]
+    return np.concatenate(outputs, axis=-1), cotangent, inside, kernel_grad
+
+
+def assert_near(got, expected, tolerance=1e-5):
+    """Within `tolerance` of the largest value expected."""
+    got, expected = np.asarray(got), np.asarray(expected)
+    assert got.shape == expected.shape
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+# Channels, features, groups: depthwise, depthwise that makes two of each channel, groups of several, one group.
+GROUPINGS = {"depthwise": (4, 4, 4), "multiplied": (3, 6, 3), "grouped": (4, 6, 2), "ungrouped": (3, 2, 1)}
+
+
+def grouped_conv_cases():
+    """All kernels, strides, groupings and paddings; those that only take longer to compile are slow."""
+    for size, stride, grouping in itertools.product((1, 3, 5, 7), (1, 2), GROUPINGS):
+        fast, slow = ("SAME", "VALID", size // 2, 2), ()
+        if size > 3:
+            fast, slow = (("SAME",), fast[1:]) if grouping in ("depthwise", "grouped") else ((), fast)
+        for paddings, marks in ((fast, ()), (slow, pytest.mark.slow)):
+            if paddings:
+                yield pytest.param(size, stride, grouping, paddings, marks=marks)
+
+
+@pytest.mark.parametrize(("size", "stride", "grouping", "paddings"), list(grouped_conv_cases()))
+def test_both_forms_of_a_grouped_convolution_are_the_concatenation_over_groups(size, stride, grouping, paddings):
+    channels, features, groups = GROUPINGS[grouping]
+    x, kernel = normal(0, 2, 8, 7, channels), normal(1, size, size, channels // groups, features)  # even and odd
+    cases = {
+        (padding, form): layers.GroupedConv(features, size, groups, stride, padding, form=form)
+        for padding in paddings
+        for form in ("xla", "shifted")
+    }
+    expected = {padding: literal_grouped_conv(x, kernel, groups, stride, padding, 2) for padding, _ in cases}
+
+    @jax.jit
+    def run(x, kernel):
+        def outputs_and_gradients(conv, cotangent):
+            y, pull = jax.vjp(lambda x, kernel: conv.apply({"params": {"kernel": kernel}}, x), x, kernel)
+            return y, *pull(cotangent)
+
+        return [outputs_and_gradients(conv, expected[padding][1]) for (padding, _), conv in cases.items()]
+
+    for (padding, _), got in zip(cases, run(x, kernel), strict=True):
+        y, _, input_grad, kernel_grad = expected[padding]
+        for one, other in zip(got, (y, input_grad, kernel_grad), strict=True):
+            assert_near(one, other)
+
+
+@pytest.mark.parametrize("form", layers.GROUPED_CONV_FORMS)
+def test_a_grouped_convolution_has_the_parameters_of_flax(form):
+    x, init = normal(0, 2, 5, 4, 6), nn.initializers.he_normal()
+    ours = layers.GroupedConv(8, 3, 2, 2, use_bias=True, form=form)
+    flax = nn.Conv(8, (3, 3), 2, feature_group_count=2, kernel_init=init)
     params = ours.init(jax.random.key(0), x)
     jax.tree.map(np.testing.assert_array_equal, params, flax.init(jax.random.key(0), x))
 
-    def gradients(module):
-        return jax.jit(jax.grad(lambda params, x: jnp.sum(jnp.sin(module.apply(params, x))), argnums=(0, 1)))(params, x)
+    params = jax.tree.map(lambda leaf: normal(1, *leaf.shape), params)
+    assert_near(ours.apply(params, x), flax.apply(params, x))
+    without = layers.GroupedConv(8, 3, 2, 2, form=form).init(jax.random.key(0), x)["params"]
+    assert set(without) == {"kernel"}
 
-    for got, expected in zip(jax.tree.leaves(gradients(ours)), jax.tree.leaves(gradients(flax)), strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize("form", ["xla", "shifted"])
+def test_a_grouped_convolution_computes_in_its_type_and_keeps_float32_parameters(form):
+    x = normal(0, 2, 5, 4, 4)
+    conv = layers.GroupedConv(4, 3, 4, use_bias=True, form=form, dtype="bfloat16")
+    y, variables = conv.init_with_output(jax.random.key(0), x)
+    assert y.dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+    assert_near(y.astype(jnp.float32), conv.clone(dtype="float32").apply(variables, x), 0.03)
+
+
+def test_the_form_of_a_grouped_convolution_follows_the_platform_unless_named(monkeypatch):
+    x = normal(0, 1, 4, 4, 4)
+
+    def uses_xla(form):
+        conv = layers.GroupedConv(4, 3, 4, form=form)
+        return "conv_general_dilated" in str(jax.make_jaxpr(lambda x: conv.init_with_output(jax.random.key(0), x))(x))
+
+    assert [uses_xla(form) for form in ("auto", "xla", "shifted")] == [False, True, False]
+    monkeypatch.setattr(layers, "FORM_BY_PLATFORM", {})
+    assert [uses_xla(form) for form in ("auto", "xla", "shifted")] == [True, True, False]
+
+
+@pytest.mark.parametrize(("channels", "features", "groups"), [(6, 8, 4), (8, 6, 4)])
+def test_channels_that_groups_do_not_divide_are_an_error(channels, features, groups):
+    said = f"{channels} channels to {features} cannot be divided into {groups} groups"
+    with pytest.raises(UserError, match=said):
+        layers.GroupedConv(features, 3, groups).init(jax.random.key(0), normal(0, 1, 4, 4, channels))
+
+
+def test_an_unknown_form_of_grouped_convolution_is_an_error():
+    with pytest.raises(UserError, match=r"config\.model\.grouped_conv 'shift' is not known; did you mean 'shifted'"):
+        layers.GroupedConv(4, 3, 2, form="shift").init(jax.random.key(0), normal(0, 1, 4, 4, 4))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("padding", [None, 0, 1, "SAME", "VALID"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv_pads_half_the_kernel_on_every_side_unless_told_otherwise(stride, padding, groups):
+    x = normal(0, 2, 6, 5, 4)
+    conv = layers.conv(6, 3, stride=stride, padding=padding, groups=groups, name="any")
+    y, variables = conv.init_with_output(jax.random.key(0), x)
+    (kernel,) = jax.tree.leaves(variables)  # and no bias
+    expected, *_ = literal_grouped_conv(x, np.asarray(kernel), groups, stride, 1 if padding is None else padding, 0)
+    assert_near(y, expected)
+    assert layers.conv(6, 3, groups=groups, use_bias=True).init(jax.random.key(0), x)["params"]["bias"].shape == (6,)
+
+
+def test_conv_takes_kernels_that_are_not_square():
+    x = normal(0, 2, 6, 5, 3)
+    y, variables = layers.conv(4, (1, 7)).init_with_output(jax.random.key(0), x)
+    assert variables["params"]["kernel"].shape == (1, 7, 3, 4)
+    assert_near(y, nn.Conv(4, (1, 7), padding="SAME", use_bias=False).apply(variables, x))
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_convolutions_start_so_that_a_relu_keeps_the_variance(groups):
+    conv = layers.conv(256, 3, groups=groups)
+    kernel = conv.init(jax.random.key(0), jnp.zeros((1, 3, 3, 64)))["params"]["kernel"]
+    inputs = 9 * 64 // groups
+    np.testing.assert_allclose(np.std(kernel), math.sqrt(2 / inputs), rtol=0.02)
+
+
+def normalized(x, axes, scale, shift, epsilon):
+    x = x.astype(np.float64)
+    mean, variance = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+    return (x - mean) / np.sqrt(variance + epsilon) * scale + shift
+
+
+class Normalize(nn.Module):
+    kind: str
+    epsilon: float = 1e-5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x, train):
+        return layers.normalize(x, self.kind, train=train, epsilon=self.epsilon, dtype=self.dtype)
+
+
+@pytest.mark.parametrize("channels", [6, 64])
+@pytest.mark.parametrize("kind", ["batch", "layer", "group"])
+def test_norms(kind, channels):
+    x, scale, shift = 3 + normal(0, 4, 3, 2, channels), normal(1, channels), normal(2, channels)
+    module = Normalize(kind, epsilon=0.1)
+    variables = module.init(jax.random.key(0), x, True) | {"params": {"norm": {"scale": scale, "bias": shift}}}
+    y, changed = module.apply(variables, x, True, mutable=["batch_stats"])
+    if kind == "group":  # 2 groups of 3 channels, or 32 of 2
+        grouped = x.reshape(4, 3, 2, {6: 2, 64: 32}[channels], -1)
+        plain = normalized(grouped, (1, 2, 4), 1, 0, 0.1).reshape(x.shape)
+        assert_near(y, plain * scale + shift)
+    else:
+        assert_near(y, normalized(x, {"batch": (0, 1, 2), "layer": 3}[kind], scale, shift, 0.1))
+    if kind != "batch":
+        assert not changed
+        np.testing.assert_array_equal(module.apply(variables, x, False), y)
+        return
+    stats = changed["batch_stats"]["norm"]
+    assert_near(stats["mean"], 0.1 * x.mean((0, 1, 2)))
+    assert_near(stats["var"], 0.9 + 0.1 * x.var((0, 1, 2)))
+    y, unchanged = module.apply(variables | changed, x, False, mutable=["batch_stats"])
+    mean, variance = np.asarray(stats["mean"]), np.asarray(stats["var"])
+    assert_near(y, (x - mean) / np.sqrt(variance + 0.1) * scale + shift)
+    jax.tree.map(np.testing.assert_array_equal, unchanged, changed)
+
+
+@pytest.mark.parametrize("kind", ["batch", "layer", "group"])
+def test_norms_compute_statistics_in_float32_for_bfloat16(kind):
+    x = 100 + normal(0, 8, 4, 4, 4)  # in bfloat16 the difference to the mean has no digits left
+    y, variables = Normalize(kind, dtype="bfloat16").init_with_output(jax.random.key(0), x, True)
+    assert y.dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+    expected = Normalize(kind).apply(variables, x, True, mutable=["batch_stats"])[0]
+    assert_near(y.astype(jnp.float32), expected, 0.02)
+
+
+def test_no_norm_returns_its_input_and_an_unknown_one_is_an_error():
+    x = normal(0, 2, 3)
+    assert layers.normalize(x, "none", train=True) is x
+    with pytest.raises(UserError, match=r"config\.model\.norm 'batsh' is not known; did you mean 'batch'"):
+        layers.normalize(x, "batsh", train=True)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("norm", layers.NORMS)
+def test_conv_norm_is_convolution_then_norm_then_activation(norm, groups):
+    x = normal(0, 3, 6, 5, 4)
+    unit = layers.ConvNorm(6, 3, 2, groups=groups, norm=norm, activation="tanh")
+    y, variables = unit.init_with_output(jax.random.key(0), x, train=True)
+    params = variables["params"]
+    assert set(params["conv"]) == ({"kernel", "bias"} if norm == "none" else {"kernel"})
+    assert set(params) == ({"conv"} if norm == "none" else {"conv", "norm"})
+    assert set(variables) == ({"params", "batch_stats"} if norm == "batch" else {"params"})
+    expected, *_ = literal_grouped_conv(x, np.asarray(params["conv"]["kernel"]), groups, 2, 1, 0)
+    if norm == "batch":
+        expected = normalized(expected, (0, 1, 2), 1, 0, 1e-5)
+    elif norm == "layer":
+        expected = normalized(expected, 3, 1, 0, 1e-5)
+    elif norm == "group":  # 2 groups of 3 channels
+        expected = normalized(expected.reshape(3, 3, 3, 2, 3), (1, 2, 4), 1, 0, 1e-5).reshape(expected.shape)
+    assert_near(y, np.tanh(expected), 1e-4)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_conv_norm_has_a_bias_where_it_is_asked_for(use_bias):
+    for norm in ("none", "batch"):
+        unit = layers.ConvNorm(6, 3, use_bias=use_bias, norm=norm)
+        assert ("bias" in unit.init(jax.random.key(0), normal(0, 2, 4, 4, 2), train=True)["params"]["conv"]) is use_bias
+
+
+def naive_pool(x, size, stride, padding, reduce):
+    """Windows of the places inside the image only, one by one."""
+    if padding == "CEIL":  # as far behind as the first window needs that reaches the end
+        pads = [(0, -(-max(length - size, 0) // stride) * stride + size - length) for length in x.shape[1:3]]
+    else:
+        pads = [(padding, padding)] * 2
+    starts = [
+        range(-low, length + high - size + 1, stride) for length, (low, high) in zip(x.shape[1:3], pads, strict=True)
+    ]
+    return np.stack(
+        [
+            np.stack(
+                [reduce(x[:, max(i, 0) : i + size, max(j, 0) : j + size], axis=(1, 2)) for j in starts[1]],
+                axis=1,
+            )
+            for i in starts[0]
+        ],
+        axis=1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("padding", "shape"),
+    [(0, (2, 6, 7, 3)), (1, (2, 6, 7, 3)), (1, (1, 2, 1, 2)), ("CEIL", (2, 6, 7, 3)), ("CEIL", (1, 2, 1, 2))],
+)
+@pytest.mark.parametrize(("size", "stride"), [(3, 2), (2, 2), (3, 1)])
+def test_pooling_is_over_the_places_inside_the_image(size, stride, padding, shape):
+    x = normal(0, *shape) - 10  # so that a zero beside the image would win
+    expected = [naive_pool(x, size, stride, padding, reduce) for reduce in (np.max, np.mean)]
+    np.testing.assert_array_equal(layers.max_pool(x, size, stride, padding), expected[0])
+    assert_near(layers.avg_pool(x, size, stride, padding), expected[1])
+
+
+@pytest.mark.parametrize(("height", "width"), [(7, 7), (6, 6), (3, 2), (1, 1), (4, 9)])
+@pytest.mark.parametrize("shape", [(2, 7, 7, 3), (2, 9, 6, 3), (1, 2, 3, 2), (1, 1, 1, 2)])
+def test_resizing_by_mean_averages_windows_that_tile_the_image(shape, height, width):
+    x = normal(0, *shape)
+    expected = np.zeros((shape[0], height, width, shape[3]))
+    for i in range(height):
+        for j in range(width):
+            rows = slice(math.floor(i * shape[1] / height), math.ceil((i + 1) * shape[1] / height))
+            columns = slice(math.floor(j * shape[2] / width), math.ceil((j + 1) * shape[2] / width))
+            expected[:, i, j] = x[:, rows, columns].astype(np.float64).mean(axis=(1, 2))
+    y = layers.resize_by_mean(jnp.asarray(x), height, width)
+    assert_near(y, expected, 1e-6)
+    assert layers.resize_by_mean(jnp.asarray(x, jnp.bfloat16), height, width).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(("size", "channels"), [(5, 8), (3, 8), (5, 2), (1, 4)])
+def test_local_response_norm_divides_by_its_neighbours(size, channels):
+    x, alpha, beta, k = 5 * normal(0, 2, 3, 2, channels), 0.1, 0.6, 1.5
+    expected = np.zeros(x.shape)
+    for c in range(channels):
+        neighbours = [other for other in range(channels) if abs(other - c) <= size // 2]
+        expected[..., c] = x[..., c] / (k + alpha * np.sum(x[..., neighbours].astype(np.float64) ** 2, -1)) ** beta
+    assert_near(layers.local_response_norm(x, size=size, alpha=alpha, beta=beta, k=k), expected, 1e-6)
+
+
+def test_local_response_norm_has_the_constants_of_its_paper_and_keeps_the_type():
+    x = 30 * normal(0, 2, 7)
+    np.testing.assert_array_equal(
+        layers.local_response_norm(x), layers.local_response_norm(x, size=5, alpha=1e-4, beta=0.75, k=2.0)
+    )
+    assert layers.local_response_norm(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_channels_are_rounded_to_multiples_that_lose_no_more_than_a_tenth():
+    # The widths that published MobileNets have: torchvision's mobilenet_v2 at 0.35, 0.75 and 1.4, v3's gates.
+    for channels, rounded in (
+        (32 * 0.35, 16),
+        (16 * 0.35, 8),
+        (24 * 0.35, 8),
+        (32 * 0.75, 24),
+        (24 * 0.75, 24),
+        (32 * 1.4, 48),
+        (24 * 1.4, 32),
+        (96 * 1.4, 136),
+        (72 / 4, 24),
+        (16 / 4, 8),
+        (960 / 4, 240),
+        (1, 8),
+    ):
+        assert layers.round_channels(channels) == rounded
+    assert layers.round_channels(10, divisor=4) == 12
+    for channels in range(1, 400):
+        rounded = layers.round_channels(channels)
+        assert rounded % 8 == 0 and 0.9 * channels <= rounded < channels + 8
+
+
+def test_rates_grow_linearly_from_zero_to_the_last():
+    np.testing.assert_allclose(layers.linear_rates(0.4, 5), [0, 0.1, 0.2, 0.3, 0.4])
+    assert layers.linear_rates(0.4, 2) == [0, 0.4]
+    assert layers.linear_rates(0.4, 1) == [0]
+    assert layers.linear_rates(0.4, 0) == []
+
+
+class Classifier(nn.Module):
+    num_classes: int = 3
+    dropout: float = 0.5
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, features, train):
+        return layers.classify(self, features, train=train)
+
+
+def test_the_classifier_sows_features_and_maps_them_in_float32_after_dropout():
+    features = jnp.asarray(normal(0, 4, 6), jnp.bfloat16)
+    variables = Classifier().init(jax.random.key(0), features, False)
+    head = jax.tree.map(np.asarray, variables["params"]["head"])
+    logits, sown = Classifier().apply({"params": variables["params"]}, features, False, mutable=["intermediates"])
+    assert logits.dtype == jnp.float32
+    assert_near(logits, np.asarray(features, np.float64) @ head["kernel"] + head["bias"])
+    (kept,) = sown["intermediates"]["features"]
+    assert kept.dtype == jnp.float32
+    np.testing.assert_array_equal(kept, features.astype(jnp.float32))
+
+    logits, sown = Classifier().apply(variables, features, True, rngs=DROPOUT, mutable=["intermediates"])
+    dropped = layers.Dropout(0.5).apply({}, features.astype(jnp.float32), train=True, rngs=DROPOUT)
+    (kept,) = sown["intermediates"]["features"]
+    np.testing.assert_array_equal(kept, features.astype(jnp.float32))  # before dropout
+    assert not np.array_equal(dropped, kept) and not np.allclose(logits, np.asarray(kept) @ head["kernel"])
 
 
 @pytest.mark.parametrize("raw_power", [-1.0, 0.5, 4.0])
@@ -172,14 +527,110 @@ def test_positions_are_interpolated_as_pictures_are(size):
 
 
 def test_activations():
-    x = np.linspace(-4, 4, 33, dtype=np.float32)
+    x = np.linspace(-8, 8, 65, dtype=np.float32)
     expected = {
         "gelu": x * scipy.special.ndtr(x),
+        "hard_swish": x * np.clip(x + 3, 0, 6) / 6,
+        "linear": x,
         "relu": np.maximum(x, 0),
+        "relu6": np.clip(x, 0, 6),
         "silu": x * scipy.special.expit(x),
+        "tanh": np.tanh(x),
     }
     assert set(expected) == set(layers.ACTIVATIONS)
     for name, y in expected.items():
         np.testing.assert_allclose(layers.activation(name)(x), y, rtol=1e-4, atol=1e-6)
     with pytest.raises(UserError, match="activation 'gleu' is not known; did you mean 'gelu'"):
         layers.activation("gleu")
+
+
+class Checked(nn.Module):
+    """Has a field of every kind that models have; its first line is the check."""
+
+    num_classes: int = 10
+    depths: tuple[int, ...] = (2, 3)
+    widths: tuple[int, ...] = (8, 16)
+    kind: str = "plain"
+    stem: str = "standard"
+    norm: str = "batch"
+    activation: str = "relu"
+    grouped_conv: str = "auto"
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    layer_scale: float = 0.0
+    squeeze_excite: float = 0.0
+    fractions: tuple[float, ...] = (0.5,)
+    remat: bool = False
+    dtype: str = "float32"
+    axis_name: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"norm": "batsh"}, "config.model.norm 'batsh' is not known; did you mean 'batch'"),
+        ({"activation": "gleu"}, "config.model.activation 'gleu' is not known; did you mean 'gelu'"),
+        ({"dtype": "float16"}, "config.model.dtype 'float16' is not known; did you mean 'bfloat16'"),
+        ({"grouped_conv": "xml"}, "config.model.grouped_conv 'xml' is not known; did you mean 'xla'"),
+        ({"kind": "plane"}, "config.model.kind 'plane' is not known; did you mean 'plain'"),
+        ({"depths": (2, 0)}, "config.model.depths=(2, 0) is impossible; it must be at least 1"),
+        ({"num_classes": 0}, "config.model.num_classes=0 is impossible; it must be at least 1"),
+        ({"layer_scale": -0.1}, "config.model.layer_scale=-0.1 is impossible; it must be at least 0"),
+        ({"fractions": (0.5, -1.0)}, "config.model.fractions=(0.5, -1.0) is impossible; it must be at least 0"),
+        ({"squeeze_excite": math.nan}, "config.model.squeeze_excite=nan is impossible; it must be at least 0"),
+        ({"dropout": 1.0}, "config.model.dropout=1.0 is impossible; it must be in [0, 1)"),
+        ({"drop_path": -0.1}, "config.model.drop_path=-0.1 is impossible; it must be in [0, 1)"),
+    ],
+)
+def test_fields_that_cannot_work_are_errors_that_name_them(fields, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        checks.check_fields(Checked(**fields), {"kind": ("plain", "fancy")})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"kind": "fancy", "norm": "none", "activation": "tanh", "dtype": "bfloat16", "grouped_conv": "shifted"},
+        {"dropout": 0.99, "drop_path": 0.0, "layer_scale": 2.0, "squeeze_excite": 1.0, "remat": True},
+    ],
+)
+def test_fields_that_can_work_pass(fields):
+    checks.check_fields(Checked(**fields), {"kind": ("plain", "fancy")})
+
+
+@pytest.mark.parametrize("shape", [(1, 31, 40, 3), (1, 40, 31, 3)])
+def test_images_that_are_too_small_are_an_error_that_says_what_helps(shape):
+    said = (
+        f"images of {shape[1]}x{shape[2]} pixels are too small for this model, whose smallest is 32x32; "
+        "set config.dataset.image_size=32 or more"
+    )
+    with pytest.raises(UserError, match=re.escape(said) + "$"):
+        checks.check_size(shape, 32)
+    with pytest.raises(UserError, match=re.escape(said) + ", or less$"):
+        checks.check_size(shape, 32, ", or less")
+    checks.check_size((1, 32, 32, 3), 32)
+
+
+def test_the_check_of_a_stem_knows_its_names_and_sizes_and_advises_the_small_one_where_it_helps():
+    smallest = {"standard": 32, "small": 8}
+    with pytest.raises(UserError, match=r"config\.model\.stem 'smal' is not known; did you mean 'small'"):
+        checks.check_stem(Checked(stem="smal"), (1, 64, 64, 3), smallest)
+    with pytest.raises(UserError, match=r"smallest is 32x32; .*=32 or more, or config\.model\.stem='small'$"):
+        checks.check_stem(Checked(), (1, 31, 31, 3), smallest)
+    with pytest.raises(UserError, match=r"smallest is 8x8; .*=8 or more$"):
+        checks.check_stem(Checked(stem="small"), (1, 7, 7, 3), smallest)
+    with pytest.raises(UserError, match=r"smallest is 32x32; .*=32 or more$"):
+        checks.check_stem(Checked(), (1, 31, 31, 3), {"standard": 32, "small": 32})
+    checks.check_stem(Checked(), (1, 32, 32, 3), smallest)
+    checks.check_stem(Checked(stem="small"), (1, 8, 8, 3), smallest)
+
+
+def test_fields_with_one_entry_for_each_stage_have_the_same_length():
+    checks.check_same_length(Checked(), "depths", "widths")
+    checks.check_same_length(Checked(), "depths", length=2)
+    said = "config.model.depths=(2, 3) and config.model.widths=(8,) must have 2 entries, one for each stage"
+    with pytest.raises(UserError, match=re.escape(said)):
+        checks.check_same_length(Checked(widths=(8,)), "depths", "widths")
+    with pytest.raises(UserError, match=re.escape("config.model.depths=(2, 3) must have 3 entries")):
+        checks.check_same_length(Checked(), "depths", length=3)

@@ -116,6 +116,8 @@ def conv(
         form, init = grouped_conv, nn.initializers.he_normal()
         return GroupedConv(features, kernel_size, groups, stride, padding, use_bias, form, dtype, init, name=name)
     size = (kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size
+    if size == (1, 1) and padding in (None, 0, "SAME", "VALID"):
+        return PointwiseConv(features, stride, use_bias, dtype, name=name)
     if not isinstance(padding, str):
         padding = [(side // 2 if padding is None else padding,) * 2 for side in size]
     return nn.Conv(
@@ -286,6 +288,27 @@ def round_channels(channels: float, divisor: int = 8) -> int:
     """The nearest multiple of `divisor` that is not below 90 % of `channels` (Sandler et al. 2018, reference code)."""
     rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * channels else rounded
+
+
+class PointwiseConv(nn.Module):
+    """A 1x1 convolution without padding as the matrix product that it is: [B, H, W, C] -> [B, H', W', features].
+
+    The parameters are those of `nn.Conv`. XLA's CPU backend takes four to six times as long for the gradient of that
+    form (64x32x32x32 to 128 channels: 404 ms against 93 ms), and other backends make a matrix product of it anyway.
+    """
+
+    features: int
+    stride: int = 1
+    use_bias: bool = False
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.he_normal(), (1, 1, x.shape[-1], self.features))
+        y = x[:, :: self.stride, :: self.stride].astype(self.dtype) @ kernel[0, 0].astype(self.dtype)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None, None, None]
+        return y
 
 
 class GroupedConv(nn.Module):

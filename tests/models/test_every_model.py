@@ -1,0 +1,655 @@
+"""What holds for every model of the registry: the real presets by their shapes, tiny versions of them by training."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.errors
+import flax.linen as nn
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn.datasets import load_digits
+
+from vitcls import models
+from vitcls.errors import UserError
+
+BATCH, CLASSES = 16, 10
+
+
+class Tiny(NamedTuple):
+    """A version of a model that compiles and trains in seconds, and what is to be seen of it."""
+
+    fields: dict[str, Any]  # what replaces the preset's
+    size: int  # of its square images
+    maps: dict[str, tuple[int, ...]]  # what it sows besides 'features' -> its shape without the batch
+    native: tuple[str, int]  # a late map that the real preset sows for images of its native size, and its height
+    learning_rate: float = 0.01
+    any_size: bool = True  # weights for images of one size fit those of another
+    float32_products: int = 1  # matrix products that stay in float32 with dtype='bfloat16'; the head's is one
+
+
+def _stages(*sides_and_widths: tuple[int, int], stem: tuple[int, int] | None = None) -> dict[str, tuple[int, ...]]:
+    stages = {f"stage_{i}": (side, side, width) for i, (side, width) in enumerate(sides_and_widths, start=1)}
+    return stages if stem is None else {"stem": (stem[0], stem[0], stem[1])} | stages
+
+
+_BASIC = Tiny(
+    {"depths": (1, 2), "width": 8, "stem": "small"}, 16, _stages((16, 8), (8, 16), stem=(16, 8)), ("stage_4", 7)
+)
+_BOTTLENECK = Tiny({"depths": (1, 1), "width": 4}, 32, _stages((8, 16), (4, 32), stem=(8, 4)), ("stage_4", 7))
+_RESNEXT = Tiny(
+    {"depths": (1, 1), "width": 4, "groups": 2, "group_width": 2, "stem": "small"},
+    16,
+    _stages((16, 16), (8, 32), stem=(16, 4)),
+    ("stage_4", 7),
+)
+_FUSED = _RESNEXT._replace(maps=_RESNEXT.maps | {"fusion": (8, 8, 32)})
+_VIT = Tiny(
+    {"hidden_dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32, "patch_size": 4},
+    16,
+    {"tokens": (17, 16)},
+    ("tokens", 197),
+)
+_IMPROVED_VIT = _VIT._replace(maps={"tokens": (16, 16)}, native=("tokens", 64), float32_products=3)
+_VGG = Tiny(
+    {"depths": (1, 2), "widths": (8, 16), "head_width": 32, "stem": "small"},
+    16,
+    _stages((16, 8), (8, 16)),
+    ("stage_5", 14),
+)
+_EFFICIENT = Tiny(
+    {"width_multiplier": 0.1, "depth_multiplier": 0.1, "stem": "small"},
+    16,
+    _stages((16, 8), (16, 8), (8, 8), (4, 8), (4, 16), (2, 24), (2, 32), stem=(16, 8)),
+    ("stage_7", 7),
+)
+_ALEXNET = Tiny(
+    {"widths": (8, 8, 16, 8, 8), "head_width": 32, "stem": "small"},
+    16,
+    {"conv_1": (16, 16, 8), "conv_2": (7, 7, 8), "conv_3": (3, 3, 16), "conv_4": (3, 3, 8), "conv_5": (3, 3, 8)},
+    ("conv_5", 13),
+    learning_rate=0.003,
+)
+_CNN = Tiny(
+    {"depths": (2, 1), "widths": (8, 8), "hidden_width": 32},
+    16,
+    _stages((8, 8), (4, 8)),
+    ("stage_2", 56),
+    any_size=False,
+)
+
+TINY = {
+    **dict.fromkeys(("resnet18", "resnet34"), _BASIC),
+    **dict.fromkeys(("resnet50", "resnet101", "resnet152"), _BOTTLENECK),
+    **dict.fromkeys(("resnext50_32x4d", "resnext101_32x8d"), _RESNEXT),
+    "resnext29_8x64d": _RESNEXT._replace(native=("stage_3", 8)),
+    **dict.fromkeys(("improved_resnext50", "improved_resnext50_lite"), _FUSED),
+    **{f"improved_vit_{size}": _IMPROVED_VIT for size in ("tiny", "small", "base")},
+    **{
+        f"vit_{size}_patch{patch}": _VIT._replace(native=("tokens", tokens + 1))
+        for size in ("tiny", "small", "base", "large")
+        for patch, tokens in ((4, 64), (16, 196), (32, 49))
+    },
+    **{
+        f"convnext_{size}": Tiny(
+            {"depths": (1, 2), "widths": (8, 16), "kernel_size": 3, "layer_scale": 0.5},
+            16,
+            _stages((4, 8), (2, 16), stem=(4, 8)),
+            ("stage_4", 7),
+        )
+        for size in ("tiny", "small", "base")
+    },
+    **{f"vgg{layer_count}{suffix}": _VGG for layer_count in (11, 13, 16, 19) for suffix in ("", "_bn")},
+    **{
+        f"densenet{layer_count}": Tiny(
+            {"depths": (2, 2), "growth_rate": 4, "stem_width": 8, "stem": "small"},
+            16,
+            _stages((16, 16), (8, 16), stem=(16, 8)),
+            ("stage_4", 7),
+        )
+        for layer_count in (121, 169, 201)
+    },
+    **{f"efficientnet_b{i}": _EFFICIENT._replace(native=("stage_7", side)) for i, side in enumerate((7, 8, 9, 10))},
+    "googlenet": Tiny(
+        {"width_multiplier": 0.06, "stem": "small"},
+        16,
+        {"stem": (16, 16, 12)}
+        | {"inception_3a": (16, 16, 16), "inception_3b": (16, 16, 30)}
+        | {f"inception_4{part}": (8, 8, width) for part, width in zip("abcde", (31, 31, 31, 32, 50), strict=True)}
+        | {"inception_5a": (4, 4, 50), "inception_5b": (4, 4, 62)},
+        ("inception_5b", 7),
+    ),
+    "inception_v3": Tiny(
+        {"width_multiplier": 0.05, "stem": "small"},
+        16,
+        {"stem": (16, 16, 10)}
+        | {f"mixed_{i}": (16, 16, width) for i, width in ((1, 13), (2, 14), (3, 14))}
+        | {f"mixed_{i}": (7, 7, width) for i, width in ((4, 38), (5, 40), (6, 40), (7, 40), (8, 40))}
+        | {f"mixed_{i}": (3, 3, width) for i, width in ((9, 66), (10, 102), (11, 102))},
+        ("mixed_11", 8),
+    ),
+    "mobilenet_v1": Tiny(
+        {"depths": (1, 2), "widths": (8, 16), "stem": "small"},
+        16,
+        _stages((16, 8), (16, 16), stem=(16, 32)),
+        ("stage_5", 7),
+    ),
+    "mobilenet_v2": Tiny(
+        {"width_multiplier": 0.1, "depths": (1,) * 7, "stem": "small"},
+        16,
+        _stages((16, 8), (16, 8), (8, 8), (4, 8), (4, 16), (2, 16), (2, 32), stem=(16, 8)),
+        ("stage_7", 7),
+    ),
+    "mobilenet_v3_large": Tiny(
+        {"width_multiplier": 0.1, "stem": "small"},
+        16,
+        _stages((16, 8), (16, 8), (8, 8), (4, 8), (4, 16), (2, 16), stem=(16, 8)),
+        ("stage_6", 7),
+    ),
+    "mobilenet_v3_small": Tiny(
+        {"width_multiplier": 0.1, "stem": "small"},
+        16,
+        _stages((16, 8), (8, 8), (4, 8), (4, 8), (2, 16), stem=(16, 8)),
+        ("stage_5", 7),
+    ),
+    **dict.fromkeys(("alexnet", "alexnet_2012"), _ALEXNET),
+    "lenet5": Tiny(
+        {"widths": (4, 8, 16), "hidden_width": 16},
+        32,
+        {"conv_1": (28, 28, 4), "conv_2": (10, 10, 8), "conv_3": (1, 1, 16)},
+        ("conv_3", 1),
+        any_size=False,
+    ),
+    **dict.fromkeys(("paper_cnn", "paper_cnn_enhanced"), _CNN),
+    **dict.fromkeys(("mnist_cnn", "mnist_cnn_enhanced"), _CNN._replace(native=("stage_2", 7))),
+}
+
+
+def tiny(name: str, **fields: Any) -> nn.Module:
+    """The tiny version of the model `name`, with some of every kind of dropout that it has.
+
+    Its grouped convolutions have the form that compiles the faster; test_layers.py finds both forms equal.
+    """
+    general = {field: 0.1 for field in models.fields(name) if "drop" in field}
+    if "grouped_conv" in models.fields(name):
+        general["grouped_conv"] = "xla"
+    return models.create(name, CLASSES, **general | TINY[name].fields | fields)
+
+
+def image_shape(name: str) -> tuple[int, int, int]:
+    """Of the tiny version."""
+    return (TINY[name].size, TINY[name].size, models.preset(name).image_shape[-1])
+
+
+def firsts() -> set[str]:
+    """One name for each tiny version: models that only differ in width and depth share it."""
+    found = {}
+    for name in models.names():
+        if name in TINY:
+            found.setdefault((tiny(name), image_shape(name)), name)
+    return set(found.values())
+
+
+FIRSTS = firsts()
+KNOWN = [name for name in models.names() if name in TINY]
+every_model = pytest.mark.parametrize("name", KNOWN)
+# Deep, of many parts, and each with a lighter model of the same parts beside it.
+HEAVY = ("inception_v3", "mobilenet_v3_large")
+every_model_heavy_slow = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in HEAVY else ()) for name in KNOWN]
+)
+every_model_siblings_slow = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FIRSTS else pytest.mark.slow) for name in KNOWN]
+)
+
+
+def test_every_model_has_a_tiny_version():
+    missing = sorted(set(models.names()) - set(TINY))
+    assert not missing, f"add a tiny version of {', '.join(missing)} to TINY, so that the tests of this file see them"
+    gone = sorted(set(TINY) - set(models.names()))
+    assert not gone, f"TINY has {', '.join(gone)}, which are not models"
+
+
+# The real presets, by their shapes alone.
+
+
+@functools.cache
+def trace_init(model: nn.Module, shape: tuple[int, int, int], *, train: bool):
+    """(logits, variables, what was sown) of images [2, *shape], as shapes."""
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+
+    def init(rngs, images):
+        logits, variables = model.init_with_output(rngs, images, train=train, mutable=True)
+        return logits, variables, variables.pop("intermediates")
+
+    return jax.eval_shape(init, rngs, jax.ShapeDtypeStruct((2, *shape), jnp.float32))
+
+
+class Traced(NamedTuple):
+    logits: Any
+    changed: Any
+    operations: list[Any]  # every operation of the program, those of its parts too
+
+    def count(self, *names: str) -> int:
+        return sum(operation.primitive.name in names for operation in self.operations)
+
+
+@functools.cache
+def trace(model: nn.Module, shape: tuple[int, int, int], *, train: bool, key: bool = True, x64: bool = False) -> Traced:
+    """The program that applies `model` to float32 variables and images [2, *shape], with a random key or without."""
+    _, variables, _ = trace_init(model.clone(axis_name=None), shape, train=False)
+
+    def apply(variables, images, rngs):
+        return model.apply(variables, images, train=train, rngs=rngs, mutable=["batch_stats", "intermediates"])
+
+    def walk(jaxpr):
+        for operation in jaxpr.eqns:
+            yield operation
+            for part in jax.extend.core.jaxprs_in_params(operation.params):
+                yield from walk(part)
+
+    images, rngs = jax.ShapeDtypeStruct((2, *shape), jnp.float32), {"dropout": jax.random.key(0)} if key else {}
+    axes = [] if model.axis_name is None else [(model.axis_name, 2)]
+    with jax.enable_x64(x64):
+        program, shapes = jax.make_jaxpr(apply, axis_env=axes, return_shape=True)(variables, images, rngs)
+    return Traced(*shapes, list(walk(program.jaxpr)))
+
+
+def dtypes(*trees: Any) -> set[str]:
+    return {str(leaf.dtype) for leaf in jax.tree.leaves(trees)}
+
+
+def assert_logits(logits, batch: int = 2) -> None:
+    assert (logits.shape, logits.dtype) == ((batch, CLASSES), jnp.float32)
+
+
+def real(name: str, **fields: Any) -> nn.Module:
+    """The preset itself, its grouped convolutions in the form that is traced the faster."""
+    form = {"grouped_conv": "xla"} if "grouped_conv" in models.fields(name) else {}
+    return models.create(name, CLASSES, **form | fields)
+
+
+@functools.cache
+def native(name: str):
+    """The preset at its native size, in evaluation: logits, variables and what is sown, as shapes."""
+    return trace_init(real(name), models.preset(name).image_shape, train=False)
+
+
+def smallest_size(model: nn.Module, channels: int) -> int:
+    """The smallest square image, as the error for a single pixel names it."""
+    with pytest.raises(UserError, match=r"config\.dataset\.image_size") as error:
+        trace_init(model, (1, 1, channels), train=False)
+    (size,) = re.findall(r"smallest is (\d+)x|make them (\d+)x", str(error.value))
+    return int("".join(size))
+
+
+@every_model
+def test_the_preset_maps_images_of_its_native_size_to_float32_logits(name):
+    logits, variables, sown = native(name)
+    assert_logits(logits)
+    assert dtypes(variables, sown) == {"float32"}
+    where, side = TINY[name].native
+    (late,) = sown[where]
+    assert late.shape[1] == side
+
+
+@every_model_siblings_slow
+def test_the_preset_trains_on_images_of_the_smallest_size_that_its_error_names(name):
+    model, channels = real(name), models.preset(name).image_shape[-1]
+    smallest = smallest_size(model, channels)
+    for height, width in ((smallest - 1, smallest), (smallest, smallest - 1)):
+        with pytest.raises(UserError, match=rf"{height}x{width} pixels"):
+            trace_init(model, (height, width, channels), train=True)
+
+    images = jax.ShapeDtypeStruct((2, smallest, smallest, channels), jnp.float32)
+    _, variables, _ = native(name) if TINY[name].any_size else trace_init(model, images.shape[1:], train=False)
+
+    def train(variables, images, key):
+        return model.apply(variables, images, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
+
+    logits, changed = jax.eval_shape(train, variables, images, jax.random.key(0))
+    assert_logits(logits)
+    assert changed == {kind: stats for kind, stats in variables.items() if kind == "batch_stats"}
+
+
+WITH_SMALL_STEM = [name for name in KNOWN if "stem" in models.fields(name) and "vit" not in name]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FIRSTS else pytest.mark.slow) for name in WITH_SMALL_STEM]
+)
+def test_the_preset_with_a_small_stem_takes_images_of_32_pixels(name):
+    logits, _, _ = trace_init(real(name, stem="small"), (32, 32, 3), train=True)
+    assert_logits(logits)
+
+
+@pytest.mark.parametrize("name", WITH_SMALL_STEM)
+def test_a_small_stem_keeps_more_of_a_small_image(name):
+    sides = []
+    for stem in ("small", "standard"):
+        _, _, sown = trace_init(tiny(name, stem=stem), (96, 96, 3), train=False)
+        sides.append([value[0].shape[1] for key, value in sown.items() if key in TINY[name].maps])
+    small, standard = map(sorted, sides)
+    if name.startswith("vgg"):  # whose small stem is that of the classifier
+        assert small == standard
+    else:
+        assert small > standard and len(small) == len(standard)
+
+
+# The tiny versions, trained on real digits. What is compiled is kept, so that models of the same tiny version share it.
+
+
+@functools.cache
+def digits(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Images float32 [16, *shape] in -1 .. 1, made of 8x8 pixels, and labels int32."""
+    images, labels = load_digits(return_X_y=True)
+    images = images[:BATCH].reshape(BATCH, 8, 8, 1) / 8 - 1
+    times = (1, shape[0] // 8, shape[1] // 8, 1)
+    images = np.kron(images, np.ones(times))
+    return np.repeat(images, shape[2], axis=-1).astype(np.float32), labels[:BATCH].astype(np.int32)
+
+
+# Old emitters of XLA compile these programs in a third of the time; a jaxlib that has them no more does without.
+_FAST_COMPILE = {"xla_cpu_use_fusion_emitters": False}
+try:
+    jax.jit(lambda: 0, compiler_options=_FAST_COMPILE)()
+except jax.errors.JaxRuntimeError:
+    _FAST_COMPILE = {}
+jit = functools.partial(jax.jit, compiler_options=_FAST_COMPILE)
+
+
+class Start(NamedTuple):
+    """The first variables of a model; the parameters as one vector, so that an optimizer's step compiles at once."""
+
+    params: np.ndarray
+    stats: dict
+    unravel: Callable[[jax.Array], Any]
+
+
+@functools.cache
+def start(model: nn.Module, shape: tuple[int, int, int]) -> Start:
+    """Kernels are drawn here, with the usual variances: to compile each draw takes longer than all tests of a model."""
+
+    def init(key):
+        variables = model.init(key, jnp.zeros((1, *shape)), train=False)
+        return jax.tree.map_with_path(lambda path, leaf: None if is_kernel(path) else leaf, variables)
+
+    def is_kernel(path):
+        return path[-1].key == "kernel"
+
+    def draw(path, drawn, leaf):
+        if not is_kernel(path):
+            return np.asarray(drawn)
+        inputs = np.prod(leaf.shape[:-1])
+        return random.normal(size=leaf.shape, scale=np.sqrt((2 if len(leaf.shape) == 4 else 1) / inputs))
+
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, *shape)), train=False), jax.random.key(0))
+    others = jit(init)(jax.random.key(0))
+    variables = jax.tree.map_with_path(draw, others, shapes, is_leaf=lambda leaf: leaf is None)
+    leaves, tree = jax.tree.flatten(variables["params"])
+    ends = np.cumsum([leaf.size for leaf in leaves])
+
+    def unravel(params):
+        parts = [params[end - leaf.size : end].reshape(leaf.shape) for leaf, end in zip(leaves, ends, strict=True)]
+        return tree.unflatten(parts)
+
+    params = np.concatenate([leaf.ravel() for leaf in leaves], dtype=np.float32)
+    return Start(params, {kind: stats for kind, stats in variables.items() if kind == "batch_stats"}, unravel)
+
+
+class Trained(NamedTuple):
+    loss: jax.Array
+    logits: jax.Array
+    stats: dict
+    grads: jax.Array
+
+
+@functools.cache
+def training(model: nn.Module, shape: tuple[int, int, int]):
+    """(parameters, statistics, key) -> Trained, on the digits."""
+    unravel = start(model.clone(remat=False), shape).unravel
+
+    @jit
+    def train(params, stats, images, labels, key):
+        def loss(params):
+            variables = {"params": unravel(params)} | stats
+            logits, changed = model.apply(variables, images, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), (logits, changed)
+
+        (value, (logits, changed)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return Trained(value, logits, changed, grads)
+
+    images, labels = digits(shape)
+    return lambda params, stats, seed=0: train(params, stats, images, labels, jax.random.key(seed))
+
+
+@functools.cache
+def first_step(model: nn.Module, shape: tuple[int, int, int], seed: int = 0) -> Trained:
+    variables = start(model.clone(remat=False), shape)
+    return training(model, shape)(variables.params, variables.stats, seed)
+
+
+@functools.cache
+def evaluation(model: nn.Module, shape: tuple[int, int, int]):
+    """(parameters, statistics, images) -> logits, statistics and what was sown, without any random key."""
+    unravel = start(model.clone(dtype="float32"), shape).unravel
+
+    @jit
+    def evaluate(params, stats, images):
+        variables = {"params": unravel(params)} | stats
+        logits, changed = model.apply(variables, images, train=False, mutable=["batch_stats", "intermediates"])
+        return logits, {kind: changed[kind] for kind in stats}, changed["intermediates"]
+
+    return evaluate
+
+
+@functools.cache
+def evaluated(model: nn.Module, shape: tuple[int, int, int]):
+    """The evaluation of a model after its first step of training."""
+    variables = start(model.clone(dtype="float32"), shape)
+    stats = first_step(model.clone(dtype="float32"), shape).stats
+    return evaluation(model, shape)(variables.params, stats, digits(shape)[0])
+
+
+def of(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    return tiny(name), image_shape(name)
+
+
+def by_path(tree: Any) -> dict[str, np.ndarray]:
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+@every_model_heavy_slow
+def test_every_parameter_learns(name):
+    model, shape = of(name)
+    grads = by_path(start(model, shape).unravel(first_step(model, shape).grads))
+    assert all(np.isfinite(grad).all() for grad in grads.values())
+    largest = {path: np.abs(grad).max() for path, grad in grads.items()}
+    assert min(largest.values()) > 0
+    dead = {path for path, grad in largest.items() if grad < 1e-6 * max(largest.values())}
+    # What the mean that batch norm subtracts takes away again has no gradient but rounding: a bias right before it, and
+    # a shift that only a 1x1 convolution separates from the next.
+    shifts = {
+        "vgg": r"\['conv_\d'\]\['conv'\]\['bias'\]$",
+        "mobilenet|efficientnet": r"\['project'\]\['norm'\]\['bias'\]$",
+    }
+    excused = "|".join(shift for family, shift in shifts.items() if re.match(family, name)) or "nothing"
+    assert not {path for path in dead if not re.search(excused, path)}
+
+
+@every_model_heavy_slow
+def test_running_statistics_move_in_training_only(name):
+    model, shape = of(name)
+    before, after = start(model, shape).stats, first_step(model, shape).stats
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    assert bool(before) == (models.fields(name).get("norm") == "batch")
+    for path, stats in by_path(after).items():
+        assert np.isfinite(stats).all()
+        assert (stats != by_path(before)[path]).any(), path
+    _, in_evaluation, _ = evaluated(model, shape)
+    jax.tree.map(np.testing.assert_array_equal, in_evaluation, after)
+
+
+@every_model_heavy_slow
+def test_dropout_follows_its_key_in_training(name):
+    model, shape = of(name)
+    variables = start(model, shape)
+    first, again, other = (training(model, shape)(variables.params, variables.stats, seed).logits for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert any("drop" in field for field in models.fields(name))
+    assert (np.asarray(first) != np.asarray(other)).any()
+
+
+@every_model
+def test_each_kind_of_dropout_acts_in_training_alone(name):
+    drops = [field for field in models.fields(name) if "drop" in field]
+    off = dict.fromkeys(drops, 0.0)
+    assert trace(tiny(name, **off), image_shape(name), train=True, key=False).count("random_bits") == 0
+    for field in drops:
+        model = tiny(name, **off | {field: 0.5})
+        assert trace(model, image_shape(name), train=False, key=False).count("random_bits") == 0
+        with pytest.raises(flax.errors.InvalidRngError):
+            trace(model, image_shape(name), train=True, key=False)
+
+
+@every_model_heavy_slow
+def test_evaluation_is_deterministic_and_treats_each_example_alone(name):
+    model, shape = of(name)
+    logits, _, _ = evaluated(model, shape)
+    variables, stats = start(model, shape), first_step(model, shape).stats
+    evaluate, (images, _) = evaluation(model, shape), digits(shape)
+    np.testing.assert_array_equal(evaluate(variables.params, stats, images)[0], logits)
+    backwards, _, _ = evaluate(variables.params, stats, images[::-1])
+    spread = np.ptp(np.asarray(logits))
+    np.testing.assert_allclose(backwards[::-1], logits, rtol=0, atol=1e-5 * spread)
+    assert np.asarray(logits).std(axis=0).min() > 1e-3 * spread  # the examples are told apart
+
+
+@every_model_heavy_slow
+def test_the_documented_intermediates_are_sown(name):
+    model, shape = of(name)
+    _, _, sown = evaluated(model, shape)
+    maps = {key: value for key, value in sown.items() if isinstance(value, tuple)}  # without those of blocks
+    assert all(len(value) == 1 and np.isfinite(value[0]).all() for value in maps.values())
+    (features,) = maps.pop("features")
+    assert (features.ndim, features.shape[0], features.dtype) == (2, BATCH, jnp.float32)
+    assert {key: value[0].shape[1:] for key, value in maps.items()} == TINY[name].maps
+
+
+@every_model
+def test_with_bfloat16_only_what_must_be_precise_stays_in_float32(name):
+    model, shape = tiny(name, dtype="bfloat16"), image_shape(name)
+    for train in (False, True):
+        _, variables, _ = trace_init(model, shape, train=train)
+        assert dtypes(variables) == {"float32"}
+        traced = trace(model, shape, train=train)
+        assert_logits(traced.logits)
+        assert dtypes(traced.changed.get("batch_stats")) <= {"float32"}
+        sown = traced.changed["intermediates"]
+        assert {key: dtypes(sown[key]) for key in TINY[name].maps} == {key: {"bfloat16"} for key in TINY[name].maps}
+        precise = [
+            operation.primitive.name
+            for operation in traced.operations
+            if operation.primitive.name in ("conv_general_dilated", "dot_general")
+            and "float32" in {str(operand.aval.dtype) for operand in operation.invars}
+        ]
+        assert precise == ["dot_general"] * TINY[name].float32_products
+
+
+@every_model
+def test_no_constant_makes_the_rest_float64_where_jax_allows_it(name):
+    for train in (False, True):
+        traced = trace(tiny(name), image_shape(name), train=train, x64=True)
+        assert dtypes(traced.logits, traced.changed) == {"float32"}
+
+
+@every_model_heavy_slow
+def test_bfloat16_logits_are_near_those_of_float32(name):
+    model, shape = of(name)
+    precise, coarse = (np.asarray(evaluated(model.clone(dtype=dtype), shape)[0]) for dtype in ("float32", "bfloat16"))
+    assert coarse.dtype == np.float32
+    assert (coarse != precise).any()
+    assert np.abs(coarse - precise).max() < 0.05 * np.ptp(precise)
+
+
+@every_model_heavy_slow
+def test_recomputing_in_the_backward_pass_changes_neither_logits_nor_gradients(name):
+    model, shape = of(name)
+    plain, recomputed = first_step(model, shape), first_step(model.clone(remat=True), shape)
+    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(recomputed), strict=True):
+        np.testing.assert_allclose(other, one, rtol=0, atol=1e-4 * np.abs(one).max())
+
+
+@every_model
+def test_recomputing_adds_no_parameters_and_marks_the_blocks(name):
+    plain, recomputed = (tiny(name, remat=remat) for remat in (False, True))
+    variables = [trace_init(model, image_shape(name), train=False)[1] for model in (plain, recomputed)]
+    assert variables[0] == variables[1]
+    blocks = [
+        trace(model, image_shape(name), train=True).count("checkpoint", "remat2") for model in (plain, recomputed)
+    ]
+    assert blocks[0] == 0 and blocks[1] > 0
+
+
+@every_model
+def test_batch_norms_and_masks_span_the_devices_of_an_axis(name):
+    traced = trace(tiny(name).clone(axis_name="data"), image_shape(name), train=True)
+    norms = len(jax.tree.leaves(traced.changed.get("batch_stats"))) // 2  # each has a mean and a variance
+    assert traced.count("psum", "psum_invariant") == norms
+    assert traced.count("axis_index") == traced.count("random_bits") > 0
+
+
+@every_model
+def test_every_grouped_convolution_has_the_form_asked_for(name):
+    def grouped(**fields):
+        operations = trace(tiny(name, **fields), image_shape(name), train=False).operations
+        return sum(operation.params.get("feature_group_count", 1) > 1 for operation in operations)
+
+    if "grouped_conv" not in models.fields(name):
+        assert grouped() == 0
+        return
+    assert grouped(grouped_conv="shifted") == 0
+    plain = name == "alexnet" or re.match(r"vit|resnet\d", name) is not None  # without groups, whatever the form
+    assert (grouped(grouped_conv="xla") == 0) == plain
+
+
+@functools.cache
+def adam(learning_rate: float):
+    optimizer = optax.adam(learning_rate)
+
+    @jit
+    def step(params, state, grads):
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(params, updates), state
+
+    return optimizer.init, step
+
+
+@functools.cache
+def overfitted(model: nn.Module, shape: tuple[int, int, int], learning_rate: float) -> tuple[float, float, float]:
+    """The first and last loss and the last accuracy of one batch, with the same masks all along.
+
+    Ends as soon as the batch is learnt by heart, at the latest after 60 steps.
+    """
+    variables, (init, step), train = start(model, shape), adam(learning_rate), training(model, shape)
+    params, stats, losses, accuracy = variables.params, variables.stats, [], 0.0
+    state = init(params)
+    while len(losses) < 60 and accuracy < 1.0 and not (losses and losses[-1] < 0.1 * losses[0]):
+        trained = train(params, stats)
+        losses.append(float(trained.loss))
+        accuracy = float(np.mean(np.argmax(trained.logits, axis=-1) == digits(shape)[1]))
+        params, state = step(params, state, trained.grads)
+        stats = trained.stats
+    return losses[0], losses[-1], accuracy
+
+
+@every_model_heavy_slow
+def test_sixty_steps_learn_a_batch_of_digits_by_heart(name):
+    first, last, accuracy = overfitted(*of(name), TINY[name].learning_rate)
+    assert last < 0.1 * first or accuracy == 1.0, f"loss {first:.3f} -> {last:.3f}, accuracy {accuracy:.0%}"
