@@ -11,8 +11,8 @@ class AlexNet(nn.Module):
     """images float [B, H, W, C], normalised -> logits float32 [B, num_classes].
 
     The two towers of 2012, which meet in the third convolution only, are two groups of the second, fourth and fifth.
-    Parameters and logits are float32 whatever `dtype`. Sown into 'intermediates': 'conv_1' ... 'conv_5' (maps before
-    pooling) and 'features' [B, head_width].
+    Parameters and logits are float32 whatever `dtype`. Sown into 'intermediates': 'conv_1_map' ... 'conv_5_map'
+    (before pooling) and 'features' [B, head_width].
 
     Raises UserError for a field that cannot work and for images that shrink to nothing.
     """
@@ -57,7 +57,7 @@ class AlexNet(nn.Module):
                 name=f"conv_{i}",
             )(x, train)
             x = respond(x) if i <= 2 else x
-            self.sow("intermediates", f"conv_{i}", x)
+            self.sow("intermediates", f"conv_{i}_map", x)
             x = layers.max_pool(x, 3, 2) if i in (1, 2, 5) else x
         return layers.classify_flat(self, x, side=3 if self.stem == "small" else 6, train=train)
 

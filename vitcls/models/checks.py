@@ -29,6 +29,8 @@ def check_fields(model: nn.Module, choices: Mapping[str, tuple] | None = None) -
             raise errors.unknown(f"config.model.{field}", str(value), valid)
     for field in model.__dataclass_fields__:
         value = getattr(model, field, None)
+        if value == ():
+            raise UserError(f"config.model.{field}=() is impossible; it needs an entry for each stage")
         parts = value if isinstance(value, tuple) else (value,)
         for part in parts:
             if isinstance(part, bool) or not isinstance(part, int | float):

@@ -14,7 +14,7 @@ class ConvNeXt(nn.Module):
     """images float [B, H, W, C], normalised -> logits float32 [B, num_classes].
 
     Parameters, statistics of norms and logits are float32 whatever `dtype`, the type of the rest. Sown into
-    'intermediates': 'stem', 'stage_1' ... 'stage_N' (maps [B, H', W', C']) and 'features' [B, D] after the last norm.
+    'intermediates': 'stem_map', 'stage_1_map' ... 'stage_N_map' [B, H', W', C'] and 'features' [B, D], normalised.
 
     Raises UserError for a field that cannot work and for images smaller than the total stride.
     """
@@ -55,7 +55,7 @@ class ConvNeXt(nn.Module):
         size, stride, padding = (3, 1, 1) if self.stem == "small" else (4, 4, 0)
         x = conv(self.widths[0], size, stride, padding, "stem")(images.astype(self.dtype))
         x = normalize(x, "stem_norm")
-        self.sow("intermediates", "stem", x)
+        self.sow("intermediates", "stem_map", x)
         block = layers.checkpointed(Block, self.remat)
         rates = iter(layers.linear_rates(self.drop_path, sum(self.depths)))
         for stage, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True), start=1):
@@ -75,7 +75,7 @@ class ConvNeXt(nn.Module):
                     axis_name=self.axis_name,
                     name=f"stage_{stage}_block_{i}",
                 )(x, train)
-            self.sow("intermediates", f"stage_{stage}", x)
+            self.sow("intermediates", f"stage_{stage}_map", x)
         features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
         features = nn.LayerNorm(epsilon=_EPSILON, name="head_norm")(features)
         return layers.classify(self, features, train=train)

@@ -16,7 +16,7 @@ class DenseNet(nn.Module):
     """images float [B, H, W, C], normalised -> logits float32 [B, num_classes].
 
     Parameters, statistics of norms and logits are float32 whatever `dtype`, the type of the rest. Sown into
-    'intermediates': 'stem', 'stage_1' ... 'stage_N' (maps [B, H', W', C']) and 'features' [B, D].
+    'intermediates': 'stem_map', 'stage_1_map' ... 'stage_N_map' (maps [B, H', W', C']) and 'features' [B, D].
 
     Raises UserError for a field that cannot work and for images smaller than the total stride.
     """
@@ -54,7 +54,7 @@ class DenseNet(nn.Module):
         x = act(normalize(x, name="stem_norm"))
         if self.stem == "standard":
             x = layers.max_pool(x, 3, 2, 1)
-        self.sow("intermediates", "stem", x)
+        self.sow("intermediates", "stem_map", x)
 
         layer = layers.checkpointed(DenseLayer, self.remat)
         for stage, depth in enumerate(self.depths, start=1):
@@ -75,7 +75,7 @@ class DenseNet(nn.Module):
                     name=f"stage_{stage}_layer_{i}",
                 )(x, train)
                 x = jnp.concatenate([x, new], axis=-1)
-            self.sow("intermediates", f"stage_{stage}", x)
+            self.sow("intermediates", f"stage_{stage}_map", x)
         x = act(normalize(x, name="head_norm"))
         return layers.classify(self, jnp.mean(x.astype(jnp.float32), axis=(1, 2)), train=train)
 

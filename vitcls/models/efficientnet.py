@@ -17,7 +17,7 @@ class EfficientNet(nn.Module):
 
     The stages of table 1, made wider and deeper as section 3.3 says. Parameters, statistics of norms and logits are
     float32 whatever `dtype`, the type of the rest; padding is 'SAME', as the authors' code has it. Sown into
-    'intermediates': 'stem', 'stage_1' ... 'stage_7' (maps [B, H', W', C']) and 'features' [B, D].
+    'intermediates': 'stem_map', 'stage_1_map' ... 'stage_7_map' (maps [B, H', W', C']) and 'features' [B, D].
 
     Raises UserError for a field that cannot work and for images smaller than the total stride.
     """
@@ -56,7 +56,7 @@ class EfficientNet(nn.Module):
 
         x = images.astype(self.dtype)
         x = unit(width(32), 3, stride=1 if self.stem == "small" else 2, name="stem")(x, train=train)
-        self.sow("intermediates", "stem", x)
+        self.sow("intermediates", "stem_map", x)
         depths = [math.ceil(self.depth_multiplier * depth) for _, _, depth, _, _ in _STAGES]
         strides = strides_for(self.stem, (stride for _, _, _, stride, _ in _STAGES))
         rates = iter(layers.linear_rates(self.drop_path, sum(depths) + 1))
@@ -77,7 +77,7 @@ class EfficientNet(nn.Module):
                     axis_name=self.axis_name,
                     name=f"stage_{stage + 1}_block_{i + 1}",
                 )(x, train)
-            self.sow("intermediates", f"stage_{stage + 1}", x)
+            self.sow("intermediates", f"stage_{stage + 1}_map", x)
         x = unit(width(1280), 1, name="last")(x, train=train)
         return layers.classify(self, jnp.mean(x.astype(jnp.float32), axis=(1, 2)), train=train)
 

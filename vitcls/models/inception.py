@@ -92,7 +92,7 @@ class _Inception(nn.Module):
 
     def _mix(self, name: str, branches: dict, x: jax.Array, train: bool) -> jax.Array:
         x = layers.checkpointed(Mixed, self.remat)(branches, self._unit(), name=name)(x, train)
-        self.sow("intermediates", name, x)
+        self.sow("intermediates", f"{name}_map", x)
         return x
 
 
@@ -103,7 +103,7 @@ def _conv_norm(width_multiplier: float, features: int, *args, **kwargs) -> layer
 class GoogLeNet(_Inception):
     """GoogLeNet, table 1 of its paper, with batch normalisation; parameters, norms' statistics and logits float32.
 
-    Sown into 'intermediates': 'stem', 'inception_3a' ... 'inception_5b' (maps [B, H', W', C']) and 'features' [B, D].
+    Sown into 'intermediates': 'stem_map', 'inception_3a_map' ... 'inception_5b_map' [B, H', W', C'], 'features' [B, D].
 
     Raises UserError for a field that cannot work and for images smaller than the total stride.
     """
@@ -129,7 +129,7 @@ class GoogLeNet(_Inception):
         x = unit(64, 1, name="stem_2")(x, train=train)
         x = respond(unit(192, 3, name="stem_3")(x, train=train))
         x = x if self.stem == "small" else pool(x)
-        self.sow("intermediates", "stem", x)
+        self.sow("intermediates", "stem_map", x)
         for module, (one, reduce_3, three, reduce_5, five, pooled) in _GOOGLENET.items():
             if module == "4a":
                 x = pool(x)
@@ -161,7 +161,7 @@ _GOOGLENET = {  # 1x1, 3x3 reduce, 3x3, 5x5 reduce, 5x5, pool proj
 class InceptionV3(_Inception):
     """Inception v3, table 1 of its paper; parameters, statistics of norms and logits are float32 whatever `dtype`.
 
-    Sown into 'intermediates': 'stem', 'mixed_1' ... 'mixed_11' (maps [B, H', W', C']) and 'features' [B, D].
+    Sown into 'intermediates': 'stem_map', 'mixed_1_map' ... 'mixed_11_map' [B, H', W', C'] and 'features' [B, D].
 
     Raises UserError for a field that cannot work and for images that shrink to nothing.
     """
@@ -181,7 +181,7 @@ class InceptionV3(_Inception):
             x = unit(**conv._asdict(), name=f"stem_{i}")(x, train=train)
             if i in (3, 5) and not small:
                 x = layers.max_pool(x, 3, 2)
-        self.sow("intermediates", "stem", x)
+        self.sow("intermediates", "stem_map", x)
         for i, branches in enumerate(_INCEPTION_V3, start=1):
             x = self._mix(f"mixed_{i}", branches, x, train)
         return layers.classify(self, jnp.mean(x.astype(jnp.float32), axis=(1, 2)), train=train)

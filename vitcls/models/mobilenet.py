@@ -17,7 +17,7 @@ class _MobileNet(nn.Module):
     """What the versions share: images float [B, H, W, C], normalised -> logits float32 [B, num_classes].
 
     Parameters, statistics of norms and logits are float32 whatever `dtype`, the type of the rest. Padding is 'SAME', as
-    the authors' code has it. Sown into 'intermediates': 'stem', 'stage_1' ... (maps [B, H', W', C']) and 'features'.
+    the authors' code has it. Sown into 'intermediates': 'stem_map', 'stage_1_map' ... [B, H', W', C'], 'features'.
 
     Raises UserError for a field that cannot work and for images smaller than the total stride.
     """
@@ -50,7 +50,7 @@ class _MobileNet(nn.Module):
         checks.check_stem(self, images.shape, _SMALLEST)
         stride = 1 if self.stem == "small" else 2
         x = self._unit()(features, 3, stride, name="stem")(images.astype(self.dtype), train=train)
-        self.sow("intermediates", "stem", x)
+        self.sow("intermediates", "stem_map", x)
         return x
 
 
@@ -71,7 +71,7 @@ class MobileNetV1(_MobileNet):
                 features = max(1, int(width * self.width_multiplier))
                 name = f"stage_{stage}_block_{i}"
                 x = block(features, stride if i == 1 else 1, self._unit(), name=name)(x, train)
-            self.sow("intermediates", f"stage_{stage}", x)
+            self.sow("intermediates", f"stage_{stage}_map", x)
         return layers.classify(self, jnp.mean(x.astype(jnp.float32), axis=(1, 2)), train=train)
 
 
@@ -118,7 +118,7 @@ class MobileNetV2(_MobileNet):
                     axis_name=self.axis_name,
                     name=f"stage_{stage}_block_{i}",
                 )(x, train)
-            self.sow("intermediates", f"stage_{stage}", x)
+            self.sow("intermediates", f"stage_{stage}_map", x)
         last = layers.round_channels(1280 * max(1.0, self.width_multiplier))
         x = self._unit()(last, 1, name="last")(x, train=train)
         return layers.classify(self, jnp.mean(x.astype(jnp.float32), axis=(1, 2)), train=train)
@@ -159,7 +159,7 @@ class MobileNetV3(_MobileNet):
                     axis_name=self.axis_name,
                     name=f"stage_{stage}_block_{i}",
                 )(x, train)
-            self.sow("intermediates", f"stage_{stage}", x)
+            self.sow("intermediates", f"stage_{stage}_map", x)
         x = self._unit()(6 * x.shape[-1], 1, name="last")(x, train=train)
         x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
         hidden = nn.Dense(

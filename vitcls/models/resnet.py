@@ -21,7 +21,7 @@ class ResNet(nn.Module):
     """images float [B, H, W, C], normalised -> logits float32 [B, num_classes].
 
     Parameters, statistics of norms and logits are float32 whatever `dtype`, the type of the rest. Sown into
-    'intermediates': 'stem', 'stage_1' ... 'stage_N' (maps [B, H', W', C']) and 'features' [B, D].
+    'intermediates': 'stem_map', 'stage_1_map' ... 'stage_N_map' (maps [B, H', W', C']) and 'features' [B, D].
 
     Raises UserError for a field that cannot work and for images smaller than the total stride.
     """
@@ -54,7 +54,7 @@ class ResNet(nn.Module):
         else:
             x = unit(self.width, self.stem_kernel, stride=2, name="stem")(x, train=train)
             x = layers.max_pool(x, 3, 2, 1)
-        self.sow("intermediates", "stem", x)
+        self.sow("intermediates", "stem_map", x)
 
         block = layers.checkpointed(ResidualBlock, self.remat)
         rates = iter(layers.linear_rates(self.drop_path, sum(self.depths)))
@@ -77,7 +77,7 @@ class ResNet(nn.Module):
                     name=f"stage_{stage + 1}_block_{i + 1}",
                 )(x, train)
             x = self._after_stage(x, stage + 1, unit, train=train)
-            self.sow("intermediates", f"stage_{stage + 1}", x)
+            self.sow("intermediates", f"stage_{stage + 1}_map", x)
             maps.append(x)
         features = jnp.mean(self._merge(maps, unit, train=train).astype(jnp.float32), axis=(1, 2))
         return layers.classify(self, features, train=train)

@@ -19,7 +19,7 @@ _FUSIONS = ("none", "kernels", "stages")
 
 
 class ResNeXt(resnet.ResNet):
-    """A ResNet of grouped bottlenecks; images, logits, errors and what is sown as there, and 'fusion' [B, H', W', C'].
+    """A ResNet of grouped bottlenecks; images, logits, errors and what is sown as there, and 'fusion_map'.
 
     The paper says "multiple convolution kernels of different sizes in the middle layer of the network" and no more.
     Here `fusion='kernels'` adds F_fusion to the map of one stage, so that the network keeps what it has; each F_i is a
@@ -49,8 +49,9 @@ class ResNeXt(resnet.ResNet):
         if self.fusion not in _FUSIONS:
             raise errors.unknown("config.model.fusion", self.fusion, _FUSIONS)
         stages = range(1, len(self.depths) + 1)
-        if self.fusion == "kernels" and not all(kernel % 2 for kernel in self.fusion_kernels):
-            raise UserError(f"config.model.fusion_kernels={self.fusion_kernels} must be odd")
+        kernels = self.fusion_kernels
+        if self.fusion == "kernels" and (len(set(kernels)) < len(kernels) or not all(size % 2 for size in kernels)):
+            raise UserError(f"config.model.fusion_kernels={kernels} must be odd numbers, each of them once")
         if self.fusion == "kernels" and self.fusion_stage not in stages:
             raise UserError(f"config.model.fusion_stage={self.fusion_stage} must be in 1 .. {len(stages)}")
         if self.fusion == "stages" and list(self.fusion_stages) != sorted(set(self.fusion_stages) & set(stages)):
@@ -68,7 +69,7 @@ class ResNeXt(resnet.ResNet):
         if self.fusion != "kernels" or stage != self.fusion_stage:
             return x
         fused = KernelFusion(self.fusion_kernels, self.groups, unit, name="fusion")(x, train=train)
-        self.sow("intermediates", "fusion", fused)
+        self.sow("intermediates", "fusion_map", fused)
         return x + fused
 
     def _merge(self, maps: list[jax.Array], unit: Callable, *, train: bool) -> jax.Array:
@@ -76,7 +77,7 @@ class ResNeXt(resnet.ResNet):
             return maps[-1]
         chosen = [maps[stage - 1] for stage in self.fusion_stages]
         fused = StageFusion(self.fusion_width, unit, name="fusion")(chosen, train=train)
-        self.sow("intermediates", "fusion", fused)
+        self.sow("intermediates", "fusion_map", fused)
         return unit(self.fusion_width, 3, groups=self.groups, name="fusion_conv")(fused, train=train)
 
 

@@ -18,8 +18,8 @@ class LeNet5(nn.Module):
     """LeNet-5 (LeCun et al. 1998, section II.B): images float [B, H, W, C], normalised -> logits float32 [B, K].
 
     As it is built today: every map of C3 sees all of S2, and the pooling has no weights. Images of 28 to 31 pixels
-    get a frame of their own border, up to 32, as the paper's digits have one. Sown into 'intermediates': 'conv_1' ...
-    'conv_3' and 'features' [B, hidden_width].
+    get a frame of their own border, up to 32, as the paper's digits have one. Sown into 'intermediates':
+    'conv_1_map' ... 'conv_3_map' and 'features' [B, hidden_width].
 
     Raises UserError for a field that cannot work and for images below 28 pixels.
     """
@@ -55,7 +55,7 @@ class LeNet5(nn.Module):
                 axis_name=self.axis_name,
                 name=f"conv_{i}",
             )(x, train)
-            self.sow("intermediates", f"conv_{i}", x)
+            self.sow("intermediates", f"conv_{i}_map", x)
             x = _POOLINGS[self.pooling](x, 2, 2) if i < 3 else x
         x = nn.Dense(self.hidden_width, dtype=self.dtype, name="hidden")(x.reshape(x.shape[0], -1))
         return layers.classify(self, layers.activation(self.activation)(x), train=train)
@@ -108,7 +108,7 @@ class PaperCNN(nn.Module):
                     name=f"stage_{stage}_block_{i}",
                 )(x, train)
             x = layers.max_pool(x, 2, 2)
-            self.sow("intermediates", f"stage_{stage}", x)
+            self.sow("intermediates", f"stage_{stage}_map", x)
         x = nn.Dense(self.hidden_width, dtype=self.dtype, name="hidden")(x.reshape(x.shape[0], -1))
         return layers.classify(self, layers.activation(self.activation)(x), train=train)
 

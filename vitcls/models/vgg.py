@@ -11,8 +11,8 @@ class VGG(nn.Module):
     """images float [B, H, W, C], normalised -> logits float32 [B, num_classes].
 
     Parameters, statistics of norms and logits are float32 whatever `dtype`, the type of the rest. With a norm the
-    convolutions keep their biases, as the published weights do. Sown into 'intermediates': 'stage_1' ... 'stage_5'
-    (maps before pooling) and 'features' [B, head_width].
+    convolutions keep their biases, as the published weights do. Sown into 'intermediates': 'stage_1_map' ...
+    'stage_5_map' (before pooling) and 'features' [B, head_width].
 
     Raises UserError for a field that cannot work and for images that the stages would halve to nothing.
     """
@@ -40,7 +40,7 @@ class VGG(nn.Module):
         x = images.astype(self.dtype)
         for i, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True), start=1):
             x = stage(depth, width, self.norm, self.activation, self.dtype, self.axis_name, name=f"stage_{i}")(x, train)
-            self.sow("intermediates", f"stage_{i}", x)
+            self.sow("intermediates", f"stage_{i}_map", x)
             x = layers.max_pool(x, 2, 2)
         return layers.classify_flat(self, x, side=1 if self.stem == "small" else 7, train=train)
 
