@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from vitcls import models
 from vitcls.errors import UserError
 
-# name -> parameters with 1000 classes at the native size. Where torchvision, timm or Keras have the model, the number is
-# theirs, running statistics and auxiliary classifiers not counted.
+# name -> parameters with 1000 classes at the native size; the number of torchvision, timm or Keras where they have the
+# model. Running statistics and auxiliary classifiers are not counted.
 PARAMETERS = {
     "improved_vit_tiny": 7_032_328,
     "improved_vit_small": 27_445_288,
