@@ -380,6 +380,11 @@ def test_pooling_is_over_the_places_inside_the_image(size, stride, padding, shap
     assert_near(layers.avg_pool(x, size, stride, padding), expected[1])
 
 
+@pytest.mark.parametrize("pool", [layers.max_pool, layers.avg_pool])
+def test_pooling_keeps_the_type(pool):
+    assert pool(jnp.zeros((1, 4, 4, 1), jnp.bfloat16), 3, 2, 1).dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize(("height", "width"), [(7, 7), (6, 6), (3, 2), (1, 1), (4, 9)])
 @pytest.mark.parametrize("shape", [(2, 7, 7, 3), (2, 9, 6, 3), (1, 2, 3, 2), (1, 1, 1, 2)])
 def test_resizing_by_mean_averages_windows_that_tile_the_image(shape, height, width):
