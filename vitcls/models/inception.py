@@ -42,7 +42,7 @@ class Fork(NamedTuple):
 class Mixed(nn.Module):
     """Branches of the same map, their channels joined: [B, H, W, C] -> [B, H', W', C']."""
 
-    branches: dict[str, tuple[Conv | Pool | Fork, ...]]
+    branches: tuple[tuple[str, tuple[Conv | Pool | Fork, ...]], ...]  # (name, steps); a dict would be sorted by remat
     unit: Callable[..., layers.ConvNorm]
 
     @nn.compact
@@ -51,7 +51,7 @@ class Mixed(nn.Module):
             return self.unit(**step._asdict(), name=name)(y, train=train)
 
         joined = []
-        for branch, steps in self.branches.items():
+        for branch, steps in self.branches:
             y = x
             for i, step in enumerate(steps, start=1):
                 match step:
@@ -91,7 +91,7 @@ class _Inception(nn.Module):
         )
 
     def _mix(self, name: str, branches: dict, x: jax.Array, train: bool) -> jax.Array:
-        x = layers.checkpointed(Mixed, self.remat)(branches, self._unit(), name=name)(x, train)
+        x = layers.checkpointed(Mixed, self.remat)(tuple(branches.items()), self._unit(), name=name)(x, train)
         self.sow("intermediates", f"{name}_map", x)
         return x
 

@@ -211,8 +211,8 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: str | int = 0) -> ja
 
 def avg_pool(x: jax.Array, size: int, stride: int, padding: str | int = 0) -> jax.Array:
     """The mean of windows of [B, H, W, C], over the places inside the image only; `padding` as in `max_pool`."""
-    window, strides = (size, size), (stride, stride)
-    return nn.avg_pool(x, window, strides, _pool_padding(x, size, stride, padding), count_include_pad=False)
+    window, strides, padding = (size, size), (stride, stride), _pool_padding(x, size, stride, padding)
+    return nn.avg_pool(x, window, strides, padding, count_include_pad=False).astype(x.dtype)
 
 
 def _pool_padding(x: jax.Array, size: int, stride: int, padding: str | int) -> list[tuple[int, int]]:
@@ -400,7 +400,7 @@ class GeneralizedMean(nn.Module):
         start = float(np.log(np.expm1(2.0)))
         power = 1.0 + jax.nn.softplus(self.param("power", nn.initializers.constant(start), ()))
         log_x = jnp.log(jnp.maximum(x.astype(jnp.float32), self.eps))
-        log_mean = jax.nn.logsumexp(power * log_x, axis=1) - np.log(x.shape[1])
+        log_mean = jax.nn.logsumexp(power * log_x, axis=1) - math.log(x.shape[1])
         return jnp.exp(log_mean / power)
 
 
@@ -410,7 +410,7 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         query = self.param("query", nn.initializers.normal(0.02), (x.shape[-1],))
-        scores = jnp.einsum("bnc,c->bn", x.astype(jnp.float32), query) / np.sqrt(x.shape[-1])
+        scores = jnp.einsum("bnc,c->bn", x.astype(jnp.float32), query) / math.sqrt(x.shape[-1])
         return jnp.einsum("bn,bnc->bc", jax.nn.softmax(scores, axis=-1), x.astype(jnp.float32))
 
 
