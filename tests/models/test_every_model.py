@@ -201,18 +201,16 @@ FIRST = {
     name: _FIRST_OF.setdefault((tiny(name), image_shape(name)), name) for name in KNOWN
 }  # of the same tiny version
 SIBLINGS = {name for name in KNOWN if FIRST[name] != name}
-# So many layers that the fast tests trace them but do not run them.
-HEAVY = {"googlenet", "inception_v3", "mobilenet_v3_large"}
-# And those whose blocks another model has as well.
+# So many layers, or so near another model, that the fast tests trace them but do not run them.
+HEAVY = {"efficientnet_b0", "googlenet", "inception_v3", "mobilenet_v3_large", "resnext101_32x8d"}
+# And those whose recomputed blocks another model has as well.
 HEAVY_OR_ALIKE = HEAVY | {
     "alexnet",
-    "efficientnet_b0",
     "improved_vit_base",
     "mobilenet_v2",
     "mobilenet_v3_small",
     "paper_cnn",
     "resnet18",
-    "resnext101_32x8d",
     "vgg11",
 }
 
