@@ -16,7 +16,7 @@ import numpy as np
 from vitcls.data import images as image_files
 from vitcls.data import streaming
 from vitcls.data.dataset import Dataset, SkippedFile, Split
-from vitcls.data.resident import Resident, make_resident
+from vitcls.data.resident import Resident
 from vitcls.data.sources import load
 from vitcls.data.streaming import Crop, Streaming, read_image
 from vitcls.errors import UserError
@@ -163,7 +163,7 @@ def train_batches(dataset: Dataset, config, *, partition: Partition, batch_size:
     }
     if choose_pipeline(dataset, config) == "resident":
         train = decode(dataset, ("train",)).train
-        return make_resident(partition, train.images, train.labels, **arguments)
+        return Resident(partition, train.images, train.labels, **arguments)
     crop = Crop(tuple(config.crop_area), tuple(config.crop_ratio)) if config.random_resized_crop else None
     return Streaming(partition, dataset.train, image_shape=dataset.image_shape, crop=crop, **arguments)
 

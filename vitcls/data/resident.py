@@ -1,6 +1,6 @@
 """The whole training split in device memory as uint8; batches are gathered inside jit."""
 
-import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,33 +13,52 @@ from vitcls.partition import Partition
 from vitcls.rng import example_positions
 
 
-@dataclasses.dataclass(frozen=True)
 class Resident:
-    """Training batches out of arrays image uint8 [N, H, W, C] and label int32 [N] that stay on the devices."""
+    """Training batches out of images uint8 [N, H, W, C] and labels int32 [N] that stay on the devices.
 
-    partition: Partition
-    arrays: dict[str, Any]
-    num_classes: int
-    batch_size: int
-    seed: int
-    balanced: bool
+    The order of an epoch is made on the devices too, once: sorting 50,000 random numbers takes a CPU longer than many
+    a training step.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        num_classes: int,
+        batch_size: int,
+        seed: int,
+        balanced: bool,
+    ):
+        self._partition = partition
+        self._batch_size = batch_size
+        self._num_examples = len(labels)
+        self._arrays = partition.replicate({"image": images, "label": labels})
+        order = functools.partial(epoch_order, seed, num_classes=num_classes, balanced=balanced)
+        self._compute_order = partition.compile_evaluation(order)
+        self._orders: dict[int, jax.Array] = {}  # of the epochs that the newest call touched
 
     def data(self, step: int, length: int) -> dict[str, Any]:
-        """What the call that starts at `step` needs on the devices: always the same arrays, nothing moves."""
-        return self.arrays
+        """What the call that starts at `step` needs on the devices; nothing moves but the number of a new epoch."""
+        first, _ = first_place(step, batch_size=self._batch_size, num_examples=self._num_examples)
+        most = -(-(self._num_examples - 1 + length * self._batch_size) // self._num_examples)  # that a call can touch
+        self._orders = {
+            epoch: self._orders[epoch] if epoch in self._orders else self._epoch_order(epoch)
+            for epoch in range(first, first + most)
+        }
+        return self._arrays | {"orders": tuple(self._orders.values())}
 
-    def open(self, data: dict[str, jax.Array], step: jax.Array, length: int) -> Callable[[jax.Array], dict]:
+    def open(self, data: dict[str, Any], step: jax.Array, length: int) -> Callable[[jax.Array], dict]:
         """Traced: returns i -> batch of `step` + i, for i < `length`."""
-        num_examples = data["label"].shape[0]
-        epoch, offset = first_place(step, batch_size=self.batch_size, num_examples=num_examples)
-        epochs = -(-(num_examples - 1 + length * self.batch_size) // num_examples)  # the most that a call can touch
-        order = jnp.concatenate([self._epoch_order(data["label"], epoch + i) for i in range(epochs)])
-        visible = self.partition.visible(self.batch_size)
+        _, offset = first_place(step, batch_size=self._batch_size, num_examples=self._num_examples)
+        order = jnp.concatenate(data["orders"])
+        visible = self._partition.visible(self._batch_size)
 
         def batch(i: jax.Array) -> dict[str, jax.Array]:
-            places = offset + i * self.batch_size + example_positions(visible, self.partition.axis_name)
-            indices = self.partition.constrain(order[places])
-            return self.partition.constrain(
+            places = offset + i * self._batch_size + example_positions(visible, self._partition.axis_name)
+            indices = self._partition.constrain(order[places])
+            return self._partition.constrain(
                 {
                     "image": data["image"][indices],
                     "label": data["label"][indices],
@@ -49,20 +68,5 @@ class Resident:
 
         return batch
 
-    def _epoch_order(self, labels: jax.Array, epoch: jax.Array) -> jax.Array:
-        return epoch_order(self.seed, epoch, labels, num_classes=self.num_classes, balanced=self.balanced)
-
-
-def make_resident(
-    partition: Partition,
-    images: np.ndarray,
-    labels: np.ndarray,
-    *,
-    num_classes: int,
-    batch_size: int,
-    seed: int,
-    balanced: bool,
-) -> Resident:
-    """Puts images uint8 [N, H, W, C] and labels int32 [N] on every device."""
-    arrays = partition.replicate({"image": images, "label": labels})
-    return Resident(partition, arrays, num_classes, batch_size, seed, balanced)
+    def _epoch_order(self, epoch: int) -> jax.Array:
+        return self._compute_order(self._partition.replicate(np.int32(epoch)), self._arrays["label"])

@@ -1,5 +1,6 @@
 """Parts that models share."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -204,9 +205,17 @@ class ConvNorm(nn.Module):
 def max_pool(x: jax.Array, size: int, stride: int, padding: str | int = 0) -> jax.Array:
     """The maximum of windows of [B, H, W, C]; `padding` is 'CEIL' or the places on every side, which never win.
 
-    'CEIL' lets the last window stand out on the right and below, so that no place is left out.
+    'CEIL' lets the last window stand out on the right and below, so that no place is left out. The gradient of equal
+    maxima is shared between them. Maxima of shifted slices, one axis after the other: their gradient is additions,
+    where that of a window's maximum is a scatter, 6 to 40 times slower on a CPU.
     """
-    return nn.max_pool(x, (size, size), (stride, stride), _pool_padding(x, size, stride, padding))
+    margins = [(0, 0), *_pool_padding(x, size, stride, padding), (0, 0)]
+    x = jnp.pad(x, margins, constant_values=-jnp.inf)
+    for axis in (1, 2):
+        reach = (x.shape[axis] - size) // stride * stride + 1
+        shifted = [jax.lax.slice_in_dim(x, i, i + reach, stride, axis) for i in range(size)]
+        x = functools.reduce(jnp.maximum, shifted)
+    return x
 
 
 def avg_pool(x: jax.Array, size: int, stride: int, padding: str | int = 0) -> jax.Array:
