@@ -5,15 +5,16 @@
 The faster form on a platform belongs into layers.FORM_BY_PLATFORM. `--step` adds the training step at 64x64, batch 16.
 """
 
-import argparse
 import functools
+import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from benchmarks import harness
-from vitcls import models
+from vitcls import cli, models
 from vitcls.models import layers
 
 # channels, groups, kernel, stride, side of the image, batch
@@ -31,20 +32,21 @@ LAYERS = (
 FORMS = ("xla", "shifted")
 
 
-def layer_times(form: str, channels: int, groups: int, kernel: int, stride: int, side: int, batch: int, repeats: int):
-    """(forward, forward and backward) timings of one layer, float32."""
+def layer_calls(form: str, channels: int, groups: int, kernel: int, stride: int, side: int, batch: int):
+    """Calls of one layer, float32: forward, and forward and backward."""
     layer = layers.GroupedConv(channels, kernel, groups, stride, form=form)
     images = jax.random.normal(jax.random.key(0), (batch, side, side, channels))
     variables = layer.init(jax.random.key(1), images)
     forward = jax.jit(layer.apply)
     gradients = jax.jit(jax.value_and_grad(lambda v, x: jnp.sum(jnp.sin(layer.apply(v, x))), argnums=(0, 1)))
-    return [
-        harness.measure(functools.partial(call, variables, images), repeats=repeats) for call in (forward, gradients)
-    ]
+    return {
+        "forward": functools.partial(forward, variables, images),
+        "forward + backward": functools.partial(gradients, variables, images),
+    }
 
 
-def step_time(form: str, repeats: int, *, side: int = 64, batch: int = 16) -> harness.Timing:
-    """One step of ResNeXt-50 32x4d with SGD, 1000 classes, float32."""
+def step_call(form: str, *, side: int = 64, batch: int = 16):
+    """A step of ResNeXt-50 32x4d with SGD, 1000 classes, float32."""
     model = models.create("resnext50_32x4d", 1000, grouped_conv=form)
     images = jax.random.normal(jax.random.key(0), (batch, side, side, 3))
     labels = jnp.arange(batch)
@@ -65,35 +67,33 @@ def step_time(form: str, repeats: int, *, side: int = 64, batch: int = 16) -> ha
 
     params = variables["params"]
     arguments = (params, variables["batch_stats"], optimizer.init(params))
-    return harness.measure(lambda: step(*arguments), repeats=repeats)
+    return lambda: step(*arguments)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="", help="directory for JSON and CSV")
-    parser.add_argument("--repeats", type=int, default=5)
+def main(argv: list[str]) -> None:
+    parser = harness.parser(__doc__)
     parser.add_argument("--step", action="store_true", help="the training step of ResNeXt-50 too; minutes on a CPU")
-    flags = parser.parse_args()
+    flags = parser.parse_args(argv)
 
     rows = []
 
-    def add(what: str, xla: harness.Timing, shifted: harness.Timing) -> None:
-        row: dict[str, object] = {"what": what}
-        for form, timing in zip(FORMS, (xla, shifted), strict=True):
-            row[f"{form} ms"] = 1e3 * timing.median
-            row[f"{form} min..max ms"] = f"{1e3 * timing.low:.4g}..{1e3 * timing.high:.4g}"
-        rows.append(row | {"xla / shifted": xla.median / shifted.median})
+    def compare(what: str, calls: dict[str, Callable]) -> None:
+        timings = harness.alternate(calls, repeats=flags.repeats)
+        row: harness.Row = {"what": what}
+        for form, timing in timings.items():
+            row |= {f"{form} ms": 1e3 * timing.median, f"{form} fastest..slowest": timing.spread()}
+        rows.append(row | {"xla / shifted": harness.ratio(timings["xla"], timings["shifted"])})
 
     for shape in LAYERS:
         channels, groups, kernel, stride, side, batch = shape
         name = f"{batch}x{side}x{side}x{channels}, {groups} groups, {kernel}x{kernel} stride {stride}"
-        pairs = zip(*(layer_times(form, *shape, flags.repeats) for form in FORMS), strict=True)
-        for direction, (xla, shifted) in zip(("forward", "forward + backward"), pairs, strict=True):
-            add(f"{name}: {direction}", xla, shifted)
+        calls = {form: layer_calls(form, *shape) for form in FORMS}
+        for direction in ("forward", "forward + backward"):
+            compare(f"{name}: {direction}", {form: calls[form][direction] for form in FORMS})
     if flags.step:
-        add("ResNeXt-50 32x4d training step, 16x64x64x3", *(step_time(form, flags.repeats) for form in FORMS))
+        compare("ResNeXt-50 32x4d training step, 16x64x64x3", {form: step_call(form) for form in FORMS})
     harness.publish("grouped_conv", rows, flags.out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

@@ -1,72 +1,168 @@
-"""What all benchmarks share: timing that waits for the device, and one table as text, JSON and CSV."""
+"""What all benchmarks share: timing that waits for the device, one process per row where memory is measured, one table.
 
+Every number belongs to the run that took it; a ratio of numbers of two runs is refused.
+"""
+
+import argparse
 import csv
+import dataclasses
 import datetime
+import gc
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import jax
+from vitcls import cli
+
+Row = dict[str, Any]
+_RUN_VARIABLE = "VITCLS_BENCHMARK_RUN"
+_LIBRARIES = ("jax", "flax", "optax", "tensorflow-cpu", "tensorflow", "keras", "torch", "timm")
+RUN = os.environ.setdefault(_RUN_VARIABLE, uuid.uuid4().hex[:8])  # child processes belong to the run of their parent
 
 
-class Timing(NamedTuple):
-    """Seconds of several calls."""
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of several calls, in the order in which they were made."""
 
-    median: float
-    low: float  # the fastest
-    high: float  # the slowest
-    compile: float  # the first call less a median one: tracing and compilation
+    seconds: tuple[float, ...]
+    compile: float = 0.0  # what the first call took longer: tracing and compilation
+    run: str = RUN
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def spread(self, scale: float = 1e3) -> str:
+        """'fastest..slowest', in milliseconds unless `scale` says otherwise."""
+        return f"{scale * min(self.seconds):.4g}..{scale * max(self.seconds):.4g}"
 
 
 def measure(call: Callable[[], Any], *, repeats: int) -> Timing:
     """Times `repeats` calls after one that compiles and one that warms up; each waits until its result is there."""
-    first = _seconds(call)
-    _seconds(call)
-    seconds = [_seconds(call) for _ in range(repeats)]
-    median = statistics.median(seconds)
-    return Timing(median, min(seconds), max(seconds), max(first - median, 0.0))
+    return alternate({"": call}, repeats=repeats)[""]
+
+
+def alternate(calls: dict[str, Callable[[], Any]], *, repeats: int) -> dict[str, Timing]:
+    """As `measure`, for calls that are to be compared: they take turns, so that what disturbs one disturbs all."""
+    first = {name: _seconds(call) for name, call in calls.items()}
+    for call in calls.values():
+        _seconds(call)
+    rounds = [{name: _seconds(call) for name, call in calls.items()} for _ in range(repeats)]
+    timings = {}
+    for name in calls:
+        seconds = tuple(turn[name] for turn in rounds)
+        timings[name] = Timing(seconds, max(first[name] - statistics.median(seconds), 0.0))
+    return timings
 
 
 def _seconds(call: Callable[[], Any]) -> float:
+    import jax
+
+    gc.collect()
+    gc.disable()
     start = time.perf_counter()
     jax.block_until_ready(call())
-    return time.perf_counter() - start
+    elapsed = time.perf_counter() - start
+    gc.enable()
+    return elapsed
+
+
+def ratio(numerator: Timing, denominator: Timing) -> float:
+    """The median ratio of two timings that took turns; raises ValueError for timings of different runs."""
+    if numerator.run != denominator.run:
+        raise ValueError(f"run {numerator.run} and run {denominator.run} cannot be compared: time both in one run")
+    pairs = zip(numerator.seconds, denominator.seconds, strict=True)
+    return statistics.median(above / below for above, below in pairs)
 
 
 def machine() -> dict[str, str]:
-    """Where and with what the numbers were taken."""
+    """Where and with what the numbers were taken. It starts JAX's devices."""
+    import jax
+
     device = jax.devices()[0]
     return {
+        "run": RUN,
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
-        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        **{name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
+        "host": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
+        "versions": ", ".join(f"{name} {version}" for name in _LIBRARIES if (version := _version(name))),
         "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
     }
 
 
-def publish(name: str, rows: list[dict[str, Any]], out: str) -> None:
-    """Prints the rows as a table and, where `out` is not '', writes out/name.json and out/name.csv."""
-    about = machine()
-    print(", ".join(about.values()))
-    columns = list(rows[0])
-    table = [columns, *([_text(row[column]) for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
-    for line in table:
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The flags that all benchmarks have."""
+    flags = cli.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--out", default="", help="directory for JSON and CSV")
+    flags.add_argument("--repeats", type=int, default=5, help="timed calls, after two that are not")
+    return flags
+
+
+def publish(name: str, rows: Sequence[Row], out: str, *, about: dict[str, str] | None = None) -> None:
+    """Prints the rows as a table and, where `out` is not '', writes out/name.json, out/name.csv and out/name.md.
+
+    `about` is what `machine()` says, by default of this process.
+    """
+    about = (about or machine()) | {"command": _command()}
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [columns, *([_text(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    print("\n".join(f"{key:<9}{value}" for key, value in about.items()))
+    for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    if out:
-        directory = pathlib.Path(out)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / f"{name}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
-        with (directory / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+    if not out:
+        return
+    directory = pathlib.Path(out)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}.json").write_text(json.dumps({"about": about, "rows": list(rows)}, indent=2) + "\n")
+    with (directory / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*columns, "run"])
+        writer.writeheader()
+        writer.writerows(row | {"run": RUN} for row in rows)
+    lines = [f"| {' | '.join(line)} |" for line in cells]
+    lines.insert(1, "| --- " * len(columns) + "|")
+    lines += ["", *(f"- {key}: `{value}`" for key, value in about.items())]
+    (directory / f"{name}.md").write_text("\n".join(lines) + "\n")
+
+
+def _command() -> str:
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--out")]
+    return " ".join(["python -m", f"benchmarks.{pathlib.Path(sys.argv[0]).stem}", *arguments])
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def in_child(module: str, arguments: Sequence[str], *, environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """Runs `python -m module arguments` and returns the JSON object that it printed last.
+
+    A process of its own for a row: its peak of memory is its own, and one that runs out of memory is a row that says
+    so, {'error': ...}, whether it raised or was killed.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    ran = subprocess.run(command, env=os.environ | (environment or {}), capture_output=True, text=True)
+    lines = ran.stdout.strip().splitlines()
+    if ran.returncode == 0 and lines:
+        return json.loads(lines[-1])
+    if ran.returncode == -9 or "RESOURCE_EXHAUSTED" in ran.stderr or "out of memory" in ran.stderr.lower():
+        return {"error": "out of memory"}
+    words = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
+    return {"error": words[-1][:200]}

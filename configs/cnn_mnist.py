@@ -2,8 +2,8 @@
 
     python -m vitcls.main --config=configs/cnn_mnist.py --workdir=runs/cnn_mnist
 
-99.20 % of the test images (seed 0; docs/results.md). `:enhanced` is the ten-layer network with residual connections,
-batch normalisation and dropout, for the 20 epochs of table III; on a CPU it takes hours.
+99.21 % of the test images after 4 minutes on 2 cores (seed 0; docs/results.md). `:enhanced` is the ten-layer network
+with residual connections, batch normalisation and dropout, for the 20 epochs of table III; on a CPU it takes hours.
 """
 
 from vitcls import errors

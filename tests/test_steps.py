@@ -32,7 +32,15 @@ def no_augment(keys, images, targets):
 
 
 def build(
-    *, l2=0.0, optimizer=None, schedule=lambda step: 0.1, accumulate=1, augment=no_augment, ema_decay=0.0, limit=3
+    *,
+    l2=0.0,
+    optimizer=None,
+    schedule=lambda step: 0.1,
+    accumulate=1,
+    augment=no_augment,
+    ema_decay=0.0,
+    limit=3,
+    total_steps=100,
 ):
     optimizer = optimizer or optax.sgd(1.0)
     train_step = steps.make_train_step(
@@ -46,6 +54,7 @@ def build(
         ema_decay=ema_decay,
         accumulate=accumulate,
         nonfinite_limit=limit,
+        total_steps=total_steps,
         num_classes=NUM_CLASSES,
         axis_name=None,
     )
@@ -143,19 +152,30 @@ def test_every_step_and_every_example_has_a_key_of_its_own():
     assert len(keys) == 4 * 8
 
 
-def test_calls_of_any_length_make_the_same_run():
-    train_step, state = build(optimizer=optax.adam(1.0), l2=0.1)
+def test_calls_of_any_length_make_the_same_run_even_where_the_last_goes_past_its_end():
+    train_step, state = build(optimizer=optax.adam(1.0), l2=0.1, total_steps=6)
     data = {name: jnp.stack([x] * 6) for name, x in batch().items()}
 
     def run(length):
         new, sums = state, steps.zero_sums()
         opened = lambda data, step, n: lambda i: jax.tree.map(lambda x: x[step + i], data)  # noqa: E731
         call = jax.jit(steps.make_train_call(train_step, open_batches=opened, seed=0, length=length))
-        for _ in range(6 // length):
+        for _ in range(-(-6 // length)):
             new, sums = call(new, sums, data)
         return new, sums
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run(1), run(3))
+    expected = run(1)
+    assert (expected[0].step, expected[1]["updates"]) == (6, 6)
+    for length in (3, 4):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run(length), expected)
+
+
+def test_past_the_end_even_a_batch_that_is_not_finite_is_not_counted():
+    train_step, state = build(total_steps=1)
+    state, _ = train_step(state, batch(mask=np.full(8, np.nan)), jax.random.key(0))
+    after, sums = train_step(state, batch(mask=np.full(8, np.nan)), jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+    assert not any(jax.tree.leaves(sums))
 
 
 def test_keys_depend_on_seed_step_and_place_and_not_on_the_layout():

@@ -1,5 +1,6 @@
 """A run that is killed and started again ends as if nothing had happened."""
 
+import gzip
 import json
 import os
 import re
@@ -190,3 +191,21 @@ def test_a_dry_run_leaves_nothing(tiny_config, tmp_path, strategy):
     tiny_config.loss.class_weights = (1.0,)
     with pytest.raises(UserError, match=r"config.loss.class_weights"):
         train_and_evaluate(tiny_config, tmp_path / "run", dry_run=True)
+
+
+def test_a_whole_run_compiles_training_and_evaluation_once_each(tiny_config, tmp_path, caplog):
+    tiny_config.total = "13 steps"  # the last call has one step to go, of two
+    with jax.log_compiles():
+        train_and_evaluate(tiny_config, tmp_path / "run")
+    compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
+    assert {name: compiled.count(name) for name in ("train_call", "eval_step")} == {"train_call": 1, "eval_step": 1}
+    assert read_history(tmp_path / "run")[-1]["step"] == 13
+
+
+def test_chosen_steps_are_traced_and_no_others(tiny_config, tmp_path):
+    train_and_evaluate(tiny_config, tmp_path / "run", profile_steps=range(5, 8))
+    (trace,) = (tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz")
+    with gzip.open(trace) as file:
+        events = json.load(file)["traceEvents"]
+    traced = {int(event["args"]["step_num"]) for event in events if event.get("name") == "train"}
+    assert traced == {4, 6}  # the calls of two steps that run them

@@ -107,6 +107,7 @@ def make_training(config, info: DatasetInfo, plan: Plan, *, axis_name: str | Non
         ema_decay=config.optimizer.ema_decay,
         accumulate=config.optimizer.accumulate,
         nonfinite_limit=config.nonfinite_limit,
+        total_steps=plan.total,
         num_classes=info.num_classes,
         axis_name=axis_name,
     )

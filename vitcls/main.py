@@ -1,6 +1,7 @@
 """Train, evaluate and report; started again on the same workdir it resumes.
 
 python -m vitcls.main --config=configs/vit_digits.py --workdir=DIR [--config.a.b=value ...] [--dry_run]
+    [--profile_steps=FIRST:LAST]
 """
 
 import os
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 from vitcls import cli, errors, overview
 from vitcls.errors import UserError
+from vitcls.profiling import parse_steps
 from vitcls.train import train_and_evaluate
 
 
@@ -23,6 +25,9 @@ def define_flags() -> flags.FlagValues:
         "workdir", None, "Where the run lives: config, metrics, checkpoints, report.", flag_values=values
     )
     flags.DEFINE_bool("dry_run", False, "Check everything up to the first step by shapes alone.", flag_values=values)
+    flags.DEFINE_string(
+        "profile_steps", None, "FIRST:LAST; writes a trace of these steps to WORKDIR/profile.", flag_values=values
+    )
     flags.DEFINE_string("coordinator", None, "host:port of process 0, for several processes.", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "How many processes take part.", flag_values=values)
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", flag_values=values)
@@ -82,8 +87,11 @@ def main(argv: list[str]) -> None:
         return
     if not values.workdir and not values.dry_run:
         raise UserError("--workdir=DIR is missing: where the run is to live")
+    profile_steps = parse_steps(values.profile_steps)
     cli.start_jax(values.coordinator, values.num_processes, values.process_id)
-    results = train_and_evaluate(values.config, values.workdir or "", dry_run=values.dry_run)
+    results = train_and_evaluate(
+        values.config, values.workdir or "", dry_run=values.dry_run, profile_steps=profile_steps
+    )
     if results:
         print(overview.headline(results, values.workdir))
 

@@ -39,6 +39,7 @@ def make_train_step(
     ema_decay: float,
     accumulate: int,
     nonfinite_limit: int,
+    total_steps: int,
     num_classes: int,
     axis_name: str | None,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Sums]]:
@@ -46,7 +47,8 @@ def make_train_step(
 
     The objective is the mean of `loss` over the unmasked examples plus l2 / 2 times the sum of squares of the
     decayed parameters (the papers' "Adam + L2"). The batch is the global one (`axis_name` None) or, under `pmap`,
-    this device's part of it. With `accumulate` > 1 it is processed in so many parts, for the memory of one.
+    this device's part of it. With `accumulate` > 1 it is processed in so many parts, for the memory of one. From step
+    `total_steps` on it changes nothing and counts nothing, so that a last call of fewer steps is the same program.
     """
 
     def global_sum(tree):
@@ -103,7 +105,8 @@ def make_train_step(
 
         gradient_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums["loss"] + penalty) & jnp.isfinite(gradient_norm)
-        applied = finite & (state.nonfinite.streak < nonfinite_limit)
+        due = state.step < total_steps
+        applied = due & finite & (state.nonfinite.streak < nonfinite_limit)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         learning_rate = schedule(state.step) * (1.0 if state.plateau is None else state.plateau.scale)
@@ -116,23 +119,23 @@ def make_train_step(
         new = (params, batch_stats, opt_state, ema_params)
         params, batch_stats, opt_state, ema_params = jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
         state = state.replace(
-            step=state.step + 1,
+            step=state.step + due.astype(jnp.int32),
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
             ema_params=ema_params,
-            nonfinite=_count_skips(state.nonfinite, state.step, finite, nonfinite_limit),
+            nonfinite=_count_skips(state.nonfinite, state.step, due, finite, nonfinite_limit),
         )
         sums |= {"l2": penalty * count, "count": count, "gradient_norm": gradient_norm, "updates": 1.0}
         sums = {name: jnp.where(applied, value, 0.0).astype(jnp.float32) for name, value in sums.items()}
-        return state, sums | {"skipped": jnp.where(applied, 0.0, 1.0)}
+        return state, sums | {"skipped": jnp.where(due & ~applied, 1.0, 0.0)}
 
     return train_step
 
 
-def _count_skips(counts: NonFinite, step: jax.Array, finite: jax.Array, limit: int) -> NonFinite:
-    """Counts the update of `step`; after `limit` skips in a row the counts stand still (the run is over)."""
-    running = counts.streak < limit
+def _count_skips(counts: NonFinite, step: jax.Array, due: jax.Array, finite: jax.Array, limit: int) -> NonFinite:
+    """Counts the update of `step`, if due; after `limit` skips in a row the counts stand still: the run is over."""
+    running = due & (counts.streak < limit)
     skipped = running & ~finite
     return NonFinite(
         streak=jnp.where(running, jnp.where(finite, 0, counts.streak + 1), counts.streak),
@@ -144,7 +147,7 @@ def _count_skips(counts: NonFinite, step: jax.Array, finite: jax.Array, limit: i
 def make_train_call(
     train_step: Callable, *, open_batches: Callable[[Any, jax.Array, int], Callable], seed: int, length: int
 ) -> Callable[[TrainState, Sums, Any], tuple[TrainState, Sums]]:
-    """Builds train_call(state, sums, data): `length` steps in one dispatch, metrics added to `sums`.
+    """Builds train_call(state, sums, data): `length` steps in one dispatch (fewer at the end), metrics added to `sums`.
 
     `open_batches(data, step, length)` gives the function i -> batch of step + i (see vitcls.data).
     """

@@ -17,6 +17,7 @@ from vitcls.data.augment import mixes_pairs
 from vitcls.errors import RunError, Stopped
 from vitcls.experiment import Plan, Training
 from vitcls.partition import Partition
+from vitcls.profiling import Trace
 from vitcls.progress import Progress
 from vitcls.state import NonFinite, TrainState
 from vitcls.writers import MetricWriter
@@ -24,8 +25,13 @@ from vitcls.writers import MetricWriter
 _logger = logging.getLogger("vitcls")
 
 
-def train_and_evaluate(config: configs.ConfigDict, path: os.PathLike | str, *, dry_run: bool = False) -> dict:
+def train_and_evaluate(
+    config: configs.ConfigDict, path: os.PathLike | str, *, dry_run: bool = False, profile_steps: range = range(0)
+) -> dict:
     """Trains as `config` says in the workdir `path`, resuming what is there, and writes the report.
+
+    The calls that run `profile_steps` are traced into the workdir's directory profile/.
+
 
     Returns the metrics of the report; {} for a dry run, which goes up to the first step by shapes alone and leaves
     nothing behind. Raises UserError before any device work where the config or the data cannot work, RunError where
@@ -61,7 +67,7 @@ def train_and_evaluate(config: configs.ConfigDict, path: os.PathLike | str, *, d
     validation = None
     if dataset.validation is not None:
         validation = evaluate.split_batches(dataset, "validation", layout, config.batch_size)
-    state, step = fit(config, path, plan, training, layout, batches, evaluator, validation)
+    state, step = fit(config, path, plan, training, layout, batches, evaluator, validation, profile_steps)
 
     variables = state.variables
     if config.report.checkpoint == "best":
@@ -82,6 +88,7 @@ def fit(
     batches: data.TrainBatches,
     evaluator: evaluate.Evaluator,
     validation: data.EvaluationBatches | None,
+    profile_steps: range,
 ) -> tuple[TrainState, int]:
     """Trains from the newest whole checkpoint, or from the start, to the end; returns the last state and its step.
 
@@ -89,7 +96,7 @@ def fit(
     known at step n, and what metrics.jsonl says up to n is never said again.
     """
     state, sums, progress, step = start_or_resume(config, path, training, layout)
-    update = Update(training, batches, layout, config.seed)
+    update = Update(training, batches, layout, config.seed, plan.steps_per_call)
 
     with (
         checkpoint.Checkpoints(
@@ -98,10 +105,12 @@ def fit(
         MetricWriter(path, rewind_to=step, active=jax.process_index() == 0) as writer,
         StopSignal() as stop,
         ProgressBar(step, plan.total) as bar,
+        Trace(path / workdir.PROFILE, profile_steps) as trace,
     ):
         while step < plan.total and not progress.finished:
             before, step = step, min(step + plan.steps_per_call, plan.total)
-            state, sums, seconds = update(state, sums, before, step)
+            with trace.around(before, step):
+                state, sums, seconds = update(state, sums, before)
             progress = progress.trained(seconds)
             bar.advance(step - before)
 
@@ -163,41 +172,38 @@ def new_sums(layout: Partition) -> steps.Sums:
 
 
 class Update:
-    """Runs the steps [before, after) in one dispatch; compiles the first time, and for a shorter last call."""
+    """Runs `length` steps in one dispatch, by one program for the whole run; those past its end change nothing."""
 
-    def __init__(self, training: Training, batches: data.TrainBatches, layout: Partition, seed: int):
-        self._training = training
+    def __init__(self, training: Training, batches: data.TrainBatches, layout: Partition, seed: int, length: int):
+        self._train_call = steps.make_train_call(
+            training.train_step, open_batches=batches.open, seed=seed, length=length
+        )
         self._batches = batches
         self._layout = layout
-        self._seed = seed
-        self._compiled: dict[int, Callable] = {}
+        self._length = length
+        self._compiled: Callable | None = None
 
-    def __call__(
-        self, state: TrainState, sums: steps.Sums, before: int, after: int
-    ) -> tuple[TrainState, steps.Sums, float]:
-        """Returns the new state and sums, and the seconds that this took, without compilation.
+    def __call__(self, state: TrainState, sums: steps.Sums, step: int) -> tuple[TrainState, steps.Sums, float]:
+        """Returns the state and sums after the steps from `step` on, and the seconds they took, without compilation.
 
         It waits for the call before this one, so that the host is one call ahead of the devices and not more; the
         last call of all is waited for with `seconds_until_ready`.
         """
-        length = after - before
         start = time.perf_counter()
-        batches = self._batches.data(before, length)
-        if length not in self._compiled:
-            self._compiled[length] = self._compile(state, sums, batches, length)
+        batches = self._batches.data(step, self._length)
+        if self._compiled is None:
+            self._compiled = self._compile(state, sums, batches)
             start = time.perf_counter()
         with jax.transfer_guard("disallow"):
-            state, new_sums = self._compiled[length](state, sums, batches)
+            state, new_sums = self._compiled(state, sums, batches)
         seconds_until_ready(sums)
         return state, new_sums, time.perf_counter() - start
 
-    def _compile(self, state: TrainState, sums: steps.Sums, batches: Any, length: int) -> Callable:
-        call = steps.make_train_call(
-            self._training.train_step, open_batches=self._batches.open, seed=self._seed, length=length
-        )
-        _logger.info("compiling %s ...", "the training step" if length == 1 else f"{length} training steps per call")
+    def _compile(self, state: TrainState, sums: steps.Sums, batches: Any) -> Callable:
+        what = "the training step" if self._length == 1 else f"{self._length} training steps per call"
+        _logger.info("compiling %s ...", what)
         start = time.perf_counter()
-        compiled = self._layout.compile_update(call, state, sums, batches)
+        compiled = self._layout.compile_update(self._train_call, state, sums, batches)
         _logger.info("compiled in %.1f s%s", time.perf_counter() - start, overview.compiled_memory(compiled))
         return compiled
 

@@ -17,7 +17,7 @@ from vitcls import config as configs
 from vitcls.data import DatasetInfo
 from vitcls.errors import UserError
 
-CONFIG_FILE, DATASET_FILE, CHECKPOINTS = "config.json", "dataset.json", "checkpoints"
+CONFIG_FILE, DATASET_FILE, CHECKPOINTS, PROFILE = "config.json", "dataset.json", "checkpoints", "profile"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,145 @@
+"""Training as vitcls runs it, on a batch that stays on the devices: what the benchmarks time.
+
+The step is the real one (augmentation, loss, optimizer, non-finite guard, metrics), built from a config by the same
+functions as a run of `vitcls.main`.
+"""
+
+import ast
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from vitcls import config as configs
+from vitcls import experiment, models, overview, steps
+from vitcls.data import DatasetInfo
+from vitcls.partition import Partition
+
+_STEPS = 1_000_000  # no benchmark comes to the end of its run
+
+
+def make_config(model: str, batch_size: int, *, dtype: str = "float32", overrides: tuple[str, ...] = ()) -> Any:
+    """A config for `model`; `overrides` are 'key=value' with keys of vitcls.config, such as 'model.remat=True'."""
+    config = configs.default_config(model)
+    config.batch_size = batch_size
+    config.total = f"{_STEPS} steps"
+    config.model.dtype = dtype
+    for override in overrides:
+        key, _, text = override.partition("=")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        config.update_from_flattened_dict({key: value})
+    config = configs.resolve(config)
+    configs.validate(config)
+    return config
+
+
+def make_info(model: str, *, image_size: int = 0, num_classes: int = 0) -> DatasetInfo:
+    """A data set of random images, of the model's native size and number of classes unless they are given."""
+    preset = models.preset(model)
+    height, width, channels = preset.image_shape
+    num_classes = num_classes or preset.num_classes
+    return DatasetInfo(
+        name="random",
+        class_names=tuple(map(str, range(num_classes))),
+        image_shape=(image_size or height, image_size or width, channels),
+        mean=(0.5,) * channels,
+        std=(0.25,) * channels,
+        num_examples={"train": 1024},
+        class_counts=(1,) * num_classes,
+        skipped=(),
+    )
+
+
+class ConstantBatch:
+    """The same random batch at every step, on the devices already: training without an input pipeline."""
+
+    def __init__(self, layout: Partition, info: DatasetInfo, batch_size: int):
+        random = np.random.default_rng(0)
+        rows = layout.local_rows(batch_size)
+        self.batch = layout.put_batch(
+            {
+                "image": random.integers(0, 256, (batch_size, *info.image_shape), np.uint8)[rows],
+                "label": random.integers(0, info.num_classes, batch_size, np.int32)[rows],
+                "mask": np.ones(batch_size, np.float32)[rows],
+            }
+        )
+
+    def data(self, step: int, length: int):
+        return self.batch
+
+    def open(self, data, step, length: int):
+        return lambda i: data
+
+
+class Trainer:
+    """A training run without files: each call runs `calls` dispatches and waits for the last."""
+
+    def __init__(self, config, info: DatasetInfo, layout: Partition, batches=None, *, calls: int = 1):
+        self.info, self.layout = info, layout
+        self._batches = batches or ConstantBatch(layout, info, config.batch_size)
+        self._length, self._calls = config.steps_per_call, calls
+        plan = experiment.make_plan(config, info)
+        self.training = experiment.make_training(config, info, plan, axis_name=layout.axis_name)
+        self.state = layout.init(self.training.create_state, jax.random.key(config.seed))
+        self._sums = layout.replicate(jax.device_get(steps.zero_sums()))
+        self._step = 0
+        call = steps.make_train_call(
+            self.training.train_step, open_batches=self._batches.open, seed=config.seed, length=self._length
+        )
+        first = self._batches.data(0, self._length)
+        start = time.perf_counter()
+        self.compiled = layout.compile_update(call, self.state, self._sums, first)
+        self.compile_seconds = time.perf_counter() - start
+        self.images_per_call = calls * self._length * config.batch_size
+
+    @property
+    def steps_per_call(self) -> int:
+        return self._calls * self._length
+
+    def __call__(self) -> jax.Array:
+        for _ in range(self._calls):
+            previous = self._sums
+            batches = self._batches.data(self._step, self._length)
+            self.state, self._sums = self.compiled(self.state, self._sums, batches)
+            self._step += self._length
+            jax.block_until_ready(previous)  # as the loop of vitcls.train does: one call ahead, not more
+        return jax.block_until_ready(self._sums)["loss"]
+
+    def inference(self):
+        """A call that classifies the constant batch."""
+        evaluate = self.layout.compile_evaluation(experiment.make_eval_step(self.training.model, self.info))
+        batch = self._batches.data(0, self._length)
+        return lambda: evaluate(self.state.variables, batch)
+
+
+def train_flops_per_image(config, info: DatasetInfo) -> float:
+    """Model FLOPs of a training step for one image: three times those of the forward pass, nothing recomputed."""
+    return 3 * overview.flops_per_image(experiment.make_model(config, info), info)
+
+
+# Dense bfloat16 TFLOP/s of one device, from the vendors' data sheets; the longest name that fits counts.
+_PEAK_TFLOPS = {
+    "NVIDIA H200": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100": 989, "NVIDIA A100": 312, "NVIDIA L4": 121,
+    "NVIDIA L40S": 362, "NVIDIA A10G": 70, "Tesla V100": 125, "Tesla T4": 65, "TPU v2": 22.5, "TPU v3": 61.5,
+    "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5p": 459, "TPU v5": 459, "TPU v6 lite": 918,
+}  # fmt: skip
+
+
+def peak_tflops(device_kind: str, dtype: str) -> float | None:
+    """The peak of a kind of device, None where it is not known or not for this dtype."""
+    fitting = [kind for kind in _PEAK_TFLOPS if device_kind.startswith(kind)]
+    return _PEAK_TFLOPS[max(fitting, key=len)] if fitting and dtype == "bfloat16" else None
+
+
+def peak_memory_bytes() -> tuple[int, str]:
+    """The most memory that this process has taken so far, and of what: 'device' or, on a CPU, 'process'."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in statistics:
+        return statistics["peak_bytes_in_use"], "device"
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "process"

@@ -1,0 +1,58 @@
+"""Traces of training steps, for TensorBoard or Perfetto (docs/performance.md says how to read them)."""
+
+import contextlib
+import logging
+import os
+import pathlib
+from collections.abc import Iterator
+
+import jax
+
+from vitcls.errors import UserError
+
+_logger = logging.getLogger("vitcls")
+
+
+def parse_steps(text: str | None) -> range:
+    """'100:110' -> range(100, 110), the steps to trace; nothing -> none. Raises UserError for anything else."""
+    if not text:
+        return range(0)
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise UserError(f"--profile_steps='{text}' must be FIRST:LAST, such as 100:110 for the ten steps from 100 on")
+    return range(int(first), int(last))
+
+
+class Trace(contextlib.AbstractContextManager):
+    """Traces every call that runs one of `steps`, and nothing else, into `directory`."""
+
+    def __init__(self, directory: os.PathLike | str, steps: range):
+        self._directory = pathlib.Path(directory)
+        self._steps = steps
+        self._running = False
+
+    @contextlib.contextmanager
+    def around(self, before: int, after: int) -> Iterator[None]:
+        """Around the call that runs the steps [before, after)."""
+        if self._steps and not self._running and before < self._steps.stop and after > self._steps.start:
+            # Python's own frames would fill the trace: a call of a compiled program is all that the loop does.
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(self._directory, create_perfetto_trace=True, profiler_options=options)
+            self._running = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=before):
+            yield
+        if self._running and after >= self._steps.stop:
+            self._stop()
+
+    def __exit__(self, *error) -> None:
+        if self._running:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._running = False
+        self._steps = range(0)
+        # The newest call may still be running.
+        jax.block_until_ready([array for array in jax.live_arrays() if not array.is_deleted()])
+        jax.profiler.stop_trace()
+        _logger.info("traced: open %s in Perfetto or TensorBoard", self._directory)
