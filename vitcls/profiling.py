@@ -4,12 +4,13 @@ import contextlib
 import logging
 import os
 import pathlib
-from collections.abc import Iterator
+from typing import Any
 
 import jax
 
 from vitcls.errors import UserError
 
+PyTree = Any
 _logger = logging.getLogger("vitcls")
 
 
@@ -31,18 +32,18 @@ class Trace(contextlib.AbstractContextManager):
         self._steps = steps
         self._running = False
 
-    @contextlib.contextmanager
-    def around(self, before: int, after: int) -> Iterator[None]:
-        """Around the call that runs the steps [before, after)."""
+    def begin(self, before: int, after: int) -> None:
+        """Comes before the call that runs the steps [before, after)."""
         if self._steps and not self._running and before < self._steps.stop and after > self._steps.start:
-            # Python's own frames would fill the trace: a call of a compiled program is all that the loop does.
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0
+            options.python_tracer_level = 0  # Python's own frames would fill the trace
             jax.profiler.start_trace(self._directory, create_perfetto_trace=True, profiler_options=options)
             self._running = True
-        with jax.profiler.StepTraceAnnotation("train", step_num=before):
-            yield
+
+    def end(self, after: int, result: PyTree) -> None:
+        """Comes after that call, of which `result` is a result."""
         if self._running and after >= self._steps.stop:
+            jax.block_until_ready(result)
             self._stop()
 
     def __exit__(self, *error) -> None:
@@ -50,9 +51,6 @@ class Trace(contextlib.AbstractContextManager):
             self._stop()
 
     def _stop(self) -> None:
-        self._running = False
-        self._steps = range(0)
-        # The newest call may still be running.
-        jax.block_until_ready([array for array in jax.live_arrays() if not array.is_deleted()])
+        self._running, self._steps = False, range(0)
         jax.profiler.stop_trace()
         _logger.info("traced: open %s in Perfetto or TensorBoard", self._directory)

@@ -109,8 +109,10 @@ def fit(
     ):
         while step < plan.total and not progress.finished:
             before, step = step, min(step + plan.steps_per_call, plan.total)
-            with trace.around(before, step):
+            trace.begin(before, step)
+            with jax.profiler.StepTraceAnnotation("train", step_num=before):
                 state, sums, seconds = update(state, sums, before)
+            trace.end(step, sums)
             progress = progress.trained(seconds)
             bar.advance(step - before)
 
