@@ -14,6 +14,7 @@ import numpy as np
 from vitcls import config as configs
 from vitcls import experiment, models, overview, steps
 from vitcls.data import DatasetInfo
+from vitcls.data.resident import Resident
 from vitcls.partition import Partition
 
 _STEPS = 1_000_000  # no benchmark comes to the end of its run
@@ -75,6 +76,21 @@ class ConstantBatch:
         return lambda i: data
 
 
+def random_resident(layout: Partition, info: DatasetInfo, batch_size: int) -> Resident:
+    """The resident pipeline over the random images of `info`."""
+    random = np.random.default_rng(0)
+    count = info.num_examples["train"]
+    return Resident(
+        layout,
+        random.integers(0, 256, (count, *info.image_shape), np.uint8),
+        random.integers(0, info.num_classes, count, np.int32),
+        num_classes=info.num_classes,
+        batch_size=batch_size,
+        seed=0,
+        balanced=False,
+    )
+
+
 class Trainer:
     """A training run without files: each call runs `calls` dispatches and waits for the last."""
 
@@ -83,7 +99,7 @@ class Trainer:
         self._batches = batches or ConstantBatch(layout, info, config.batch_size)
         self._length, self._calls = config.steps_per_call, calls
         plan = experiment.make_plan(config, info)
-        self.training = experiment.make_training(config, info, plan, axis_name=layout.axis_name)
+        self.training = experiment.make_training(config, info, plan, layout)
         self.state = layout.init(self.training.create_state, jax.random.key(config.seed))
         self._sums = layout.replicate(jax.device_get(steps.zero_sums()))
         self._step = 0

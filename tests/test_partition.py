@@ -53,7 +53,7 @@ def train(config, layout, *, batch_norm=False):
     dataset = data.load(config.dataset)
     info = data.describe(dataset, config.dataset)
     plan = experiment.make_plan(config, info)
-    training = experiment.make_training(config, info, plan, axis_name=layout.axis_name)
+    training = experiment.make_training(config, info, plan, layout)
     if batch_norm:
         training = with_model(config, info, plan, layout)
     batches = data.train_batches(dataset, config.dataset, partition=layout, batch_size=config.batch_size, seed=0)
@@ -75,7 +75,7 @@ def with_model(config, info, plan, layout):
     original = experiment.make_model
     try:
         experiment.make_model = lambda config, info, *, axis_name=None: BatchNormNet(info.num_classes, axis_name)
-        return experiment.make_training(config, info, plan, axis_name=layout.axis_name)
+        return experiment.make_training(config, info, plan, layout)
     finally:
         experiment.make_model = original
 
@@ -111,7 +111,7 @@ def train_start(config):
     config = configs.resolve(config)
     dataset = data.load(config.dataset)
     info = data.describe(dataset, config.dataset)
-    training = experiment.make_training(config, info, experiment.make_plan(config, info), axis_name=None)
+    training = experiment.make_training(config, info, experiment.make_plan(config, info), partition.all_devices("data"))
     return jax.device_get(jax.jit(training.create_state)(jax.random.key(0)).params)
 
 

@@ -12,6 +12,7 @@ from vitcls import durations, losses, models, optim, steps
 from vitcls.data import DatasetInfo
 from vitcls.data.augment import make_augment, to_float
 from vitcls.errors import UserError
+from vitcls.partition import Partition
 from vitcls.state import create_state, init_variables
 
 
@@ -78,9 +79,9 @@ class Training:
     train_step: Callable  # (state, batch, key) -> (state, sums)
 
 
-def make_training(config, info: DatasetInfo, plan: Plan, *, axis_name: str | None) -> Training:
-    """Builds the training functions of a config; no device work."""
-    model = make_model(config, info, axis_name=axis_name)
+def make_training(config, info: DatasetInfo, plan: Plan, layout: Partition) -> Training:
+    """Builds the training functions of a config for the devices of `layout`; no device work."""
+    model = make_model(config, info, axis_name=layout.axis_name)
     optimizer = optim.make_optimizer(config.optimizer, variable_shapes(model, info)["params"])
     schedule = optim.make_schedule(
         config.schedule,
@@ -109,7 +110,8 @@ def make_training(config, info: DatasetInfo, plan: Plan, *, axis_name: str | Non
         nonfinite_limit=config.nonfinite_limit,
         total_steps=plan.total,
         num_classes=info.num_classes,
-        axis_name=axis_name,
+        whole=layout.whole,
+        axis_name=layout.axis_name,
     )
 
     def create(key: jax.Array):

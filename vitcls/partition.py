@@ -64,6 +64,13 @@ class Partition:
         """Inside `jit`: keeps the examples of a batch, made there, spread over the devices."""
         return batch if self.mapped else jax.lax.with_sharding_constraint(batch, self.sharding(AXIS))
 
+    def whole(self, params: PyTree) -> PyTree:
+        """Inside `jit`: gathers parameters that are spread over the devices, so that only the examples of a batch are.
+
+        Without it the compiler may move activations between devices in place of parameters.
+        """
+        return jax.lax.with_sharding_constraint(params, self.sharding()) if self.strategy == "fsdp" else params
+
     def local_rows(self, batch_size: int) -> slice:
         """The rows of a global batch that this process feeds."""
         size = batch_size // jax.process_count()
@@ -150,7 +157,7 @@ class Partition:
     def compile_update(self, update: Callable, state: PyTree, sums: PyTree, data: PyTree) -> Callable:
         """Compiles `update(state, sums, data) -> (state, sums)`; the state is donated."""
         if self.mapped:
-            return jax.pmap(update, axis_name=AXIS, donate_argnums=0)
+            return jax.pmap(update, axis_name=AXIS, donate_argnums=0).lower(state, sums, data).compile()
         out_shardings = (self.state_shardings(state), self.sharding())
         return jax.jit(update, donate_argnums=0, out_shardings=out_shardings).lower(state, sums, data).compile()
 

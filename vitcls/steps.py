@@ -41,6 +41,7 @@ def make_train_step(
     nonfinite_limit: int,
     total_steps: int,
     num_classes: int,
+    whole: Callable[[Any], Any] = lambda params: params,
     axis_name: str | None,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Sums]]:
     """Builds train_step(state, batch, key) -> (state, sums over the batch).
@@ -49,6 +50,7 @@ def make_train_step(
     decayed parameters (the papers' "Adam + L2"). The batch is the global one (`axis_name` None) or, under `pmap`,
     this device's part of it. With `accumulate` > 1 it is processed in so many parts, for the memory of one. From step
     `total_steps` on it changes nothing and counts nothing, so that a last call of fewer steps is the same program.
+    `whole` makes parameters that are spread over the devices whole on each, for the model.
     """
 
     def global_sum(tree):
@@ -56,7 +58,7 @@ def make_train_step(
 
     def objective(params, batch_stats, part, key, count):
         logits, updated = model.apply(
-            {"params": params, "batch_stats": batch_stats},
+            {"params": whole(params), "batch_stats": batch_stats},
             part["image"],
             train=True,
             rngs={"dropout": key},

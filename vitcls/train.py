@@ -50,7 +50,7 @@ def train_and_evaluate(
     layout = partition.all_devices(config.partition.strategy, min_shard_elements=config.partition.min_shard_elements)
     pair = 2 if mixes_pairs(config.augment) else 1
     layout.check_batch_size(config.batch_size, unit=math.lcm(pair, config.optimizer.accumulate))
-    training = experiment.make_training(config, info, plan, axis_name=layout.axis_name)
+    training = experiment.make_training(config, info, plan, layout)
     overview.log_start(config, info, plan, training, layout, pipeline)
     if dry_run:
         overview.log_first_step(config, info, training, layout)

@@ -1,0 +1,85 @@
+"""What interrupts training: the evaluation of 10,000 images with all metrics, and the saving of a checkpoint.
+
+    python -m benchmarks.interruptions --model=improved_vit_small --dtype=bfloat16
+
+Goals: evaluation under 2 s on an accelerator after compilation, its host part (AUC over 100 classes and the rest of
+the report's numbers) under 1 s; a checkpoint holds training up no longer than the copy of the state to the host.
+"""
+
+import sys
+import tempfile
+
+import jax
+import numpy as np
+
+from benchmarks import harness, workload
+from vitcls import checkpoint, cli, data, evaluate, metrics, overview, partition
+
+
+def main(argv: list[str]) -> None:
+    flags = harness.parser(__doc__)
+    flags.add_argument("--model", default="improved_vit_small")
+    flags.add_argument("--images", type=int, default=10_000)
+    flags.add_argument("--batch", type=int, default=500)
+    flags.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    args = flags.parse_args(argv)
+    config = workload.make_config(args.model, args.batch, dtype=args.dtype)
+    info = workload.make_info(args.model, num_classes=100)
+    layout = partition.all_devices("data")
+    trainer = workload.Trainer(config, info, layout)
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 100, args.images, np.int32)
+    split = data.Split(random.integers(0, 256, (args.images, *info.image_shape), np.uint8), labels)
+    batches = data.EvaluationBatches(
+        split, image_shape=info.image_shape, partition=layout, batch_size=layout.round_up(args.batch)
+    )
+    evaluator = evaluate.make_evaluator(trainer.training.model, info, layout)
+    variables = trainer.state.variables
+
+    def on_devices() -> np.ndarray:
+        _, rows = evaluator(variables, batches)
+        return np.concatenate([layout.to_host(part) for part in rows])[: args.images]
+
+    probabilities = on_devices()
+    evaluation = harness.alternate(
+        {
+            "devices": on_devices,
+            "host": lambda: metrics.classification_report(labels, probabilities, info.class_names) and None,
+            "auc": lambda: metrics.class_aucs(labels, probabilities),
+        },
+        repeats=args.repeats,
+    )
+
+    state = trainer.state
+    with tempfile.TemporaryDirectory() as directory:
+        manager = checkpoint.Checkpoints(directory, keep=1, metric="eval/loss")
+        saved = iter(range(1_000_000))
+
+        def save() -> None:
+            manager.save(next(saved), {"state": state}, record={}, metrics=None)
+
+        def copy() -> None:
+            jax.device_get(jax.tree.map(jax.numpy.copy, state))
+
+        # The first turn lets the writing of the last save end, so that it disturbs neither the copy nor the next save.
+        stalls = harness.alternate({"wait": manager.wait, "copy": copy, "save": save}, repeats=args.repeats)
+        manager.wait()
+        manager.__exit__()
+
+    size = f"{args.images:,} images, 100 classes"
+    rows = [
+        ("evaluation on the devices", size, evaluation["devices"]),
+        ("all metrics on the host", size, evaluation["host"]),
+        ("of which the AUC of each class", size, evaluation["auc"]),
+        ("a checkpoint holds training up", overview.mebibytes(overview.count_bytes(state)), stalls["save"]),
+        ("copy of the state to the host", overview.mebibytes(overview.count_bytes(state)), stalls["copy"]),
+    ]
+    rows = [
+        {"what": what, "of": of, "seconds": timing.median, "fastest..slowest": timing.spread(1)}
+        for what, of, timing in rows
+    ]
+    harness.publish("interruptions", rows, args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

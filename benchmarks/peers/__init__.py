@@ -1,0 +1,1 @@
+"""The same training in other libraries, written as their users write it."""
