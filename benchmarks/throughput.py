@@ -11,6 +11,7 @@ forward passes per trained image, whatever is recomputed, over the peak of the d
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 
 from benchmarks import harness
 from vitcls import cli
@@ -87,8 +88,13 @@ def _summary(row: harness.Row) -> str:
     return row.get("error") or f"{row['train images/s']:.4g} images/s, step {row['step ms']:.4g} ms"
 
 
-def find_largest_batch(job: Job, *, unit: int = 8) -> tuple[harness.Row, dict[str, str] | None]:
-    """The row of the largest batch, in multiples of `unit`, that fits: doubled until it does not, then bisected."""
+def find_largest_batch(
+    job: Job, measure: Callable = measure, *, unit: int = 8
+) -> tuple[harness.Row, dict[str, str] | None]:
+    """`measure(job)` of the largest batch, in multiples of `unit`, that fits: doubled until it does not, then bisected.
+
+    Where not even the first fits, smaller ones are tried; the row says so where none does.
+    """
     job = dataclasses.replace(job, batch=-(-job.batch // unit) * unit)
     fits, fails = 0, 0
     best = None

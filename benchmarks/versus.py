@@ -17,11 +17,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peers nee
 import jax
 
 from benchmarks import harness, workload
-from vitcls import cli, data, models, overview, partition
+from benchmarks.peers import vit_fields
+from vitcls import cli, data, overview, partition
 from vitcls.config import ConfigDict
 
 MODELS = ("vit_tiny_patch16", "resnet50", "resnext50_32x4d", "convnext_tiny")
-_VIT_FIELDS = ("patch_size", "hidden_dim", "depth", "num_heads", "mlp_dim")
 _EPOCH_MODEL = dict(patch_size=4, hidden_dim=64, depth=3, num_heads=4, mlp_dim=128)  # a CPU's epoch takes a minute
 
 
@@ -58,7 +58,7 @@ def compare_steps(name: str, image_size: int, batch: int, dtype: str, chosen: li
     trainer = workload.Trainer(config, info, partition.all_devices("data"))
     calls = {"vitcls": trainer}
     parameters = {"vitcls": overview.count_parameters(trainer.state.params)}
-    fields = {key: value for key, value in models.fields(name).items() if key in _VIT_FIELDS and "vit" in name}
+    fields = vit_fields(name)
     size = info.image_shape[0]
     failures = []
     for peer in chosen:

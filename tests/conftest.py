@@ -2,9 +2,10 @@
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-# LLVM's optimisation takes most of the time of tests that compile much and run little.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+if os.environ.get("VITCLS_TEST_PLATFORM") != "default":  # then on whatever JAX finds (benchmarks/accelerator.py)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # LLVM's optimisation takes most of the time of tests that compile much and run little.
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax

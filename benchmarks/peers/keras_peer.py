@@ -9,7 +9,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import tensorflow as tf
 
-NAME = "keras"
 _CONVNEXT = {"include_preprocessing": False}
 
 
@@ -39,7 +38,7 @@ def train_step(
     random = np.random.default_rng(0)
     images = tf.constant(random.standard_normal((batch, image_size, image_size, 3)), tf.float32)
     labels = tf.constant(random.integers(0, num_classes, batch), tf.int32)
-    return lambda: model.train_on_batch(images, labels), _count(model)
+    return lambda: model.train_on_batch(images, labels), count_parameters(model)
 
 
 def epoch(images: np.ndarray, labels: np.ndarray, batch: int, mean, std, **fields) -> tuple[Callable[[], None], int]:
@@ -57,7 +56,7 @@ def epoch(images: np.ndarray, labels: np.ndarray, batch: int, mean, std, **field
     examples = tf.data.Dataset.from_tensor_slices((images, labels)).shuffle(len(labels))
     batches = examples.map(augment, tf.data.AUTOTUNE).batch(batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
     model.fit(batches.take(3), verbose=0)
-    return lambda: model.fit(batches, verbose=0), _count(model)
+    return lambda: model.fit(batches, verbose=0), count_parameters(model)
 
 
 def _compile(model: keras.Model, optimizer) -> None:
@@ -66,7 +65,7 @@ def _compile(model: keras.Model, optimizer) -> None:
     model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])
 
 
-def _count(model: keras.Model) -> int:
+def count_parameters(model: keras.Model) -> int:
     return sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
 
 

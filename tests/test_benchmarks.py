@@ -1,0 +1,133 @@
+"""The benchmarks count right, and refuse what would mislead."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from benchmarks import harness, scaling, startup, throughput, workload
+from benchmarks.peers import vit_fields
+from vitcls import models, overview, partition
+
+
+def test_numbers_of_two_runs_are_not_compared():
+    ours, other = harness.Timing((2.0, 2.0)), harness.Timing((1.0, 1.0), run="another")
+    assert harness.ratio(ours, harness.Timing((1.0, 4.0))) == 1.25
+    with pytest.raises(ValueError, match="another"):
+        harness.ratio(ours, other)
+
+
+def test_calls_that_are_compared_take_turns_after_compilation_and_warm_up():
+    turns = []
+    timings = harness.alternate({name: lambda name=name: turns.append(name) for name in "ab"}, repeats=3)
+    assert "".join(turns) == "ab" * 5
+    assert [len(timings[name].seconds) for name in "ab"] == [3, 3]
+
+
+def test_a_timed_call_is_waited_for():
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 300, lambda _, x: jnp.tanh(x @ x), x))
+    x = jnp.ones((200, 200))
+    jax.block_until_ready(slow(x))
+    waited = harness.measure(lambda: jax.block_until_ready(slow(x)), repeats=3).median
+    assert harness.measure(lambda: slow(x), repeats=3).median > waited / 3
+
+
+def test_bytes_of_collectives_are_those_of_their_results():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def exchange(x):  # float32 [16, 4] on each of 8 devices
+        return jax.lax.psum(x, "data"), jax.lax.all_gather(x[:2], "data", tiled=True)
+
+    spread, whole = PartitionSpec("data"), PartitionSpec()
+    mapped = jax.shard_map(exchange, mesh=mesh, in_specs=spread, out_specs=(whole, whole), check_vma=False)
+    compiled = jax.jit(mapped).lower(jnp.zeros((128, 4))).compile()
+    assert scaling.collective_bytes(compiled.as_text()) == {"all-reduce": 16 * 4 * 4, "all-gather": 16 * 4 * 4}
+
+
+def test_of_an_asynchronous_gather_the_result_counts():
+    text = "%a = (f32[4]{0}, f32[32]{0}) all-gather-start(%x)\n%b = (bf16[10]{0}, f32[]) all-reduce-start(%y, %z)"
+    assert scaling.collective_bytes(text) == {"all-gather": 128, "all-reduce": 24}
+
+
+@pytest.mark.parametrize("strategy", ["data", "fsdp", "pmap"])
+def test_a_step_sends_the_gradients_once_and_nothing_else(strategy):
+    tiny = ("model.hidden_dim=32", "model.depth=1", "model.num_heads=2", "model.mlp_dim=64", "model.stem=patch")
+    mixing = ("augment.crop.probability=1.0", "augment.mixup.probability=0.5", "augment.cutmix.probability=0.5")
+    strategies = (f"partition.strategy={strategy}", "partition.min_shard_elements=256")
+    config = workload.make_config("improved_vit_tiny", 16, overrides=(*tiny, *mixing, *strategies))
+    info = workload.make_info("improved_vit_tiny", image_size=8)
+    layout = partition.all_devices(strategy, min_shard_elements=256)
+    trainer = workload.Trainer(config, info, layout, workload.random_resident(layout, info, 16))
+    sent = scaling.collective_bytes(trainer.compiled.as_text())
+    state = jax.eval_shape(trainer.training.create_state, jax.random.key(0))
+    parameter_bytes = overview.count_bytes(state.params)
+    assert parameter_bytes <= sent["all-reduce"] <= parameter_bytes + 100
+    assert scaling.only_gradients_once(strategy, sent, parameter_bytes)
+    assert not scaling.only_gradients_once(strategy, sent | {"all-to-all": 3 * parameter_bytes}, parameter_bytes)
+    assert not scaling.only_gradients_once(strategy, {"all-reduce": 2 * parameter_bytes}, parameter_bytes)
+
+
+@pytest.mark.parametrize("limit", [8, 40, 200, 1000])
+def test_the_largest_batch_that_fits_is_found(limit):
+    tried = []
+
+    def measure(job):
+        tried.append(job.batch)
+        return {"batch": job.batch} | ({"error": "out of memory"} if job.batch > limit else {}), None
+
+    job = throughput.Job("lenet5", 32, 0, "float32", "data", 1, 1, (), 0, 0)
+    row, _ = throughput.find_largest_batch(job, measure)
+    assert row == {"batch": limit}
+    assert len(tried) == len(set(tried)) < 20
+
+
+def test_out_of_memory_is_a_row(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.throughput", "--model=lenet5", "--batch=8", "--batch=4096"]
+    command += ["--repeats=1", "--memory_limit_gib=0.05", f"--out={tmp_path}"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"})
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads((tmp_path / "throughput.json").read_text())
+    small, large = report["rows"]
+    assert small["train images/s"] > 0
+    assert small["planned MiB"] < 51.2
+    assert (large["batch"], large["error"]) == (4096, "out of memory")
+    assert {"run", "device", "versions", "date", "command"} <= set(report["about"])
+    assert (tmp_path / "throughput.csv").read_text().splitlines()[0].startswith("model,batch,")
+
+
+def test_an_unknown_model_is_one_line_and_code_2():
+    command = [sys.executable, "-m", "benchmarks.throughput", "--model=lenet6"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1)
+    assert "lenet5" in ran.stderr
+
+
+def test_imports_are_quick_and_light():
+    for module in ("vitcls", "vitcls.steps"):
+        row = startup.import_row(module, repeats=1)
+        assert row["loads"] == "none of them"
+        assert row["seconds"] < 3 * row["limit"]  # the machine may be busy
+
+
+def test_the_peak_is_that_of_the_longest_name_that_fits():
+    assert workload.peak_tflops("NVIDIA H100 PCIe", "bfloat16") == 756
+    assert workload.peak_tflops("NVIDIA H100 80GB HBM3", "bfloat16") == 989
+    assert workload.peak_tflops("NVIDIA H200", "float32") is None
+    assert workload.peak_tflops("cpu", "bfloat16") is None
+
+
+@pytest.mark.parametrize("name, biases", [("vit_tiny_patch16", 0), ("resnext50_32x4d", 0), ("resnet50", 26_560)])
+def test_a_peer_is_the_same_network(name, biases):
+    """Keras gives the convolutions of ResNet biases, which batch normalisation takes out again."""
+    from benchmarks.peers import keras_peer
+
+    theirs = keras_peer.build(name, 64, 1000, **vit_fields(name))
+    model = models.create(name, 1000)
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    shapes = jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image)
+    assert keras_peer.count_parameters(theirs) - biases == overview.count_parameters(shapes["params"])
