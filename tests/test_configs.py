@@ -11,7 +11,8 @@ import pytest
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 ARGUMENTS = {  # config -> presets that are tried
     "vit_digits": [""],
-    "vit_cifar100": [":tiny"],
+    "vit_cifar100": [":tiny", ":muon"],
+    "sprint_cifar10": [""],
     "resnext_cifar10": ["", ":small"],
     "cnn_mnist": ["", ":enhanced"],
     "lenet_mnist": [""],
@@ -56,6 +57,7 @@ def real_subset(name, directory):
         ("cnn_mnist.py", "mnist"),
         ("lenet_mnist.py", "mnist"),
         ("alexnet_cifar10.py", "cifar10"),
+        ("sprint_cifar10.py", "cifar10"),
         ("baseline.py:resnet18,cifar10", "cifar10"),
         ("baseline.py:mobilenet_v2,cifar10", "cifar10"),
         ("baseline.py:efficientnet_b0,cifar10", "cifar10"),

@@ -175,6 +175,9 @@ TINY = {
         any_size=False,
     ),
     **dict.fromkeys(("paper_cnn", "paper_cnn_enhanced"), _CNN),
+    "resnet9": Tiny(
+        {"widths": (4, 8, 16), "residual_stages": (2,)}, 16, _stages((8, 8), (4, 16), stem=(16, 4)), ("stage_3_map", 4)
+    ),
     **dict.fromkeys(("mnist_cnn", "mnist_cnn_enhanced"), _CNN._replace(native=("stage_2_map", 7))),
 }
 

@@ -59,6 +59,7 @@ PARAMETERS = {
     "resnet18": 11_689_512,
     "resnet34": 21_797_672,
     "resnet50": 25_557_032,
+    "resnet9": 7_081_000,
     "resnext101_32x8d": 88_791_336,
     "resnext29_8x64d": 35_441_448,
     "resnext50_32x4d": 25_028_904,
