@@ -51,10 +51,13 @@ def measure(call: Callable[[], Any], *, repeats: int) -> Timing:
     return alternate({"": call}, repeats=repeats)[""]
 
 
-def alternate(calls: dict[str, Callable[[], Any]], *, repeats: int) -> dict[str, Timing]:
-    """As `measure`, for calls that are to be compared: they take turns, so that what disturbs one disturbs all."""
-    first = {name: _seconds(call) for name, call in calls.items()}
-    for call in calls.values():
+def alternate(calls: dict[str, Callable[[], Any]], *, repeats: int, warm: bool = False) -> dict[str, Timing]:
+    """As `measure`, for calls that are to be compared: they take turns, so that what disturbs one disturbs all.
+
+    With `warm` they are compiled and warmed up already, and every call is timed.
+    """
+    first = {name: 0.0 if warm else _seconds(call) for name, call in calls.items()}
+    for call in () if warm else calls.values():
         _seconds(call)
     rounds = [{name: _seconds(call) for name, call in calls.items()} for _ in range(repeats)]
     timings = {}

@@ -32,9 +32,11 @@ def peers(names: str) -> list[str]:
     return [name for name in names.split(",") if all(importlib.util.find_spec(part) for part in needs[name])]
 
 
-def rows_of(ours: str, calls: dict[str, Callable], parameters: dict[str, int], repeats: int) -> list[harness.Row]:
+def rows_of(
+    ours: str, calls: dict[str, Callable], parameters: dict[str, int], repeats: int, *, warm: bool = False
+) -> list[harness.Row]:
     """Times the calls by turns; one row per peer."""
-    timings = harness.alternate(calls, repeats=repeats)
+    timings = harness.alternate(calls, repeats=repeats, warm=warm)
     return [
         {
             "peer": peer,
@@ -92,7 +94,9 @@ def compare_epochs(data_dir: str, batch: int, dtype: str, chosen: list[str], rep
     layout = partition.all_devices("data")
     batches = data.train_batches(dataset, dataset_config, partition=layout, batch_size=batch, seed=0)
     count = len(dataset.train.labels) // batch
-    trainer = workload.Trainer(config, info, layout, batches, calls=count)
+    trainer = workload.Trainer(config, info, layout, batches, calls=3)
+    trainer()  # as the peers do, before they are timed
+    trainer.calls = count
     calls, parameters = {"vitcls": trainer}, {"vitcls": overview.count_parameters(trainer.state.params)}
     arguments = (dataset.train.images, dataset.train.labels, batch, info.mean, info.std)
     for peer in chosen:
@@ -104,7 +108,7 @@ def compare_epochs(data_dir: str, batch: int, dtype: str, chosen: list[str], rep
             from benchmarks.peers import torch_peer
 
             calls[peer], parameters[peer] = torch_peer.epoch(*arguments, dtype=dtype, **_EPOCH_MODEL)
-    rows = rows_of("vitcls", calls, parameters, repeats)
+    rows = rows_of("vitcls", calls, parameters, repeats, warm=True)
     return [{"epoch": f"CIFAR-10, {count} batches of {batch}", "dtype": dtype} | row for row in rows]
 
 

@@ -97,7 +97,7 @@ class Trainer:
     def __init__(self, config, info: DatasetInfo, layout: Partition, batches=None, *, calls: int = 1):
         self.info, self.layout = info, layout
         self._batches = batches or ConstantBatch(layout, info, config.batch_size)
-        self._length, self._calls = config.steps_per_call, calls
+        self._length, self.calls = config.steps_per_call, calls
         plan = experiment.make_plan(config, info)
         self.training = experiment.make_training(config, info, plan, layout)
         self.state = layout.init(self.training.create_state, jax.random.key(config.seed))
@@ -110,14 +110,18 @@ class Trainer:
         start = time.perf_counter()
         self.compiled = layout.compile_update(call, self.state, self._sums, first)
         self.compile_seconds = time.perf_counter() - start
-        self.images_per_call = calls * self._length * config.batch_size
+        self._batch_size = config.batch_size
 
     @property
     def steps_per_call(self) -> int:
-        return self._calls * self._length
+        return self.calls * self._length
+
+    @property
+    def images_per_call(self) -> int:
+        return self.steps_per_call * self._batch_size
 
     def __call__(self) -> jax.Array:
-        for _ in range(self._calls):
+        for _ in range(self.calls):
             previous = self._sums
             batches = self._batches.data(self._step, self._length)
             self.state, self._sums = self.compiled(self.state, self._sums, batches)

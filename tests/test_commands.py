@@ -65,6 +65,9 @@ def run(command, arguments, capsys):
         ([DIGITS, "--workdir=x", "--config.dataset.validation=0", "--config.report.checkpoint=best"], "validation"),
         ([DIGITS, "--workdir=x", "--config.loss.class_weights=(1.0,2.0)"], "class_weights"),
         ([DIGITS, "--workdir=x", "--config.dataset.mean=(1.0,2.0)"], "config.dataset.mean has 2 values"),
+        ([DIGITS, "--workdir=x", "--profile_steps=100"], "must be FIRST:LAST"),
+        ([DIGITS, "--workdir=x", "--profile_steps=9:3"], "must be FIRST:LAST"),
+        ([DIGITS, "--workdir=x", "--profile_steps=10000:10010"], "after the end of the run"),
     ],
     ids=lambda value: value[-1].removeprefix("--") if isinstance(value, list) else "",
 )

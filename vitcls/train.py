@@ -14,7 +14,7 @@ from vitcls import checkpoint, data, evaluate, experiment, metrics, optim, overv
 from vitcls import config as configs
 from vitcls.console import ProgressBar, StopSignal
 from vitcls.data.augment import mixes_pairs
-from vitcls.errors import RunError, Stopped
+from vitcls.errors import RunError, Stopped, UserError
 from vitcls.experiment import Plan, Training
 from vitcls.partition import Partition
 from vitcls.profiling import Trace
@@ -46,6 +46,11 @@ def train_and_evaluate(
         dataset = data.decode(dataset)
     info = data.describe(dataset, config.dataset)
     plan = experiment.make_plan(config, info)
+    if profile_steps and profile_steps.start >= plan.total:
+        raise UserError(
+            f"--profile_steps={profile_steps.start}:{profile_steps.stop} is after the end of the run, which has "
+            f"{plan.total:,} steps"
+        )
     configs.validate_metrics(config, evaluates=dataset.validation is not None and plan.eval_every > 0)
     layout = partition.all_devices(config.partition.strategy, min_shard_elements=config.partition.min_shard_elements)
     pair = 2 if mixes_pairs(config.augment) else 1

@@ -83,6 +83,7 @@ def epoch(
         shuffle=True,
         drop_last=True,
         num_workers=os.cpu_count(),
+        multiprocessing_context="spawn",  # the process has JAX's threads, which a fork would break
         persistent_workers=True,
         pin_memory=DEVICE == "cuda",
     )

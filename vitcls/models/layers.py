@@ -112,18 +112,18 @@ def conv(
     `padding` None puts half the kernel on every side, for odd kernels, as PyTorch's models do. 'SAME' is TensorFlow's,
     which for an even image and stride 2 pads right and below only.
     """
-    if groups > 1:
-        padding = kernel_size // 2 if padding is None else padding
-        form, init = grouped_conv, nn.initializers.he_normal()
-        return GroupedConv(features, kernel_size, groups, stride, padding, use_bias, form, dtype, init, name=name)
-    size = (kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size
-    if size == (1, 1) and padding in (None, 0, "SAME", "VALID"):
+    if kernel_size == 1 and groups == 1 and padding in (None, 0, "SAME", "VALID"):
         return PointwiseConv(features, stride, use_bias, dtype, name=name)
+    if isinstance(kernel_size, int):
+        padding = kernel_size // 2 if padding is None else padding
+        # The form that is best for grouped convolutions need not be so for one group.
+        form = grouped_conv if groups > 1 or grouped_conv == "xla" else "auto"
+        return GroupedConv(features, kernel_size, groups, stride, padding, use_bias, form, dtype, name=name)
     if not isinstance(padding, str):
-        padding = [(side // 2 if padding is None else padding,) * 2 for side in size]
+        padding = [(side // 2 if padding is None else padding,) * 2 for side in kernel_size]
     return nn.Conv(
         features,
-        size,
+        kernel_size,
         strides=stride,
         padding=padding,
         use_bias=use_bias,
@@ -328,7 +328,8 @@ class GroupedConv(nn.Module):
         'xla'      one grouped convolution of XLA
         'shifted'  a product of shifted images and slices of the kernel for each place in the kernel; batched matrix
                    products over the groups, or, with one channel in a group (depthwise), products of elements
-        'auto'     what benchmarks/grouped_conv.py found the faster on the platform: `FORM_BY_PLATFORM`
+        'auto'     what benchmarks/grouped_conv.py found the faster on the platform: `FORM_BY_PLATFORM`; with one
+                   group only where the result is smaller than the kernel and so mostly made of padding, else XLA's
 
     `padding` is 'SAME', 'VALID' or the zeros on every side.
     """
@@ -355,8 +356,9 @@ class GroupedConv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (size, size, channels // self.groups, self.features))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         padding = [(self.padding,) * 2] * 2 if isinstance(self.padding, int) else self.padding
-        form = self.form if self.form != "auto" else FORM_BY_PLATFORM.get(jax.default_backend(), "xla")
-        if form == "xla":
+        if isinstance(padding, str):
+            padding = jax.lax.padtype_to_pads(x.shape[1:3], (size, size), (self.stride, self.stride), padding)
+        if self._form(x.shape[1:3], padding) == "xla":
             y = jax.lax.conv_general_dilated(
                 x,
                 kernel,
@@ -366,12 +368,21 @@ class GroupedConv(nn.Module):
                 feature_group_count=self.groups,
             )
         else:
-            if isinstance(padding, str):
-                padding = jax.lax.padtype_to_pads(x.shape[1:3], (size, size), (self.stride, self.stride), padding)
             y = _shifted_conv(jnp.pad(x, ((0, 0), *padding, (0, 0))), kernel, self.groups, self.stride)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None, None, None]
         return y
+
+    def _form(self, image: tuple[int, ...], padding: list[tuple[int, int]]) -> str:
+        sides = [
+            (length + sum(pads) - self.kernel_size) // self.stride + 1
+            for length, pads in zip(image, padding, strict=True)
+        ]
+        mostly_padding = min(sides) < self.kernel_size and any(map(any, padding))
+        if self.form == "auto":
+            fastest = FORM_BY_PLATFORM.get(jax.default_backend(), "xla")
+            return fastest if self.groups > 1 or mostly_padding else "xla"
+        return self.form
 
 
 def _shifted_conv(padded: jax.Array, kernel: jax.Array, groups: int, stride: int) -> jax.Array:
