@@ -1,6 +1,7 @@
 """From a config to the parts of a run: durations in steps, model, optimizer, losses and the pure steps."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -65,8 +66,12 @@ def make_model(config, info: DatasetInfo, *, axis_name: str | None = None) -> nn
 
 def variable_shapes(model: nn.Module, info: DatasetInfo):
     """The shapes of a model's variables."""
-    unmapped = model.clone(axis_name=None)
-    return jax.eval_shape(lambda key: init_variables(unmapped, key, info.image_shape), jax.random.key(0))
+    return _variable_shapes(model.clone(axis_name=None), info.image_shape)
+
+
+@functools.lru_cache(maxsize=8)  # every command asks several times, and tracing a deep model takes half a second
+def _variable_shapes(model: nn.Module, image_shape: tuple[int, int, int]):
+    return jax.eval_shape(lambda key: init_variables(model, key, image_shape), jax.random.key(0))
 
 
 @dataclasses.dataclass(frozen=True)
