@@ -111,7 +111,7 @@ def _version(library: str) -> str:
 def parser(description: str) -> argparse.ArgumentParser:
     """The flags that all benchmarks have."""
     flags = cli.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--out", default="", help="directory for JSON and CSV")
+    flags.add_argument("--out", default="", help="directory for JSON, CSV and Markdown")
     flags.add_argument("--repeats", type=int, default=5, help="timed calls, after two that are not")
     return flags
 
