@@ -109,6 +109,8 @@ class Trainer:
         first = self._batches.data(0, self._length)
         start = time.perf_counter()
         self.compiled = layout.compile_update(call, self.state, self._sums, first)
+        if layout.mapped:  # what `pmap` would do at its first call; it cannot for several processes
+            self.compiled = self.compiled.lower(self.state, self._sums, first).compile()
         self.compile_seconds = time.perf_counter() - start
         self._batch_size = config.batch_size
 

@@ -157,7 +157,7 @@ class Partition:
     def compile_update(self, update: Callable, state: PyTree, sums: PyTree, data: PyTree) -> Callable:
         """Compiles `update(state, sums, data) -> (state, sums)`; the state is donated."""
         if self.mapped:
-            return jax.pmap(update, axis_name=AXIS, donate_argnums=0).lower(state, sums, data).compile()
+            return jax.pmap(update, axis_name=AXIS, donate_argnums=0)
         out_shardings = (self.state_shardings(state), self.sharding())
         return jax.jit(update, donate_argnums=0, out_shardings=out_shardings).lower(state, sums, data).compile()
 
