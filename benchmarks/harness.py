@@ -34,7 +34,6 @@ class Timing:
     """Seconds of several calls, in the order in which they were made."""
 
     seconds: tuple[float, ...]
-    compile: float = 0.0  # what the first call took longer: tracing and compilation
     run: str = RUN
 
     @property
@@ -56,15 +55,9 @@ def alternate(calls: dict[str, Callable[[], Any]], *, repeats: int, warm: bool =
 
     With `warm` they are compiled and warmed up already, and every call is timed.
     """
-    first = {name: 0.0 if warm else _seconds(call) for name, call in calls.items()}
-    for call in () if warm else calls.values():
-        _seconds(call)
-    rounds = [{name: _seconds(call) for name, call in calls.items()} for _ in range(repeats)]
-    timings = {}
-    for name in calls:
-        seconds = tuple(turn[name] for turn in rounds)
-        timings[name] = Timing(seconds, max(first[name] - statistics.median(seconds), 0.0))
-    return timings
+    untimed = 0 if warm else 2
+    rounds = [{name: _seconds(call) for name, call in calls.items()} for _ in range(untimed + repeats)]
+    return {name: Timing(tuple(turn[name] for turn in rounds[untimed:])) for name in calls}
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -72,11 +65,12 @@ def _seconds(call: Callable[[], Any]) -> float:
 
     gc.collect()
     gc.disable()
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    elapsed = time.perf_counter() - start
-    gc.enable()
-    return elapsed
+    try:
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        return time.perf_counter() - start
+    finally:
+        gc.enable()
 
 
 def ratio(numerator: Timing, denominator: Timing) -> float:
@@ -114,6 +108,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     flags.add_argument("--out", default="", help="directory for JSON, CSV and Markdown")
     flags.add_argument("--repeats", type=int, default=5, help="timed calls, after two that are not")
     return flags
+
+
+def integers(text: str) -> list[int]:
+    """'1,2,4' -> [1, 2, 4], for flags."""
+    return [int(word) for word in text.split(",")]
 
 
 def publish(name: str, rows: Sequence[Row], out: str, *, about: dict[str, str] | None = None) -> None:

@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     flags = harness.parser(__doc__)
     flags.add_argument("--dataset", default="cifar10", help="as config.dataset.name")
     flags.add_argument("--data_dir", default="", help="as config.dataset.data_dir")
-    flags.add_argument("--sizes", default="0", help="image sizes in pixels; 0 is that of the data")
+    flags.add_argument("--sizes", type=harness.integers, default="0", help="pixels; 0 is the size of the data")
     flags.add_argument("--model", default="improved_vit_tiny")
     flags.add_argument("--batch", type=int, default=32)
     flags.add_argument("--steps_per_call", type=int, default=1)
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
     flags.add_argument("--override", action="append", default=[], help="config key=value")
     args = flags.parse_args(argv)
     rows = []
-    for size in map(int, args.sizes.split(",")):
+    for size in args.sizes:
         rows += compare(args.dataset, args.data_dir, size, args.model, args)
         jax.clear_caches()
     harness.publish("input_pipeline", rows, args.out)

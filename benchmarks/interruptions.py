@@ -51,8 +51,10 @@ def main(argv: list[str]) -> None:
     )
 
     state = trainer.state
-    with tempfile.TemporaryDirectory() as directory:
-        manager = checkpoint.Checkpoints(directory, keep=1, metric="eval/loss")
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        checkpoint.Checkpoints(directory, keep=1, metric="eval/loss") as manager,
+    ):
         saved = iter(range(1_000_000))
 
         def save() -> None:
@@ -63,8 +65,6 @@ def main(argv: list[str]) -> None:
 
         # The first turn lets the writing of the last save end, so that it disturbs neither the copy nor the next save.
         stalls = harness.alternate({"wait": manager.wait, "copy": copy, "save": save}, repeats=args.repeats)
-        manager.wait()
-        manager.__exit__()
 
     size = f"{args.images:,} images, 100 classes"
     rows = [

@@ -52,7 +52,7 @@ def only_gradients_once(strategy: str, sent: dict[str, int], parameter_bytes: in
     reduced = sent.get("all-reduce", 0) + sent.get("reduce-scatter", 0)
     gathered = sum(sent.values()) - reduced
     if strategy == "fsdp":
-        return reduced <= parameter_bytes + slack and gathered <= 2 * parameter_bytes + slack
+        return 0 < reduced <= parameter_bytes + slack and 0 < gathered <= 2 * parameter_bytes + slack
     return parameter_bytes <= reduced <= parameter_bytes + slack and gathered == 0
 
 
@@ -89,7 +89,7 @@ def run(devices: int, strategy: str, kind: str, model: str, batch: int, dtype: s
 
 def main(argv: list[str]) -> int:
     flags = harness.parser(__doc__)
-    flags.add_argument("--devices", default="1,2,4,8", help="numbers of devices")
+    flags.add_argument("--devices", type=harness.integers, default="1,2,4,8", help="numbers of devices")
     flags.add_argument("--strategies", default="data,fsdp,pmap")
     flags.add_argument("--kinds", default="weak,strong")
     flags.add_argument("--model", default="improved_vit_tiny")
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
     rows, about, alone = [], None, {}
     for kind in args.kinds.split(","):
         for strategy in args.strategies.split(","):
-            for devices in map(int, args.devices.split(",")):
+            for devices in args.devices:
                 job = dict(devices=devices, strategy=strategy, kind=kind, model=args.model, batch=args.batch)
                 job |= dict(dtype=args.dtype, repeats=args.repeats, overrides=args.override)
                 visible = {

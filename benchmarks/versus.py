@@ -18,38 +18,47 @@ import jax
 
 from benchmarks import harness, workload
 from benchmarks.peers import vit_fields
-from vitcls import cli, data, overview, partition
+from vitcls import cli, data, errors, overview, partition
 from vitcls.config import ConfigDict
 
 MODELS = ("vit_tiny_patch16", "resnet50", "resnext50_32x4d", "convnext_tiny")
 _EPOCH_MODEL = dict(patch_size=4, hidden_dim=64, depth=3, num_heads=4, mlp_dim=128)  # a CPU's epoch takes a minute
 
+_NEEDS = {
+    "keras": ("keras", "tensorflow"),
+    "timm": ("torch", "timm"),
+    "timm_compiled": ("torch", "timm"),
+    "torch": ("torch",),
+}
+
 
 def peers(names: str) -> list[str]:
     """Those of the named peers that are installed."""
-    needs = {"keras": ("keras", "tensorflow"), "timm": ("torch", "timm"), "timm_compiled": ("torch", "timm")}
-    needs["torch"] = ("torch",)
-    return [name for name in names.split(",") if all(importlib.util.find_spec(part) for part in needs[name])]
+    chosen = names.split(",")
+    for name in chosen:
+        if name not in _NEEDS:
+            raise errors.unknown("peer", name, _NEEDS)
+    return [name for name in chosen if all(importlib.util.find_spec(part) for part in _NEEDS[name])]
 
 
 def rows_of(
-    ours: str, calls: dict[str, Callable], parameters: dict[str, int], repeats: int, *, warm: bool = False
+    calls: dict[str, Callable], parameters: dict[str, int], repeats: int, *, warm: bool = False
 ) -> list[harness.Row]:
-    """Times the calls by turns; one row per peer."""
+    """Times the calls, 'vitcls' among them, by turns; one row per peer."""
     timings = harness.alternate(calls, repeats=repeats, warm=warm)
     return [
         {
             "peer": peer,
-            "vitcls ms": 1e3 * timings[ours].median,
-            "vitcls fastest..slowest": timings[ours].spread(),
+            "vitcls ms": 1e3 * timings["vitcls"].median,
+            "vitcls fastest..slowest": timings["vitcls"].spread(),
             "peer ms": 1e3 * timing.median,
             "peer fastest..slowest": timing.spread(),
-            "peer / vitcls": harness.ratio(timing, timings[ours]),
-            "parameters": parameters[ours],
+            "peer / vitcls": harness.ratio(timing, timings["vitcls"]),
+            "parameters": parameters["vitcls"],
             "parameters of the peer": parameters[peer],
         }
         for peer, timing in timings.items()
-        if peer != ours
+        if peer != "vitcls"
     ]
 
 
@@ -79,7 +88,7 @@ def compare_steps(name: str, image_size: int, batch: int, dtype: str, chosen: li
             failures.append({"peer": peer, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"})
             continue
         calls[peer], parameters[peer] = call, count
-    rows = rows_of("vitcls", calls, parameters, repeats) + failures
+    rows = rows_of(calls, parameters, repeats) + failures
     return [{"model": name, "image size": size, "batch": batch, "dtype": dtype} | row for row in rows]
 
 
@@ -108,7 +117,7 @@ def compare_epochs(data_dir: str, batch: int, dtype: str, chosen: list[str], rep
             from benchmarks.peers import torch_peer
 
             calls[peer], parameters[peer] = torch_peer.epoch(*arguments, dtype=dtype, **_EPOCH_MODEL)
-    rows = rows_of("vitcls", calls, parameters, repeats, warm=True)
+    rows = rows_of(calls, parameters, repeats, warm=True)
     return [{"epoch": f"CIFAR-10, {count} batches of {batch}", "dtype": dtype} | row for row in rows]
 
 

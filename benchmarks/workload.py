@@ -15,6 +15,7 @@ from vitcls import config as configs
 from vitcls import experiment, models, overview, steps
 from vitcls.data import DatasetInfo
 from vitcls.data.resident import Resident
+from vitcls.errors import UserError
 from vitcls.partition import Partition
 
 _STEPS = 1_000_000  # no benchmark comes to the end of its run
@@ -32,7 +33,10 @@ def make_config(model: str, batch_size: int, *, dtype: str = "float32", override
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
-        config.update_from_flattened_dict({key: value})
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"--override '{override}': {' '.join(str(error).split())}; see vitcls/config.py") from None
     config = configs.resolve(config)
     configs.validate(config)
     return config

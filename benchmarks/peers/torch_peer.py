@@ -33,14 +33,18 @@ def train_step(
     labels = torch.randint(0, num_classes, (batch,), device=DEVICE)
 
     def step() -> None:
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = nn.functional.cross_entropy(forward(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        _update(forward, optimizer, images, labels, dtype)
         _wait()
 
     return step, count
+
+
+def _update(forward: Callable, optimizer, images: torch.Tensor, labels: torch.Tensor, dtype: str) -> None:
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
+        loss = nn.functional.cross_entropy(forward(images), labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _wait() -> None:
@@ -93,11 +97,7 @@ def epoch(
             if number == batches:
                 break
             x, y = x.to(DEVICE, non_blocking=True), y.to(DEVICE, non_blocking=True)
-            with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
-                loss = nn.functional.cross_entropy(forward(x), y)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            _update(forward, optimizer, x, y, dtype)
         _wait()
 
     train(3)

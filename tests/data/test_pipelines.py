@@ -135,3 +135,11 @@ def test_auto_goes_by_what_fits(monkeypatch):
     assert data.choose_pipeline(dataset(), config(pipeline="auto")) == "resident"
     monkeypatch.setattr(data, "_device_memory_bytes", lambda: 4 * 40 * 6 * 6 * 3 - 1)
     assert data.choose_pipeline(dataset(), config(pipeline="auto")) == "streaming"
+
+
+def test_the_order_of_an_epoch_is_made_once():
+    layout = partition.all_devices("data")
+    batches = data.train_batches(dataset(), config(), partition=layout, batch_size=16, seed=0)
+    first, second, third = (batches.data(step, 1)["orders"] for step in (0, 1, 3))  # 40 examples: step 3 is in epoch 1
+    assert all(a is b for a, b in zip(first, second, strict=True))
+    assert third[0] is first[1]

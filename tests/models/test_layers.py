@@ -639,3 +639,29 @@ def test_fields_with_one_entry_for_each_stage_have_the_same_length():
         checks.check_same_length(Checked(widths=(8,)), "depths", "widths")
     with pytest.raises(UserError, match=re.escape("config.model.depths=(2, 3) must have 3 entries")):
         checks.check_same_length(Checked(), "depths", length=3)
+
+
+@pytest.mark.parametrize("size, stride, padding", [(2, 2, 0), (3, 2, 1), (3, 1, 1), (3, 2, "CEIL")])
+def test_max_pooling_and_its_gradient_are_those_of_the_windows(size, stride, padding):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.permutation(2 * 9 * 8 * 3).reshape(2, 9, 8, 3), jnp.float32)  # no two are equal
+    pads = layers._pool_padding(x, size, stride, padding)
+    windows = lambda x: nn.max_pool(x, (size, size), (stride, stride), pads)  # noqa: E731
+    shifted = lambda x: layers.max_pool(x, size, stride, padding)  # noqa: E731
+    np.testing.assert_array_equal(shifted(x), windows(x))
+    weights = jnp.asarray(rng.normal(size=windows(x).shape), jnp.float32)
+    gradients = [jax.grad(lambda x, pool=pool: jnp.sum(weights * pool(x)))(x) for pool in (shifted, windows)]
+    np.testing.assert_allclose(*gradients, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "side, stride, form, shifted",
+    [(2, 1, "auto", True), (4, 2, "auto", True), (8, 1, "auto", False), (2, 1, "xla", False)],
+)
+def test_an_ungrouped_convolution_is_shifted_only_where_its_result_is_smaller_than_its_kernel(
+    side, stride, form, shifted
+):
+    layer = layers.conv(4, 3, stride=stride, grouped_conv=form)
+    x = jnp.zeros((1, side, side, 4))
+    variables = layer.init(jax.random.key(0), x)
+    assert ("conv_general_dilated" not in str(jax.make_jaxpr(layer.apply)(variables, x))) == shifted
