@@ -1,45 +1,70 @@
-"""XLA's grouped convolution against shifted products: single layers, and a training step of ResNeXt-50.
+"""XLA's convolutions against shifted products: single layers, and a training step of ResNeXt-50.
 
     python -m benchmarks.grouped_conv [--out=DIR] [--repeats=5] [--step]
 
-The faster form on a platform belongs into layers.FORM_BY_PLATFORM. `--step` adds the training step at 64x64, batch 16.
+The fastest form on a platform belongs into convolutions.FORM_BY_PLATFORM. `--step` adds the training step.
 """
 
 import functools
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from benchmarks import harness
-from vitcls import cli, models
-from vitcls.models import layers
+from benchmarks import harness, workload
+from vitcls import cli, partition
+from vitcls.models import convolutions
 
-# channels, groups, kernel, stride, side of the image, batch
+FORMS = ("xla", "shifted", "mixed")
+
+
+class Layer(NamedTuple):
+    """A convolution of square images."""
+
+    batch: int
+    side: int
+    channels: int
+    features: int
+    groups: int
+    kernel: int
+    stride: int
+
+    def __str__(self) -> str:
+        images = f"{self.batch}x{self.side}x{self.side}x{self.channels}"
+        groups = f"{self.groups} groups" if self.groups > 1 else "1 group"
+        return f"{images} to {self.features}, {groups}, {self.kernel}x{self.kernel} stride {self.stride}"
+
+
 LAYERS = (
-    (128, 32, 3, 1, 16, 16),
-    (256, 32, 3, 2, 16, 16),
-    (256, 32, 3, 1, 8, 16),
-    (512, 32, 3, 1, 4, 16),
-    (1024, 32, 3, 1, 2, 16),
-    (256, 8, 5, 1, 16, 16),
-    (512, 1, 3, 1, 2, 16),  # ungrouped, on maps smaller than the kernel
-    (512, 1, 3, 2, 4, 16),
-    (512, 1, 3, 1, 4, 16),
-    (96, 96, 3, 1, 16, 16),  # depthwise
-    (144, 144, 3, 2, 16, 16),
-    (96, 96, 7, 1, 16, 16),
+    Layer(16, 16, 128, 128, groups=32, kernel=3, stride=1),
+    Layer(16, 16, 256, 256, groups=32, kernel=3, stride=2),
+    Layer(16, 8, 256, 256, groups=32, kernel=3, stride=1),
+    Layer(16, 4, 512, 512, groups=32, kernel=3, stride=1),
+    Layer(16, 2, 1024, 1024, groups=32, kernel=3, stride=1),
+    Layer(16, 16, 256, 256, groups=8, kernel=5, stride=1),
+    # Depthwise.
+    Layer(16, 16, 96, 96, groups=96, kernel=3, stride=1),
+    Layer(16, 16, 144, 144, groups=144, kernel=3, stride=2),
+    Layer(16, 16, 96, 96, groups=96, kernel=7, stride=1),
+    # Ungrouped: on maps smaller than the kernel, in many places, and in between.
+    Layer(16, 2, 512, 512, groups=1, kernel=3, stride=1),
+    Layer(16, 4, 512, 512, groups=1, kernel=3, stride=2),
+    Layer(16, 4, 512, 512, groups=1, kernel=3, stride=1),
+    Layer(128, 8, 256, 256, groups=1, kernel=3, stride=1),
+    Layer(128, 16, 128, 128, groups=1, kernel=3, stride=1),
+    Layer(128, 32, 64, 64, groups=1, kernel=3, stride=1),
+    Layer(128, 32, 3, 64, groups=1, kernel=3, stride=1),
+    Layer(32, 64, 3, 64, groups=1, kernel=7, stride=2),
 )
-FORMS = ("xla", "shifted")
 
 
-def layer_calls(form: str, channels: int, groups: int, kernel: int, stride: int, side: int, batch: int):
+def layer_calls(form: str, shape: Layer) -> dict[str, Callable]:
     """Calls of one layer, float32: forward, and forward and backward."""
-    layer = layers.GroupedConv(channels, kernel, groups, stride, form=form)
-    images = jax.random.normal(jax.random.key(0), (batch, side, side, channels))
-    variables = layer.init(jax.random.key(1), images)
+    layer = convolutions.GroupedConv(shape.features, shape.kernel, shape.groups, shape.stride, form=form)
+    images = jax.random.normal(jax.random.key(0), (shape.batch, shape.side, shape.side, shape.channels))
+    variables = layer.init(jax.random.key(1), images[:1])
     forward = jax.jit(layer.apply)
     gradients = jax.jit(jax.value_and_grad(lambda v, x: jnp.sum(jnp.sin(layer.apply(v, x))), argnums=(0, 1)))
     return {
@@ -48,29 +73,12 @@ def layer_calls(form: str, channels: int, groups: int, kernel: int, stride: int,
     }
 
 
-def step_call(form: str, *, side: int = 64, batch: int = 16):
-    """A step of ResNeXt-50 32x4d with SGD, 1000 classes, float32."""
-    model = models.create("resnext50_32x4d", 1000, grouped_conv=form)
-    images = jax.random.normal(jax.random.key(0), (batch, side, side, 3))
-    labels = jnp.arange(batch)
-    variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(1), images)
-    optimizer = optax.sgd(0.1, momentum=0.9)
-
-    @jax.jit
-    def step(params, batch_stats, opt_state):
-        def loss(params):
-            logits, updated = model.apply(
-                {"params": params, "batch_stats": batch_stats}, images, train=True, mutable=["batch_stats"]
-            )
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updated["batch_stats"]
-
-        grads, batch_stats = jax.grad(loss, has_aux=True)(params)
-        updates, opt_state = optimizer.update(grads, opt_state)
-        return optax.apply_updates(params, updates), batch_stats, opt_state
-
-    params = variables["params"]
-    arguments = (params, variables["batch_stats"], optimizer.init(params))
-    return lambda: step(*arguments)
+def step_call(form: str) -> Callable:
+    """A training step of ResNeXt-50 32x4d, 16 images of 64x64."""
+    overrides = (f"model.grouped_conv={form}", "optimizer.name=sgd")
+    config = workload.make_config("resnext50_32x4d", 16, overrides=overrides)
+    info = workload.make_info("resnext50_32x4d", image_size=64)
+    return workload.Trainer(config, info, partition.all_devices("data"))
 
 
 def main(argv: list[str]) -> None:
@@ -85,16 +93,17 @@ def main(argv: list[str]) -> None:
         row: harness.Row = {"what": what}
         for form, timing in timings.items():
             row |= {f"{form} ms": 1e3 * timing.median, f"{form} fastest..slowest": timing.spread()}
-        rows.append(row | {"xla / shifted": harness.ratio(timings["xla"], timings["shifted"])})
+        for form in FORMS[1:]:
+            row |= {f"xla / {form}": harness.ratio(timings["xla"], timings[form])} if form in timings else {}
+        rows.append(row)
 
-    for shape in LAYERS:
-        channels, groups, kernel, stride, side, batch = shape
-        name = f"{batch}x{side}x{side}x{channels}, {groups} groups, {kernel}x{kernel} stride {stride}"
-        calls = {form: layer_calls(form, *shape) for form in FORMS}
-        for direction in ("forward", "forward + backward"):
-            compare(f"{name}: {direction}", {form: calls[form][direction] for form in FORMS})
+    for layer in LAYERS:
+        calls = {form: layer_calls(form, layer) for form in FORMS}
+        compare(f"{layer}: forward", {form: calls[form]["forward"] for form in ("xla", "shifted")})
+        compare(f"{layer}: forward + backward", {form: calls[form]["forward + backward"] for form in FORMS})
     if flags.step:
-        compare("ResNeXt-50 32x4d training step, 16x64x64x3", {form: step_call(form) for form in FORMS})
+        calls = {form: step_call(form) for form in ("xla", "shifted")}
+        compare("ResNeXt-50 32x4d training step, 16x64x64x3", calls)
     harness.publish("grouped_conv", rows, flags.out)
 
 

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     batches = data.EvaluationBatches(
         split, image_shape=info.image_shape, partition=layout, batch_size=layout.round_up(args.batch)
     )
-    evaluator = evaluate.make_evaluator(trainer.training.model, info, layout)
+    evaluator = evaluate.make_evaluator(config, trainer.training.model, info, layout)
     variables = trainer.state.variables
 
     def on_devices() -> np.ndarray:

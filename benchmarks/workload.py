@@ -99,7 +99,7 @@ class Trainer:
     """A training run without files: each call runs `calls` dispatches and waits for the last."""
 
     def __init__(self, config, info: DatasetInfo, layout: Partition, batches=None, *, calls: int = 1):
-        self.info, self.layout = info, layout
+        self._config, self.info, self.layout = config, info, layout
         self._batches = batches or ConstantBatch(layout, info, config.batch_size)
         self._length, self.calls = config.steps_per_call, calls
         plan = experiment.make_plan(config, info)
@@ -116,7 +116,6 @@ class Trainer:
         if layout.mapped:  # what `pmap` would do at its first call; it cannot for several processes
             self.compiled = self.compiled.lower(self.state, self._sums, first).compile()
         self.compile_seconds = time.perf_counter() - start
-        self._batch_size = config.batch_size
 
     @property
     def steps_per_call(self) -> int:
@@ -124,7 +123,7 @@ class Trainer:
 
     @property
     def images_per_call(self) -> int:
-        return self.steps_per_call * self._batch_size
+        return self.steps_per_call * self._config.batch_size
 
     def __call__(self) -> jax.Array:
         for _ in range(self.calls):
@@ -137,7 +136,9 @@ class Trainer:
 
     def inference(self):
         """A call that classifies the constant batch."""
-        evaluate = self.layout.compile_evaluation(experiment.make_eval_step(self.training.model, self.info))
+        evaluate = self.layout.compile_evaluation(
+            experiment.make_eval_step(self._config, self.training.model, self.info)
+        )
         batch = self._batches.data(0, self._length)
         return lambda: evaluate(self.state.variables, batch)
 

@@ -16,8 +16,8 @@ def get_config():
     config.checkpoint_every = "5 epochs"
     config.steps_per_call = 20
     config.dataset.name = "cifar10"
-    config.augment.crop = dict(probability=1.0, padding=4)
-    config.augment.flip = dict(probability=0.5)
+    config.augment.crop.update(probability=1.0, padding=4)
+    config.augment.flip.update(probability=0.5)
     config.model.stem = "small"
     config.model.norm = "batch"
     config.model.head_width = 1024  # 9 places of 256 channels need less than 4,096

@@ -25,7 +25,7 @@ def get_config(argument=""):
     config.eval_every = "5 epochs"
     config.checkpoint_every = "5 epochs"
     config.dataset.name = dataset
-    config.augment.crop = dict(probability=1.0, padding=4)
+    config.augment.crop.update(probability=1.0, padding=4)
     config.augment.flip.probability = 0.0 if dataset in _DIGITS else 0.5
     if dataset in _SMALL_IMAGES and models.fields(model).get("stem") == "standard":
         config.model.stem = "small"

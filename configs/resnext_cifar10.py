@@ -25,10 +25,10 @@ def get_config(preset="full"):
 
     config.dataset.name = "cifar10"
     config.dataset.validation = 0.02
-    config.augment.crop = dict(probability=1.0, padding=4)
-    config.augment.flip = dict(probability=0.5)
+    config.augment.crop.update(probability=1.0, padding=4)
+    config.augment.flip.update(probability=0.5)
     config.augment.trivialaugment.probability = 1.0
-    config.augment.cutmix = dict(probability=0.5, alpha=1.0)
+    config.augment.cutmix.update(probability=0.5, alpha=1.0)
 
     config.model.stem = "small"
     config.model.dtype = "bfloat16"

@@ -1,9 +1,10 @@
-"""94 % of CIFAR-10 in as few seconds of training as possible: ResNet-9 and the recipe of Page's DAWNBench entry.
+"""94 % of CIFAR-10 in as few seconds of training as possible: airbench94 (Jordan 2024, arXiv 2404.00498) in JAX.
 
     python -m vitcls.main --config=configs/sprint_cifar10.py --workdir=runs/sprint
 
-Written for one accelerator; it has not been run yet. All 50,000 training images are trained on, and nothing but the
-end of the run is evaluated. Quote the mean over at least 20 seeds (`python -m benchmarks.accelerator
+All 50,000 training images are trained on, and nothing but the end of the run is evaluated. What differs from the
+original: flips are drawn, not alternated between epochs, and there is no Lookahead, for which this takes 11 epochs
+where the original takes 9.9. Quote the mean over at least 20 seeds (`python -m benchmarks.accelerator
 --only=sprint_cifar10`).
 """
 
@@ -11,23 +12,26 @@ from vitcls.config import default_config
 
 
 def get_config():
-    config = default_config("resnet9")
-    config.batch_size = 512
-    config.total = "24 epochs"
-    config.log_every = "4 epochs"
+    config = default_config("airbench94")
+    config.batch_size = 1024
+    config.total = "11 epochs"
+    config.log_every = "1 epochs"
     config.checkpoint_every = "100%"
-    config.steps_per_call = 98  # an epoch
+    config.steps_per_call = 49  # an epoch; 1 on a CPU
+    config.test_time_augmentation = "mirror_shift"
     config.dataset.name = "cifar10"
     config.dataset.validation = 0.0
-    config.augment.crop = dict(probability=1.0, padding=4)
-    config.augment.flip = dict(probability=0.5)
-    config.augment.erase = dict(probability=1.0, min_area=0.0624, max_area=0.0626, fill="zero")  # cutout of 8x8
+    config.augment.crop.update(probability=1.0, padding=2, fill="reflect")
+    config.augment.flip.update(probability=0.5)
     config.model.dtype = "bfloat16"
     config.loss.label_smoothing = 0.2
-    config.loss.l2 = 5e-4
+    config.loss.l2 = 0.0153 / 11.5  # Jordan's decay per 1024 examples over his learning rate
     config.optimizer.name = "sgd"
+    config.optimizer.momentum = 0.85
     config.optimizer.nesterov = True
-    config.optimizer.learning_rate = 0.4
+    config.optimizer.learning_rate = 11.5 * (1 - 0.85) / (2 - 0.85)  # his unit is decoupled from the momentum
+    config.optimizer.multipliers = (("norm_[12]/scale", 0.0), ("norm_[12]/bias", 64.0))
     config.schedule.name = "linear"
-    config.schedule.warmup = "20%"
+    config.schedule.warmup = "23%"
+    config.schedule.final = 0.07
     return config

@@ -28,12 +28,12 @@ def get_config(preset="full"):
     config.dataset.name = "cifar100"
     config.dataset.validation = 0.02
 
-    config.augment.crop = dict(probability=1.0, padding=4)
-    config.augment.flip = dict(probability=0.5)
-    config.augment.randaugment = dict(probability=1.0, num_ops=2, magnitude=9.0)
+    config.augment.crop.update(probability=1.0, padding=4)
+    config.augment.flip.update(probability=0.5)
+    config.augment.randaugment.update(probability=1.0, num_ops=2, magnitude=9.0)
     config.augment.erase.probability = 0.25
-    config.augment.mixup = dict(probability=0.5, alpha=0.8)
-    config.augment.cutmix = dict(probability=0.5, alpha=1.0)
+    config.augment.mixup.update(probability=0.5, alpha=0.8)
+    config.augment.cutmix.update(probability=0.5, alpha=1.0)
 
     config.model.dtype = "bfloat16"
     config.model.drop_path = 0.1

@@ -19,8 +19,8 @@ def get_config():
 
     config.dataset.name = "digits"
     config.dataset.validation = 0.1
-    config.augment.crop = dict(probability=1.0, padding=1)
-    config.augment.rotate = dict(probability=0.5, degrees=10.0)
+    config.augment.crop.update(probability=1.0, padding=1)
+    config.augment.rotate.update(probability=0.5, degrees=10.0)
 
     config.model.stem = "patch"
     config.model.patch_size = 2

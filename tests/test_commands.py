@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -99,6 +100,21 @@ def test_a_resolved_config_survives_json(tiny_config):
     assert config.from_json(config.to_json(resolved)).to_dict() == resolved.to_dict()
     assert resolved.model.hidden_dim == 16
     assert resolved.model.aggregation is not None
+
+
+def test_a_block_that_a_config_assigns_keeps_the_defaults_of_what_it_leaves_out(tiny_config):
+    tiny_config.augment.rotate = {"probability": 0.5}
+    tiny_config.schedule = config.ConfigDict({"name": "linear"})
+    resolved = config.resolve(tiny_config)
+    assert resolved.augment.rotate.to_dict() == {"probability": 0.5, "degrees": 15.0}
+    default = config.default_config("improved_vit_tiny").schedule.to_dict()
+    assert resolved.schedule.to_dict() == default | {"name": "linear"}
+    assert resolved.model.hidden_dim == 16
+    tiny_config.augment.rotate = {"probability": 0.5, "degres": 10.0}
+    with pytest.raises(
+        UserError, match=re.escape("rotate 'degres' is not known; did you mean 'degrees'?")
+    ):
+        config.resolve(tiny_config)
 
 
 def test_presets_change_values_and_not_keys():

@@ -63,7 +63,7 @@ def train(config, layout, *, batch_norm=False):
     update = layout.compile_update(call, state, sums, batches.data(0, 3))
     for step in (0, 3):
         state, sums = update(state, sums, batches.data(step, 3))
-    evaluate = layout.compile_evaluation(experiment.make_eval_step(training.model, info))
+    evaluate = layout.compile_evaluation(experiment.make_eval_step(config, training.model, info))
     test = data.EvaluationBatches(dataset.test, image_shape=info.image_shape, partition=layout, batch_size=16)
     totals = [layout.to_host(evaluate(state.variables, batch)) for batch in test]
     host_state = layout.to_host(state) if layout.mapped else jax.device_get(state)

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.special
 
 from vitcls import config as configs
 from vitcls import losses, optim, rng, steps
+from vitcls.data.augment import to_float, views
 from vitcls.state import create_state
 
 NUM_CLASSES = 3
@@ -193,3 +195,24 @@ def test_keys_depend_on_seed_step_and_place_and_not_on_the_layout():
 def test_decay_mask_is_the_one_of_the_optimizer():
     _, state = build()
     assert optim.decay_mask(state.params) == {"Dense_0": {"kernel": True, "bias": False}}
+
+
+@pytest.mark.parametrize("kind", ["mirror", "mirror_shift"])
+def test_an_evaluation_adds_up_the_logits_of_the_views(kind):
+    model, weights = Linear(), np.random.default_rng(1).normal(size=(16, NUM_CLASSES)).astype(np.float32)
+    variables = {"params": {"Dense_0": {"kernel": weights, "bias": np.zeros(NUM_CLASSES, np.float32)}}}
+    eval_step = steps.make_eval_step(
+        model=model,
+        views=lambda images: views(kind, to_float(images)),
+        normalize=lambda images: images,
+        axis_name=None,
+    )
+    sums, probabilities = jax.jit(eval_step)(variables, {"image": IMAGES, "label": LABELS, "mask": EVERY})
+    images = IMAGES / np.float32(255)
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), "reflect")
+    mean = images if kind == "mirror" else images / 2 + padded[:, :4, :4] / 4 + padded[:, 2:, 2:] / 4
+    logits = (mean + mean[:, :, ::-1]).reshape(8, -1) @ weights / 2  # the model is linear
+    np.testing.assert_allclose(probabilities, scipy.special.softmax(logits, axis=1), rtol=1e-4)
+    assert float(sums["loss"]) == pytest.approx(
+        -np.log(np.asarray(probabilities)[np.arange(8), LABELS]).sum(), rel=1e-4
+    )

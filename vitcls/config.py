@@ -10,7 +10,7 @@ import os
 from ml_collections import ConfigDict
 
 from vitcls import durations, errors, losses, models, optim
-from vitcls.data.augment import make_augment
+from vitcls.data.augment import TEST_TIME, make_augment
 from vitcls.errors import UserError
 from vitcls.partition import STRATEGIES
 
@@ -28,6 +28,7 @@ def default_config(model_name: str) -> ConfigDict:
     config.eval_every = "1 epochs"
     config.checkpoint_every = "1 epochs"
     config.steps_per_call = 1  # training steps in one device dispatch
+    config.test_time_augmentation = "none"  # or 'mirror', 'mirror_shift': means over views in every evaluation
     config.nonfinite_limit = 10  # stop after so many skipped (non-finite) updates in a row
 
     config.dataset = ConfigDict()
@@ -50,7 +51,7 @@ def default_config(model_name: str) -> ConfigDict:
     config.dataset.num_classes = 10  # 'synthetic' only
 
     config.augment = ConfigDict()
-    config.augment.crop = dict(probability=0.0, padding=4)  # pixels of zero padding on each side
+    config.augment.crop = dict(probability=0.0, padding=4, fill="zero")  # pixels on each side; or 'reflect'
     config.augment.flip = dict(probability=0.0)  # horizontal
     config.augment.rotate = dict(probability=0.0, degrees=15.0)  # uniform in +-degrees
     config.augment.scale = dict(probability=0.0, low=0.8, high=1.25)  # zoom factor
@@ -119,16 +120,29 @@ def default_config(model_name: str) -> ConfigDict:
 def resolve(config: ConfigDict) -> ConfigDict:
     """Returns the config as it will run and as config.json keeps it.
 
-    The model's fields are filled in from its preset, and the data directory no longer depends on where one stands.
-    Raises UserError for an unknown model or a field that the model does not have.
+    What a block leaves out, because the config has assigned it a dict, takes its default; the model's fields are filled
+    in from its preset, and the data directory no longer depends on where one stands. Raises UserError for an unknown
+    model or key.
     """
-    resolved = ConfigDict(config.to_dict())
+    resolved = ConfigDict(_complete(config.to_dict(), default_config(config.model.name).to_dict()))
     fields = {key: value for key, value in config.model.items() if key != "name" and value is not None}
     models.create(config.model.name, 2, **fields)
     resolved.model = ConfigDict({"name": config.model.name, **models.fields(config.model.name), **fields})
     if config.dataset.data_dir:
         resolved.dataset.data_dir = os.path.abspath(os.path.expanduser(config.dataset.data_dir))
     return resolved.lock()
+
+
+def _complete(given: dict, defaults: dict, block: str = "") -> dict:
+    """`given` with the keys that it lacks, and in the order of `defaults`; all but the model's, which has its own."""
+    for key in given:
+        if key not in defaults and block != "model.":
+            raise errors.unknown(f"key of config.{block.rstrip('.')}".rstrip("."), key, defaults)
+    complete = {}
+    for key, default in (defaults | given).items():
+        nested = isinstance(default, dict) and key in given
+        complete[key] = _complete(given[key], defaults[key], f"{block}{key}.") if nested else given.get(key, default)
+    return complete
 
 
 def validate(config: ConfigDict) -> None:
@@ -215,6 +229,7 @@ def _get(config: ConfigDict, key: str):
 
 EVAL_METRICS = ("eval/loss", "eval/accuracy", "eval/top5_accuracy")
 _CHOICES = {
+    "test_time_augmentation": TEST_TIME,
     "dataset.pipeline": ("auto", "resident", "streaming"),
     "dataset.sampling": ("uniform", "balanced"),
     "loss.name": losses.NAMES,

@@ -40,9 +40,9 @@ class Evaluator:
         return self.layout.to_host(total), probabilities
 
 
-def make_evaluator(model, info: DatasetInfo, layout: Partition) -> Evaluator:
+def make_evaluator(config, model, info: DatasetInfo, layout: Partition) -> Evaluator:
     """Compiles (at its first call) the evaluation of `model` over the devices of `layout`."""
-    return Evaluator(layout, layout.compile_evaluation(experiment.make_eval_step(model, info)))
+    return Evaluator(layout, layout.compile_evaluation(experiment.make_eval_step(config, model, info)))
 
 
 def split_batches(dataset: data.Dataset, split: str, layout: Partition, batch_size: int) -> data.EvaluationBatches:
@@ -85,7 +85,7 @@ def write_report(
     results |= {
         "parameters": overview.count_parameters(experiment.variable_shapes(model, info)["params"]),
         "flops_per_image": overview.flops_per_image(model, info),
-        "latency_ms": measure_latency(model, info),
+        "latency_ms": measure_latency(config, model, info),
         "images_per_second": images_per_second,
         "learned_weights": {name: float(weight) for name, weight in learned.items()},
         "train_seconds": next((e["train/seconds"] for e in reversed(history) if "train/seconds" in e), 0.0),
@@ -103,11 +103,11 @@ def write_report(
     return results
 
 
-def measure_latency(model, info: DatasetInfo) -> dict[str, float]:
+def measure_latency(config, model, info: DatasetInfo) -> dict[str, float]:
     """Milliseconds from one image on the host to its probabilities on the host: median and 95th percentile."""
     shapes = experiment.variable_shapes(model, info)
     variables = jax.device_put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
-    eval_step = experiment.make_eval_step(model.clone(axis_name=None), info)
+    eval_step = experiment.make_eval_step(config, model.clone(axis_name=None), info)
 
     @jax.jit
     def classify(variables, batch):
@@ -165,7 +165,7 @@ def evaluate(path: pathlib.Path, *, split: str = "test", checkpoint: str = "", d
     layout = partition.all_devices("data")
     model = experiment.make_model(config, trained.info)
     variables = layout.replicate(trained.restore_variables(model, step))
-    evaluator = make_evaluator(model, trained.info, layout)
+    evaluator = make_evaluator(config, model, trained.info, layout)
     return write_report(path, config, trained.info, dataset, evaluator, model, variables, split=split, step=step)
 
 

@@ -11,7 +11,7 @@ import optax
 
 from vitcls import durations, losses, models, optim, steps
 from vitcls.data import DatasetInfo
-from vitcls.data.augment import make_augment, to_float
+from vitcls.data.augment import make_augment, to_float, views
 from vitcls.errors import UserError
 from vitcls.partition import Partition
 from vitcls.state import create_state, init_variables
@@ -132,8 +132,11 @@ def make_training(config, info: DatasetInfo, plan: Plan, layout: Partition) -> T
     return Training(model, schedule, create, train_step)
 
 
-def make_eval_step(model: nn.Module, info: DatasetInfo) -> Callable:
+def make_eval_step(config, model: nn.Module, info: DatasetInfo) -> Callable:
     """eval_step(variables, batch) of a model on its data's own normalisation."""
     return steps.make_eval_step(
-        model=model, to_float=to_float, normalize=steps.make_normalize(info.mean, info.std), axis_name=model.axis_name
+        model=model,
+        views=lambda images: views(config.test_time_augmentation, to_float(images)),
+        normalize=steps.make_normalize(info.mean, info.std),
+        axis_name=model.axis_name,
     )

@@ -133,6 +133,7 @@ def facts(config, info: DatasetInfo, *, step: int) -> dict[str, Any]:
         "Model": config.model.name,
         "Data": dataset_line(info),
         "Checkpoint": f"step {step:,}",
+        "Test-time augmentation": config.test_time_augmentation,
         "Seed": str(config.seed),
         "Devices": devices_line(),
         "Machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {versions}",

@@ -29,7 +29,7 @@ def predict(
     config, info = trained.config, trained.info
     model = experiment.make_model(config, info)
     variables = trained.restore_variables(model, trained.find_step(checkpoint or config.report.checkpoint))
-    eval_step = jax.jit(experiment.make_eval_step(model, info))
+    eval_step = jax.jit(experiment.make_eval_step(config, model, info))
     batch_size = min(_BATCH, len(files))
     for start in range(0, len(files), batch_size):
         results: dict[int, np.ndarray | str] = {}

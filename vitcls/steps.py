@@ -170,15 +170,18 @@ def make_train_call(
 
 
 def make_eval_step(
-    *, model: nn.Module, to_float: Callable, normalize: Callable, axis_name: str | None
+    *, model: nn.Module, views: Callable, normalize: Callable, axis_name: str | None
 ) -> Callable[[dict, Batch], tuple[Sums, jax.Array]]:
     """Builds eval_step(variables, batch) -> (metrics.evaluation_sums over the batch, probabilities [B, K]).
 
-    Both are of the global batch, on every device.
+    Both are of the global batch, on every device. `views(images uint8)` are pairs of a weight and images float32 in
+    [0, 1]; the logits are the sum of theirs.
     """
 
     def eval_step(variables: dict, batch: Batch) -> tuple[Sums, jax.Array]:
-        logits = model.apply(variables, normalize(to_float(batch["image"])), train=False)
+        logits = sum(
+            weight * model.apply(variables, normalize(images), train=False) for weight, images in views(batch["image"])
+        )
         sums = metrics.evaluation_sums(logits, batch["label"], batch["mask"])
         probabilities = jax.nn.softmax(logits, axis=-1)
         if axis_name is not None:

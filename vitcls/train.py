@@ -65,7 +65,7 @@ def train_and_evaluate(
         workdir.begin(path, config, info)
         checkpoint.latest_whole(path / workdir.CHECKPOINTS, set_aside=True)
     partition.wait_for_all("the workdir is ready")
-    evaluator = evaluate.make_evaluator(training.model, info, layout)
+    evaluator = evaluate.make_evaluator(config, training.model, info, layout)
     batches = data.train_batches(
         dataset, config.dataset, partition=layout, batch_size=config.batch_size, seed=config.seed
     )

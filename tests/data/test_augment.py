@@ -17,7 +17,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from vitcls.config import default_config
 from vitcls.data import randaugment
-from vitcls.data.augment import make_augment, to_float
+from vitcls.data.augment import make_augment, to_float, views
 from vitcls.data.geometry import affine, rotation_matrix
 from vitcls.errors import UserError
 
@@ -93,15 +93,31 @@ def test_probability_zero_is_the_identity_and_costs_nothing(channels):
     assert operations <= {"convert_element_type", "div"}
 
 
-def test_crop_gives_every_shift_of_the_padded_image_and_no_other():
+@pytest.mark.parametrize("fill, mode", [("zero", "constant"), ("reflect", "reflect")])
+def test_crop_gives_every_shift_of_the_padded_image_and_no_other(fill, mode):
     image = np.arange(1, 37, dtype=np.uint8).reshape(1, 6, 6, 1)
-    varied, _ = run(block(crop={"probability": 1.0, "padding": 2}), np.repeat(image, 1000, 0))
-    padded = np.pad(image[0, ..., 0], 2)
+    varied, _ = run(block(crop={"probability": 1.0, "padding": 2, "fill": fill}), np.repeat(image, 1000, 0))
+    padded = np.pad(image[0, ..., 0], 2, mode)
     valid = {padded[row : row + 6, column : column + 6].tobytes() for row in range(5) for column in range(5)}
     seen = [np.rint(picture[..., 0]).astype(np.uint8).tobytes() for picture in varied]
     assert set(seen) == valid
     counts = [seen.count(shift) for shift in valid]
     assert scipy.stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_views_are_mirror_images_and_diagonal_shifts():
+    images = np.random.default_rng(0).uniform(size=(2, 5, 4, 3)).astype(np.float32)
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), "reflect")
+    shifted = [padded[:, :5, :4], padded[:, 2:, 2:]]
+    mirrored = lambda pictures: [view for image in pictures for view in (image, np.flip(image, 2))]  # noqa: E731
+    for kind, weights, expected in (
+        ("none", [1.0], [images]),
+        ("mirror", [0.5, 0.5], mirrored([images])),
+        ("mirror_shift", [0.25, 0.25, 0.125, 0.125, 0.125, 0.125], mirrored([images, *shifted])),
+    ):
+        found = views(kind, jnp.asarray(images))
+        assert [weight for weight, _ in found] == weights
+        np.testing.assert_array_equal([view for _, view in found], expected)
 
 
 def test_flip_mirrors_at_its_rate():

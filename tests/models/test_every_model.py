@@ -175,8 +175,12 @@ TINY = {
         any_size=False,
     ),
     **dict.fromkeys(("paper_cnn", "paper_cnn_enhanced"), _CNN),
-    "resnet9": Tiny(
-        {"widths": (4, 8, 16), "residual_stages": (2,)}, 16, _stages((8, 8), (4, 16), stem=(16, 4)), ("stage_3_map", 4)
+    "airbench94": Tiny(
+        {"widths": (8, 16)},
+        16,
+        {"stem_map": (15, 15, 24), "group_1_map": (7, 7, 8), "group_2_map": (3, 3, 16)},
+        ("group_3_map", 3),
+        float32_products=2,  # and the whitening
     ),
     **dict.fromkeys(("mnist_cnn", "mnist_cnn_enhanced"), _CNN._replace(native=("stage_2_map", 7))),
 }

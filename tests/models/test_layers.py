@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 import re
@@ -12,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
 from vitcls.errors import UserError
-from vitcls.models import checks, layers
+from vitcls.models import checks, convolutions, layers
 
 DROPOUT = {"dropout": jax.random.key(7)}
 
@@ -165,7 +166,7 @@ def test_both_forms_of_a_grouped_convolution_are_the_concatenation_over_groups(s
     channels, features, groups = GROUPINGS[grouping]
     x, kernel = normal(0, 2, 8, 7, channels), normal(1, size, size, channels // groups, features)  # even and odd
     cases = {
-        (padding, form): layers.GroupedConv(features, size, groups, stride, padding, form=form)
+        (padding, form): convolutions.GroupedConv(features, size, groups, stride, padding, form=form)
         for padding in paddings
         for form in ("xla", "shifted")
     }
@@ -185,24 +186,24 @@ def test_both_forms_of_a_grouped_convolution_are_the_concatenation_over_groups(s
             assert_near(one, other)
 
 
-@pytest.mark.parametrize("form", layers.GROUPED_CONV_FORMS)
+@pytest.mark.parametrize("form", convolutions.GROUPED_CONV_FORMS)
 def test_a_grouped_convolution_has_the_parameters_of_flax(form):
     x, init = normal(0, 2, 5, 4, 6), nn.initializers.he_normal()
-    ours = layers.GroupedConv(8, 3, 2, 2, use_bias=True, form=form)
+    ours = convolutions.GroupedConv(8, 3, 2, 2, use_bias=True, form=form)
     flax = nn.Conv(8, (3, 3), 2, feature_group_count=2, kernel_init=init)
     params = ours.init(jax.random.key(0), x)
     jax.tree.map(np.testing.assert_array_equal, params, flax.init(jax.random.key(0), x))
 
     params = jax.tree.map(lambda leaf: normal(1, *leaf.shape), params)
     assert_near(ours.apply(params, x), flax.apply(params, x))
-    without = layers.GroupedConv(8, 3, 2, 2, form=form).init(jax.random.key(0), x)["params"]
+    without = convolutions.GroupedConv(8, 3, 2, 2, form=form).init(jax.random.key(0), x)["params"]
     assert set(without) == {"kernel"}
 
 
 @pytest.mark.parametrize("form", ["xla", "shifted"])
 def test_a_grouped_convolution_computes_in_its_type_and_keeps_float32_parameters(form):
     x = normal(0, 2, 5, 4, 4)
-    conv = layers.GroupedConv(4, 3, 4, use_bias=True, form=form, dtype="bfloat16")
+    conv = convolutions.GroupedConv(4, 3, 4, use_bias=True, form=form, dtype="bfloat16")
     y, variables = conv.init_with_output(jax.random.key(0), x)
     assert y.dtype == jnp.bfloat16
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
@@ -213,7 +214,7 @@ def test_the_form_of_a_grouped_convolution_follows_the_platform_unless_named(mon
     x = normal(0, 1, 4, 4, 4)
 
     def uses_xla(form):
-        conv = layers.GroupedConv(4, 3, 4, form=form)
+        conv = convolutions.GroupedConv(4, 3, 4, form=form)
         return "conv_general_dilated" in str(jax.make_jaxpr(lambda x: conv.init_with_output(jax.random.key(0), x))(x))
 
     assert [uses_xla(form) for form in ("auto", "xla", "shifted")] == [False, True, False]
@@ -225,12 +226,12 @@ def test_the_form_of_a_grouped_convolution_follows_the_platform_unless_named(mon
 def test_channels_that_groups_do_not_divide_are_an_error(channels, features, groups):
     said = f"{channels} channels to {features} cannot be divided into {groups} groups"
     with pytest.raises(UserError, match=said):
-        layers.GroupedConv(features, 3, groups).init(jax.random.key(0), normal(0, 1, 4, 4, channels))
+        convolutions.GroupedConv(features, 3, groups).init(jax.random.key(0), normal(0, 1, 4, 4, channels))
 
 
 def test_an_unknown_form_of_grouped_convolution_is_an_error():
     with pytest.raises(UserError, match=r"config\.model\.grouped_conv 'shift' is not known; did you mean 'shifted'"):
-        layers.GroupedConv(4, 3, 2, form="shift").init(jax.random.key(0), normal(0, 1, 4, 4, 4))
+        convolutions.GroupedConv(4, 3, 2, form="shift").init(jax.random.key(0), normal(0, 1, 4, 4, 4))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -238,24 +239,26 @@ def test_an_unknown_form_of_grouped_convolution_is_an_error():
 @pytest.mark.parametrize("stride", [1, 2])
 def test_conv_pads_half_the_kernel_on_every_side_unless_told_otherwise(stride, padding, groups):
     x = normal(0, 2, 6, 5, 4)
-    conv = layers.conv(6, 3, stride=stride, padding=padding, groups=groups, name="any")
+    conv = convolutions.conv(6, 3, stride=stride, padding=padding, groups=groups, name="any")
     y, variables = conv.init_with_output(jax.random.key(0), x)
     (kernel,) = jax.tree.leaves(variables)  # and no bias
     expected, *_ = literal_grouped_conv(x, np.asarray(kernel), groups, stride, 1 if padding is None else padding, 0)
     assert_near(y, expected)
-    assert layers.conv(6, 3, groups=groups, use_bias=True).init(jax.random.key(0), x)["params"]["bias"].shape == (6,)
+    assert convolutions.conv(6, 3, groups=groups, use_bias=True).init(jax.random.key(0), x)["params"]["bias"].shape == (
+        6,
+    )
 
 
 def test_conv_takes_kernels_that_are_not_square():
     x = normal(0, 2, 6, 5, 3)
-    y, variables = layers.conv(4, (1, 7)).init_with_output(jax.random.key(0), x)
+    y, variables = convolutions.conv(4, (1, 7)).init_with_output(jax.random.key(0), x)
     assert variables["params"]["kernel"].shape == (1, 7, 3, 4)
     assert_near(y, nn.Conv(4, (1, 7), padding="SAME", use_bias=False).apply(variables, x))
 
 
 @pytest.mark.parametrize("groups", [1, 8])
 def test_convolutions_start_so_that_a_relu_keeps_the_variance(groups):
-    conv = layers.conv(256, 3, groups=groups)
+    conv = convolutions.conv(256, 3, groups=groups)
     kernel = conv.init(jax.random.key(0), jnp.zeros((1, 3, 3, 64)))["params"]["kernel"]
     inputs = 9 * 64 // groups
     np.testing.assert_allclose(np.std(kernel), math.sqrt(2 / inputs), rtol=0.02)
@@ -661,7 +664,23 @@ def test_max_pooling_and_its_gradient_are_those_of_the_windows(size, stride, pad
 def test_an_ungrouped_convolution_is_shifted_only_where_its_result_is_smaller_than_its_kernel(
     side, stride, form, shifted
 ):
-    layer = layers.conv(4, 3, stride=stride, grouped_conv=form)
+    layer = convolutions.conv(4, 3, stride=stride, grouped_conv=form)
     x = jnp.zeros((1, side, side, 4))
     variables = layer.init(jax.random.key(0), x)
     assert ("conv_general_dilated" not in str(jax.make_jaxpr(layer.apply)(variables, x))) == shifted
+
+
+@pytest.mark.parametrize("stride, padding", [(1, 1), (2, "SAME"), (1, "VALID")])
+def test_gradients_of_a_convolution_in_many_places_are_those_of_xla(stride, padding):
+    """16,384 places and more, where the kernel's gradient is shifted products on a CPU."""
+    x = jax.random.normal(jax.random.key(0), (80, 32, 32, 4) if stride == 2 else (84, 16, 16, 4))
+
+    def gradients(form):
+        layer = convolutions.GroupedConv(16, 3, 1, stride, padding, form=form)
+        variables = layer.init(jax.random.key(1), x[:1])
+        function = jax.value_and_grad(lambda v, x: jnp.mean(jnp.sin(layer.apply(v, x))), argnums=(0, 1))
+        return jax.jit(function)(variables, x), str(jax.make_jaxpr(function)(variables, x))
+
+    (ours, jaxpr), (expected, jaxpr_of_xla) = gradients("auto"), gradients("xla")
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), ours, expected)
+    assert jaxpr.count("conv_general_dilated[") == jaxpr_of_xla.count("conv_general_dilated[") - 1

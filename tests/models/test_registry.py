@@ -14,6 +14,7 @@ from vitcls.errors import UserError
 # name -> parameters with 1000 classes at the native size; the number of torchvision, timm or Keras where they have the
 # model. Running statistics and auxiliary classifiers are not counted.
 PARAMETERS = {
+    "airbench94": 2_226_944,
     "improved_vit_tiny": 7_032_328,
     "improved_vit_small": 27_445_288,
     "improved_vit_base": 108_416_104,
@@ -59,7 +60,6 @@ PARAMETERS = {
     "resnet18": 11_689_512,
     "resnet34": 21_797_672,
     "resnet50": 25_557_032,
-    "resnet9": 7_081_000,
     "resnext101_32x8d": 88_791_336,
     "resnext29_8x64d": 35_441_448,
     "resnext50_32x4d": 25_028_904,

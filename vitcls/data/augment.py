@@ -17,6 +17,8 @@ from vitcls.data.geometry import affine, rotation_matrix
 from vitcls.errors import UserError, unknown
 
 FILLS = ("noise", "zero")
+PADDINGS = ("zero", "reflect")
+TEST_TIME = ("none", "mirror", "mirror_shift")
 _RATIO = (0.3, 3.3)  # of the erased box, width / height (Zhong et al. 2020)
 _QUANTILES = 1025  # of Beta, on an even grid
 Vary = Callable[[jax.Array, jax.Array], jax.Array]  # key, image float32 [H, W, C] in [0, 255] -> image
@@ -67,11 +69,27 @@ def mixes_pairs(config) -> bool:
     return config.mixup.probability + config.cutmix.probability > 0
 
 
+def views(kind: str, images: jax.Array) -> list[tuple[float, jax.Array]]:
+    """The versions of images [B, H, W, C] whose logits an evaluation adds up, and the weight of each.
+
+    'none' is the images alone, 'mirror' them and their mirror images; 'mirror_shift' adds both moved by a pixel along
+    a diagonal, either way, at half the weight (Jordan 2024, section 3.5).
+    """
+    height, width = images.shape[1:3]
+    weighted = [(1.0, images)]
+    if kind == "mirror_shift":
+        padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), "reflect")
+        weighted = [(0.5, images), (0.25, padded[:, :height, :width]), (0.25, padded[:, 2:, 2:])]
+    if kind != "none":
+        weighted = [(weight / 2, view) for weight, image in weighted for view in (image, image[:, :, ::-1])]
+    return weighted
+
+
 def _crop(config) -> Vary:
-    padding = config.crop.padding
+    padding, mode = config.crop.padding, "constant" if config.crop.fill == "zero" else "reflect"
 
     def crop(key: jax.Array, image: jax.Array) -> jax.Array:
-        padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+        padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode)
         row, column = jax.random.randint(key, (2,), 0, 2 * padding + 1)
         return jax.lax.dynamic_slice(padded, (row, column, 0), image.shape)
 
@@ -275,6 +293,8 @@ def _validate(config) -> None:
             require(f"{block}.{field}", isinstance(value, str) or math.isfinite(value), "finite")
         require(f"{block}.probability", 0 <= fields.probability <= 1, "in [0, 1]")
     require("crop.padding", config.crop.padding >= 0, "at least 0")
+    if config.crop.fill not in PADDINGS:
+        raise unknown("config.augment.crop.fill", config.crop.fill, PADDINGS)
     require("rotate.degrees", config.rotate.degrees >= 0, "at least 0")
     require("scale.low", 0 < config.scale.low <= config.scale.high, "above 0 and at most config.augment.scale.high")
     for field in ("brightness", "contrast", "saturation"):

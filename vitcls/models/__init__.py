@@ -9,6 +9,7 @@ from ml_collections import config_dict
 
 from vitcls import errors
 from vitcls.models import (
+    airbench,
     alexnet,
     convnext,
     densenet,
@@ -23,7 +24,20 @@ from vitcls.models import (
 )
 from vitcls.models.preset import Preset
 
-_FAMILIES = (vit, resnext, resnet, convnext, vgg, densenet, inception, efficientnet, mobilenet, alexnet, small)
+_FAMILIES = (
+    vit,
+    resnext,
+    resnet,
+    convnext,
+    vgg,
+    densenet,
+    inception,
+    efficientnet,
+    mobilenet,
+    alexnet,
+    small,
+    airbench,
+)
 _PRESETS: dict[str, Preset] = {name: preset for family in _FAMILIES for name, preset in family.PRESETS.items()}
 _NOT_CONFIGURED = ("num_classes", "axis_name", "parent", "name")
 

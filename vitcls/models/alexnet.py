@@ -26,7 +26,7 @@ class AlexNet(nn.Module):
     stem: str = "standard"  # 11x11 with stride 4; 'small': 3x3, stride 1
     activation: str = "relu"  # 'tanh' is what 2012, figure 1 compares with
     dropout: float = 0.5  # of the classifier's hidden layers
-    grouped_conv: str = "auto"  # the form of the convolutions of two towers; see layers.GroupedConv
+    grouped_conv: str = "auto"  # the form of the convolutions of two towers; see convolutions.GroupedConv
     remat: bool = False  # recompute the inside of each convolution, norm and activation in the backward pass
     dtype: str = "float32"  # 'bfloat16'
     axis_name: str | None = None

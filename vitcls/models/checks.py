@@ -7,12 +7,12 @@ import flax.linen as nn
 
 from vitcls import errors
 from vitcls.errors import UserError
-from vitcls.models import layers
+from vitcls.models import convolutions, layers
 
 _CHOICES = {
     "activation": tuple(layers.ACTIVATIONS),
     "norm": layers.NORMS,
-    "grouped_conv": layers.GROUPED_CONV_FORMS,
+    "grouped_conv": convolutions.GROUPED_CONV_FORMS,
     "dtype": ("float32", "bfloat16"),
 }
 

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitcls.models import checks, layers
+from vitcls.models import checks, convolutions, layers
 from vitcls.models.preset import Preset
 
 _EPSILON = 1e-6
@@ -30,7 +30,7 @@ class ConvNeXt(nn.Module):
     layer_scale: float = 1e-6  # the initial scale of each block; 0 for none
     drop_path: float = 0.0  # of the last block; grows linearly from 0
     dropout: float = 0.0  # before the classifier
-    grouped_conv: str = "auto"  # the form of depthwise convolutions; see layers.GroupedConv
+    grouped_conv: str = "auto"  # the form of depthwise convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute each block in the backward pass
     dtype: str = "float32"  # 'bfloat16'
     axis_name: str | None = None
@@ -48,7 +48,7 @@ class ConvNeXt(nn.Module):
             )
 
         def conv(features: int, size: int, stride: int, padding: int, name: str) -> nn.Module:
-            return layers.conv(
+            return convolutions.conv(
                 features, size, stride=stride, padding=padding, use_bias=True, dtype=self.dtype, name=name
             )
 
@@ -97,7 +97,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         width = x.shape[-1]
-        y = layers.conv(
+        y = convolutions.conv(
             width,
             self.kernel_size,
             groups=width,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vitcls.errors import UserError
-from vitcls.models import checks, layers
+from vitcls.models import checks, convolutions, layers
 from vitcls.models.preset import Preset
 
 
@@ -50,7 +50,7 @@ class DenseNet(nn.Module):
         )
         x = images.astype(self.dtype)
         size, stride = (3, 1) if self.stem == "small" else (7, 2)
-        x = layers.conv(self.stem_width, size, stride=stride, dtype=self.dtype, name="stem")(x)
+        x = convolutions.conv(self.stem_width, size, stride=stride, dtype=self.dtype, name="stem")(x)
         x = act(normalize(x, name="stem_norm"))
         if self.stem == "standard":
             x = layers.max_pool(x, 3, 2, 1)
@@ -61,7 +61,7 @@ class DenseNet(nn.Module):
             if stage > 1:
                 x = act(normalize(x, name=f"transition_{stage}_norm"))
                 width = int(self.compression * x.shape[-1])
-                x = layers.conv(width, 1, dtype=self.dtype, name=f"transition_{stage}")(x)
+                x = convolutions.conv(width, 1, dtype=self.dtype, name=f"transition_{stage}")(x)
                 x = layers.avg_pool(x, 2, 2)
             for i in range(1, depth + 1):
                 new = layer(
@@ -97,7 +97,7 @@ class DenseLayer(nn.Module):
             x = layers.normalize(
                 x, self.norm, train=train, dtype=self.dtype, axis_name=self.axis_name, name=f"norm_{i}"
             )
-            x = layers.conv(features, size, dtype=self.dtype, name=f"conv_{i}")(self.activation(x))
+            x = convolutions.conv(features, size, dtype=self.dtype, name=f"conv_{i}")(self.activation(x))
         return layers.Dropout(self.dropout, axis_name=self.axis_name)(x, train=train)
 
 

@@ -31,7 +31,7 @@ class EfficientNet(nn.Module):
     activation: str = "silu"
     dropout: float = 0.2  # before the classifier
     drop_path: float = 0.2  # of a block after the last; grows linearly from 0
-    grouped_conv: str = "auto"  # the form of depthwise convolutions; see layers.GroupedConv
+    grouped_conv: str = "auto"  # the form of depthwise convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute each block in the backward pass
     dtype: str = "float32"  # 'bfloat16'
     axis_name: str | None = None

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitcls import errors
+from vitcls.models import convolutions
 from vitcls.rng import example_keys
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -22,8 +23,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
 }
 NORMS = ("batch", "layer", "group", "none")
-GROUPED_CONV_FORMS = ("auto", "xla", "shifted")
-FORM_BY_PLATFORM = {"cpu": "shifted"}  # elsewhere 'xla'
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -95,44 +94,6 @@ class SqueezeExcite(nn.Module):
         return x * self.gate(nn.Dense(channels, dtype=self.dtype, name="expand")(activation(self.activation)(hidden)))
 
 
-def conv(
-    features: int,
-    kernel_size: int | tuple[int, int],
-    *,
-    stride: int = 1,
-    padding: str | int | None = None,
-    groups: int = 1,
-    use_bias: bool = False,
-    grouped_conv: str = "auto",
-    dtype: str = "float32",
-    name: str = "conv",
-) -> nn.Module:
-    """A convolution [B, H, W, C] -> [B, H', W', features], grouped or not; weights start as in He et al. 2015.
-
-    `padding` None puts half the kernel on every side, for odd kernels, as PyTorch's models do. 'SAME' is TensorFlow's,
-    which for an even image and stride 2 pads right and below only.
-    """
-    if kernel_size == 1 and groups == 1 and padding in (None, 0, "SAME", "VALID"):
-        return PointwiseConv(features, stride, use_bias, dtype, name=name)
-    if isinstance(kernel_size, int):
-        padding = kernel_size // 2 if padding is None else padding
-        # The form that is best for grouped convolutions need not be so for one group.
-        form = grouped_conv if groups > 1 or grouped_conv == "xla" else "auto"
-        return GroupedConv(features, kernel_size, groups, stride, padding, use_bias, form, dtype, name=name)
-    if not isinstance(padding, str):
-        padding = [(side // 2 if padding is None else padding,) * 2 for side in kernel_size]
-    return nn.Conv(
-        features,
-        kernel_size,
-        strides=stride,
-        padding=padding,
-        use_bias=use_bias,
-        dtype=dtype,
-        kernel_init=nn.initializers.he_normal(),
-        name=name,
-    )
-
-
 def normalize(
     x: jax.Array,
     kind: str,
@@ -188,7 +149,7 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = conv(
+        x = convolutions.conv(
             self.features,
             self.kernel_size,
             stride=self.stride,
@@ -297,113 +258,6 @@ def round_channels(channels: float, divisor: int = 8) -> int:
     """The nearest multiple of `divisor` that is not below 90 % of `channels` (Sandler et al. 2018, reference code)."""
     rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * channels else rounded
-
-
-class PointwiseConv(nn.Module):
-    """A 1x1 convolution without padding as the matrix product that it is: [B, H, W, C] -> [B, H', W', features].
-
-    The parameters are those of `nn.Conv`. XLA's CPU backend takes four to six times as long for the gradient of that
-    form (64x32x32x32 to 128 channels: 404 ms against 93 ms), and other backends make a matrix product of it anyway.
-    """
-
-    features: int
-    stride: int = 1
-    use_bias: bool = False
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", nn.initializers.he_normal(), (1, 1, x.shape[-1], self.features))
-        y = x[:, :: self.stride, :: self.stride].astype(self.dtype) @ kernel[0, 0].astype(self.dtype)
-        if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None, None, None]
-        return y
-
-
-class GroupedConv(nn.Module):
-    """y = concat_g(W_g * x_g), the grouped convolution of the improved ResNeXt50 (section 3), [B, H, W, C] -> NHWC.
-
-    The parameters are those of `nn.Conv` with `feature_group_count=groups`, whichever form computes the same sum:
-
-        'xla'      one grouped convolution of XLA
-        'shifted'  a product of shifted images and slices of the kernel for each place in the kernel; batched matrix
-                   products over the groups, or, with one channel in a group (depthwise), products of elements
-        'auto'     what benchmarks/grouped_conv.py found the faster on the platform: `FORM_BY_PLATFORM`; with one
-                   group only where the result is smaller than the kernel and so mostly made of padding, else XLA's
-
-    `padding` is 'SAME', 'VALID' or the zeros on every side.
-    """
-
-    features: int
-    kernel_size: int
-    groups: int
-    stride: int = 1
-    padding: str | int = "SAME"
-    use_bias: bool = False
-    form: str = "auto"
-    dtype: str = "float32"
-    kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if self.form not in GROUPED_CONV_FORMS:
-            raise errors.unknown("config.model.grouped_conv", self.form, GROUPED_CONV_FORMS)
-        channels, size = x.shape[-1], self.kernel_size
-        if channels % self.groups or self.features % self.groups:
-            raise errors.UserError(
-                f"{channels} channels to {self.features} cannot be divided into {self.groups} groups of a convolution"
-            )
-        kernel = self.param("kernel", self.kernel_init, (size, size, channels // self.groups, self.features))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        padding = [(self.padding,) * 2] * 2 if isinstance(self.padding, int) else self.padding
-        if isinstance(padding, str):
-            padding = jax.lax.padtype_to_pads(x.shape[1:3], (size, size), (self.stride, self.stride), padding)
-        if self._form(x.shape[1:3], padding) == "xla":
-            y = jax.lax.conv_general_dilated(
-                x,
-                kernel,
-                (self.stride, self.stride),
-                padding,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                feature_group_count=self.groups,
-            )
-        else:
-            y = _shifted_conv(jnp.pad(x, ((0, 0), *padding, (0, 0))), kernel, self.groups, self.stride)
-        if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None, None, None]
-        return y
-
-    def _form(self, image: tuple[int, ...], padding: list[tuple[int, int]]) -> str:
-        sides = [
-            (length + sum(pads) - self.kernel_size) // self.stride + 1
-            for length, pads in zip(image, padding, strict=True)
-        ]
-        mostly_padding = min(sides) < self.kernel_size and any(map(any, padding))
-        if self.form == "auto":
-            fastest = FORM_BY_PLATFORM.get(jax.default_backend(), "xla")
-            return fastest if self.groups > 1 or mostly_padding else "xla"
-        return self.form
-
-
-def _shifted_conv(padded: jax.Array, kernel: jax.Array, groups: int, stride: int) -> jax.Array:
-    """A grouped convolution without padding: the sum over the kernel's places of shifted images times kernel slices."""
-    size, _, inputs, features = kernel.shape
-    batch, *image = padded.shape[:3]
-    height, width = ((length - size) // stride + 1 for length in image)
-
-    def shifted(x: jax.Array, row: int, column: int, axis: int) -> jax.Array:
-        x = jax.lax.slice_in_dim(x, row, row + (height - 1) * stride + 1, stride, axis)
-        return jax.lax.slice_in_dim(x, column, column + (width - 1) * stride + 1, stride, axis + 1)
-
-    places = [(row, column) for row in range(size) for column in range(size)]
-    if inputs == 1 and features == groups:
-        return sum(shifted(padded, *place, axis=1) * kernel[place][None, None] for place in places)
-    # Groups first, so that each place of the kernel is one product of [G, B * H * W, C / G] and [G, C / G, F / G].
-    x = jax.lax.optimization_barrier(jnp.moveaxis(padded.reshape(batch, *image, groups, inputs), 3, 0))
-    kernel = jnp.moveaxis(kernel.reshape(size, size, inputs, groups, features // groups), 3, 2)
-    y = sum(shifted(x, *place, axis=2).reshape(groups, -1, inputs) @ kernel[place] for place in places)
-    y = jax.lax.optimization_barrier(y)
-    return jnp.moveaxis(y.reshape(groups, batch, height, width, -1), 0, 3).reshape(batch, height, width, features)
 
 
 class GeneralizedMean(nn.Module):

@@ -28,7 +28,7 @@ class _MobileNet(nn.Module):
     norm: str = "batch"
     activation: str = "relu6"
     dropout: float = 0.0  # before the classifier
-    grouped_conv: str = "auto"  # the form of depthwise convolutions; see layers.GroupedConv
+    grouped_conv: str = "auto"  # the form of depthwise convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute each block in the backward pass
     dtype: str = "float32"  # 'bfloat16'
     axis_name: str | None = None

@@ -39,7 +39,7 @@ class ResNet(nn.Module):
     dropout: float = 0.0  # before the classifier
     block_dropout: float = 0.0  # inside each block, before its last convolution
     drop_path: float = 0.0  # of the last block; grows linearly from 0
-    grouped_conv: str = "auto"  # the form of grouped convolutions; see layers.GroupedConv
+    grouped_conv: str = "auto"  # the form of grouped convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute each block in the backward pass
     dtype: str = "float32"  # 'bfloat16'
     axis_name: str | None = None

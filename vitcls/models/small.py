@@ -1,17 +1,14 @@
-"""Small networks: LeNet-5, ResNet-9, and the CNN that Nimma & Uddagiri build from scratch.
+"""Small networks: LeNet-5 and the CNN that Nimma & Uddagiri build from scratch.
 
 The paper of the last is "Advancements in Deep Learning Architectures for Image Recognition and Semantic Segmentation".
 """
-
-import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vitcls import errors
-from vitcls.models import checks, layers
+from vitcls.models import checks, convolutions, layers
 from vitcls.models.preset import Preset
 
 _POOLINGS = {"avg": layers.avg_pool, "max": layers.max_pool}
@@ -140,67 +137,9 @@ class ConvBlock(nn.Module):
         )(x, train)
         if self.residual:
             if x.shape[-1] != self.width:
-                x = layers.conv(self.width, 1, dtype=self.dtype, name="shortcut")(x)
+                x = convolutions.conv(self.width, 1, dtype=self.dtype, name="shortcut")(x)
             y += x
         return layers.activation(self.activation)(y)
-
-
-class ResNet9(nn.Module):
-    """The nine layers of Page's DAWNBench entry for CIFAR-10: images float [B, H, W, C], normalised -> logits float32.
-
-    A 3x3 convolution, then stages of a 3x3 convolution and 2x2 max pooling, two of them with a residual of two
-    convolutions; the maximum over the last map; logits times `logit_scale`. Written for 32x32 and speed. Sown into
-    'intermediates': 'stem_map', 'stage_1_map' ... 'stage_N_map' and 'features' [B, widths[-1]].
-
-    Raises UserError for a field that cannot work and for images that the stages would halve to nothing.
-    """
-
-    num_classes: int
-    widths: tuple[int, ...] = (64, 128, 256, 512)  # of the first convolution and of each stage
-    residual_stages: tuple[int, ...] = (1, 3)  # the numbers, from 1, of the stages that have one
-    logit_scale: float = 0.125
-    norm: str = "batch"
-    activation: str = "relu"
-    dropout: float = 0.0  # before the classifier
-    remat: bool = False  # recompute each stage in the backward pass
-    dtype: str = "float32"  # 'bfloat16'
-    axis_name: str | None = None
-
-    @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        checks.check_fields(self)
-        checks.check_size(images.shape, 1 << (len(self.widths) - 1))
-        unit = functools.partial(
-            layers.ConvNorm,
-            kernel_size=3,
-            norm=self.norm,
-            activation=self.activation,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-        )
-        stage = layers.checkpointed(ResNet9Stage, self.remat)
-        x = unit(self.widths[0], name="stem")(images.astype(self.dtype), train)
-        self.sow("intermediates", "stem_map", x)
-        for i, width in enumerate(self.widths[1:], start=1):
-            x = stage(width, i in self.residual_stages, unit, name=f"stage_{i}")(x, train)
-            self.sow("intermediates", f"stage_{i}_map", x)
-        return self.logit_scale * layers.classify(self, jnp.max(x, axis=(1, 2)), train=train)
-
-
-class ResNet9Stage(nn.Module):
-    """A convolution, 2x2 max pooling and perhaps a residual: [B, H, W, C] -> [B, H / 2, W / 2, width]."""
-
-    width: int
-    residual: bool
-    unit: Callable[..., nn.Module]
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = layers.max_pool(self.unit(self.width, name="conv")(x, train), 2, 2)
-        if self.residual:
-            y = self.unit(self.width, name="residual_1")(x, train)
-            x += self.unit(self.width, name="residual_2")(y, train)
-        return x
 
 
 _PAPER = "Advancements in Deep Learning Architectures for Image Recognition, table II"
@@ -209,7 +148,6 @@ PRESETS = {
     "lenet5": Preset(LeNet5, {}, "LeCun et al. 1998, Proc. IEEE 86(11)", (32, 32, 1), 10),
     "paper_cnn": Preset(PaperCNN, {}, _PAPER, (224, 224, 3), 10),
     "paper_cnn_enhanced": Preset(PaperCNN, _ENHANCED, _PAPER, (224, 224, 3), 10),
-    "resnet9": Preset(ResNet9, {}, "Page 2018, How to train your ResNet (DAWNBench)", (32, 32, 3), 10),
     "mnist_cnn": Preset(PaperCNN, {}, _PAPER, (28, 28, 1), 10),
     "mnist_cnn_enhanced": Preset(PaperCNN, _ENHANCED, _PAPER, (28, 28, 1), 10),
 }

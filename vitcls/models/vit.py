@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vitcls.errors import UserError
-from vitcls.models import checks, layers
+from vitcls.models import checks, convolutions, layers
 from vitcls.models.preset import Preset
 
 _CHOICES = {
@@ -54,7 +54,7 @@ class VisionTransformer(nn.Module):
     squeeze_excite: float = 0.0  # width of the feed-forward network's gate, of hidden_dim; 0 for none
     aggregation: str = "token"  # g: 'token', 'mean', 'gem', 'attention', 'mean_attention'
     head_norm: bool = False  # a second norm, after the aggregation
-    grouped_conv: str = "auto"  # of local_conv; see layers.GroupedConv
+    grouped_conv: str = "auto"  # of local_conv; see convolutions.GroupedConv
     remat: bool = False  # recompute each block in the backward pass
     dtype: str = "float32"  # 'bfloat16'
     axis_name: str | None = None
@@ -322,7 +322,7 @@ class FeedForward(nn.Module):
             split = hidden.shape[1] - math.prod(self.grid)  # 1 with a class token
             token, patches = hidden[:, :split], hidden[:, split:]
             on_grid = patches.reshape(-1, *self.grid, self.mlp_dim)  # [B, N, M] -> [B, rows, columns, M]
-            local_conv = layers.conv(
+            local_conv = convolutions.conv(
                 self.mlp_dim,
                 3,
                 groups=self.mlp_dim,

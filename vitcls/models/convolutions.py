@@ -1,0 +1,198 @@
+"""Convolutions in the form that is the fastest on the platform: what benchmarks/grouped_conv.py measures."""
+
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vitcls import errors
+
+GROUPED_CONV_FORMS = ("auto", "xla", "shifted", "mixed")
+FORM_BY_PLATFORM = {"cpu": "shifted"}  # elsewhere 'xla'
+
+
+def conv(
+    features: int,
+    kernel_size: int | tuple[int, int],
+    *,
+    stride: int = 1,
+    padding: str | int | None = None,
+    groups: int = 1,
+    use_bias: bool = False,
+    grouped_conv: str = "auto",
+    dtype: str = "float32",
+    name: str = "conv",
+) -> nn.Module:
+    """A convolution [B, H, W, C] -> [B, H', W', features], grouped or not; weights start as in He et al. 2015.
+
+    `padding` None puts half the kernel on every side, for odd kernels, as PyTorch's models do. 'SAME' is TensorFlow's,
+    which for an even image and stride 2 pads right and below only.
+    """
+    if kernel_size == 1 and groups == 1 and padding in (None, 0, "SAME", "VALID"):
+        return PointwiseConv(features, stride, use_bias, dtype, name=name)
+    if isinstance(kernel_size, int):
+        padding = kernel_size // 2 if padding is None else padding
+        # The form that is best for grouped convolutions need not be so for one group.
+        form = grouped_conv if groups > 1 or grouped_conv == "xla" else "auto"
+        return GroupedConv(features, kernel_size, groups, stride, padding, use_bias, form, dtype, name=name)
+    if not isinstance(padding, str):
+        padding = [(side // 2 if padding is None else padding,) * 2 for side in kernel_size]
+    return nn.Conv(
+        features,
+        kernel_size,
+        strides=stride,
+        padding=padding,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.initializers.he_normal(),
+        name=name,
+    )
+
+
+class PointwiseConv(nn.Module):
+    """A 1x1 convolution without padding as the matrix product that it is: [B, H, W, C] -> [B, H', W', features].
+
+    The parameters are those of `nn.Conv`. XLA's CPU backend takes four to six times as long for the gradient of that
+    form (64x32x32x32 to 128 channels: 404 ms against 93 ms), and other backends make a matrix product of it anyway.
+    """
+
+    features: int
+    stride: int = 1
+    use_bias: bool = False
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.he_normal(), (1, 1, x.shape[-1], self.features))
+        y = x[:, :: self.stride, :: self.stride].astype(self.dtype) @ kernel[0, 0].astype(self.dtype)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None, None, None]
+        return y
+
+
+class GroupedConv(nn.Module):
+    """y = concat_g(W_g * x_g), the grouped convolution of the improved ResNeXt50 (section 3), [B, H, W, C] -> NHWC.
+
+    The parameters are those of `nn.Conv` with `feature_group_count=groups`, whichever form computes the same sum:
+
+        'xla'      one grouped convolution of XLA
+        'shifted'  a product of shifted images and slices of the kernel for each place in the kernel; batched matrix
+                   products over the groups, or, with one channel in a group (depthwise), products of elements
+        'mixed'    XLA's, but products of shifted images for the gradient of the kernel, which as a convolution has
+                   a window as large as the image
+        'auto'     what benchmarks/grouped_conv.py found the fastest on the platform: `FORM_BY_PLATFORM`; with one
+                   group on a CPU 'shifted' where the result is smaller than the kernel and so mostly made of padding,
+                   'mixed' where the kernel is used in very many places, else 'xla'
+
+    `padding` is 'SAME', 'VALID' or the zeros on every side.
+    """
+
+    features: int
+    kernel_size: int
+    groups: int
+    stride: int = 1
+    padding: str | int = "SAME"
+    use_bias: bool = False
+    form: str = "auto"
+    dtype: str = "float32"
+    kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.form not in GROUPED_CONV_FORMS:
+            raise errors.unknown("config.model.grouped_conv", self.form, GROUPED_CONV_FORMS)
+        channels, size = x.shape[-1], self.kernel_size
+        if channels % self.groups or self.features % self.groups:
+            raise errors.UserError(
+                f"{channels} channels to {self.features} cannot be divided into {self.groups} groups of a convolution"
+            )
+        kernel = self.param("kernel", self.kernel_init, (size, size, channels // self.groups, self.features))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        padding = [(self.padding,) * 2] * 2 if isinstance(self.padding, int) else self.padding
+        if isinstance(padding, str):
+            padding = jax.lax.padtype_to_pads(x.shape[1:3], (size, size), (self.stride, self.stride), padding)
+        padding = tuple(map(tuple, padding))
+        form = self._fastest_form(x.shape, padding) if self.form == "auto" else self.form
+        y = _CONVOLUTIONS[form](x, kernel, self.groups, self.stride, padding)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None, None, None]
+        return y
+
+    def _fastest_form(self, shape: tuple[int, ...], padding: "_Padding") -> str:
+        form = FORM_BY_PLATFORM.get(jax.default_backend(), "xla")
+        if self.groups > 1 or form == "xla":
+            return form
+        batch, *image, channels = shape
+        height, width = _result_shape(image, self.kernel_size, self.stride, padding)
+        if min(height, width) < self.kernel_size and any(map(any, padding)):
+            return "shifted"
+        many = batch * height * width >= _MANY_PLACES and channels * self.features >= _FEW_WEIGHTS
+        return "mixed" if many else "xla"
+
+
+_Padding = tuple[tuple[int, int], tuple[int, int]]  # zeros above and below, left and right
+_MANY_PLACES, _FEW_WEIGHTS = 2**14, 64  # from here on 'mixed' gains on a CPU
+
+
+def _xla_conv(x: jax.Array, kernel: jax.Array, groups: int, stride: int, padding: _Padding) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _mixed_conv(x: jax.Array, kernel: jax.Array, groups: int, stride: int, padding: _Padding) -> jax.Array:
+    return _xla_conv(x, kernel, groups, stride, padding)
+
+
+def _mixed_forward(x: jax.Array, kernel: jax.Array, groups: int, stride: int, padding: _Padding):
+    return _xla_conv(x, kernel, groups, stride, padding), (x, kernel)
+
+
+def _mixed_backward(groups: int, stride: int, padding: _Padding, saved, gradient: jax.Array):
+    x, kernel = saved
+    (of_x,) = jax.linear_transpose(lambda x: _xla_conv(x, kernel, groups, stride, padding), x)(gradient)
+    (of_kernel,) = jax.linear_transpose(lambda kernel: _shifted_conv(x, kernel, groups, stride, padding), kernel)(
+        gradient
+    )
+    return of_x, of_kernel
+
+
+_mixed_conv.defvjp(_mixed_forward, _mixed_backward)
+
+
+def _result_shape(image: Sequence[int], size: int, stride: int, padding: _Padding) -> tuple[int, int]:
+    height, width = ((length + sum(pads) - size) // stride + 1 for length, pads in zip(image, padding, strict=True))
+    return height, width
+
+
+def _shifted_conv(x: jax.Array, kernel: jax.Array, groups: int, stride: int, padding: _Padding) -> jax.Array:
+    """The sum over the kernel's places of shifted images times slices of the kernel."""
+    size, _, inputs, features = kernel.shape
+    height, width = _result_shape(x.shape[1:3], size, stride, padding)
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    batch, *image = padded.shape[:3]
+
+    def shifted(x: jax.Array, row: int, column: int, axis: int) -> jax.Array:
+        x = jax.lax.slice_in_dim(x, row, row + (height - 1) * stride + 1, stride, axis)
+        return jax.lax.slice_in_dim(x, column, column + (width - 1) * stride + 1, stride, axis + 1)
+
+    places = [(row, column) for row in range(size) for column in range(size)]
+    if inputs == 1 and features == groups:
+        return sum(shifted(padded, *place, axis=1) * kernel[place][None, None] for place in places)
+    # Groups first, so that each place of the kernel is one product of [G, B * H * W, C / G] and [G, C / G, F / G].
+    x = jax.lax.optimization_barrier(jnp.moveaxis(padded.reshape(batch, *image, groups, inputs), 3, 0))
+    kernel = jnp.moveaxis(kernel.reshape(size, size, inputs, groups, features // groups), 3, 2)
+    y = sum(shifted(x, *place, axis=2).reshape(groups, -1, inputs) @ kernel[place] for place in places)
+    y = jax.lax.optimization_barrier(y)
+    return jnp.moveaxis(y.reshape(groups, batch, height, width, -1), 0, 3).reshape(batch, height, width, features)
+
+
+_CONVOLUTIONS = {"xla": _xla_conv, "shifted": _shifted_conv, "mixed": _mixed_conv}
