@@ -111,9 +111,7 @@ def test_a_block_that_a_config_assigns_keeps_the_defaults_of_what_it_leaves_out(
     assert resolved.schedule.to_dict() == default | {"name": "linear"}
     assert resolved.model.hidden_dim == 16
     tiny_config.augment.rotate = {"probability": 0.5, "degres": 10.0}
-    with pytest.raises(
-        UserError, match=re.escape("rotate 'degres' is not known; did you mean 'degrees'?")
-    ):
+    with pytest.raises(UserError, match=re.escape("rotate 'degres' is not known; did you mean 'degrees'?")):
         config.resolve(tiny_config)
 
 

@@ -1,5 +1,3 @@
-import functools
-import itertools
 import math
 import re
 
@@ -12,8 +10,9 @@ import scipy.special
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
+from tests.models.literal import assert_near, literal_grouped_conv, normal
 from vitcls.errors import UserError
-from vitcls.models import checks, convolutions, layers
+from vitcls.models import checks, layers
 
 DROPOUT = {"dropout": jax.random.key(7)}
 
@@ -27,10 +26,6 @@ class Masks(nn.Module):
     def __call__(self, x):
         x = layers.Dropout(0.3, axis_name=self.axis_name)(x, train=True)
         return layers.DropPath(0.4, axis_name=self.axis_name)(x, train=True)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def test_masks_are_the_same_on_one_device_sharded_and_mapped():
@@ -94,174 +89,6 @@ def test_squeeze_excite(shape):
     gate = scipy.special.expit(np.maximum(mean @ reduce + reduce_bias, 0) @ expand + expand_bias)
     expected = (x.reshape(2, 9, 6) * gate[:, None]).reshape(shape)
     np.testing.assert_allclose(layers.SqueezeExcite(4).apply({"params": params}, x), expected, rtol=1e-5)
-
-
-def same_pads(length, size, stride):
-    """TensorFlow's 'SAME': ceil(length / stride) places, and the odd zero goes behind."""
-    zeros = max((-(-length // stride) - 1) * stride + size - length, 0)
-    return zeros // 2, zeros - zeros // 2
-
-
-def literal_grouped_conv(x, kernel, groups, stride, padding, cotangent_seed):
-    """concat_g(W_g * x_g) group by group in float64, and the gradients of its product with a random cotangent.
-
-    Returns the output, the cotangent and the gradients of input and kernel.
-    """
-    size = kernel.shape[0]
-    if padding == "SAME":
-        pads = [same_pads(length, size, stride) for length in x.shape[1:3]]
-    else:
-        pads = [(0, 0) if padding == "VALID" else (padding, padding)] * 2
-    x, kernel = x.astype(np.float64), kernel.astype(np.float64)
-    padded = np.pad(x, ((0, 0), *pads, (0, 0)))
-    height, width = ((length - size) // stride + 1 for length in padded.shape[1:3])
-    cotangent = normal(cotangent_seed, len(x), height, width, kernel.shape[-1])
-    outputs, padded_grad, kernel_grad = [], np.zeros_like(padded), np.zeros_like(kernel)
-    for inputs, outs in zip(
-        np.split(np.arange(x.shape[-1]), groups), np.split(np.arange(kernel.shape[-1]), groups), strict=True
-    ):
-        y = np.zeros((len(x), height, width, len(outs)))
-        for row in range(size):
-            for column in range(size):
-                place = np.ix_(
-                    range(len(x)),
-                    range(row, row + stride * height, stride),
-                    range(column, column + stride * width, stride),
-                    inputs,
-                )
-                weights = kernel[row, column][:, outs]
-                y += padded[place] @ weights
-                padded_grad[place] += cotangent[..., outs] @ weights.T
-                kernel_grad[row, column][:, outs] = np.einsum("bhwi,bhwo->io", padded[place], cotangent[..., outs])
-        outputs.append(y)
-    (top, bottom), (left, right) = pads
-    inside = padded_grad[:, top : padded.shape[1] - bottom, left : padded.shape[2] - right]
-    return np.concatenate(outputs, axis=-1), cotangent, inside, kernel_grad
-
-
-def assert_near(got, expected, tolerance=1e-5):
-    """Within `tolerance` of the largest value expected."""
-    got, expected = np.asarray(got), np.asarray(expected)
-    assert got.shape == expected.shape
-    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.abs(expected).max())
-
-
-# Channels, features, groups: depthwise, depthwise that makes two of each channel, groups of several, one group.
-GROUPINGS = {"depthwise": (4, 4, 4), "multiplied": (3, 6, 3), "grouped": (4, 6, 2), "ungrouped": (3, 2, 1)}
-
-
-def grouped_conv_cases():
-    """All kernels, strides, groupings and paddings; those that only take longer to compile are slow."""
-    for size, stride, grouping in itertools.product((1, 3, 5, 7), (1, 2), GROUPINGS):
-        fast, slow = ("SAME", "VALID", size // 2, 2), ()
-        if size > 3:
-            fast, slow = (("SAME",), fast[1:]) if grouping in ("depthwise", "grouped") else ((), fast)
-        for paddings, marks in ((fast, ()), (slow, pytest.mark.slow)):
-            if paddings:
-                yield pytest.param(size, stride, grouping, paddings, marks=marks)
-
-
-@pytest.mark.parametrize(("size", "stride", "grouping", "paddings"), list(grouped_conv_cases()))
-def test_both_forms_of_a_grouped_convolution_are_the_concatenation_over_groups(size, stride, grouping, paddings):
-    channels, features, groups = GROUPINGS[grouping]
-    x, kernel = normal(0, 2, 8, 7, channels), normal(1, size, size, channels // groups, features)  # even and odd
-    cases = {
-        (padding, form): convolutions.GroupedConv(features, size, groups, stride, padding, form=form)
-        for padding in paddings
-        for form in ("xla", "shifted")
-    }
-    expected = {padding: literal_grouped_conv(x, kernel, groups, stride, padding, 2) for padding, _ in cases}
-
-    @jax.jit
-    def run(x, kernel):
-        def outputs_and_gradients(conv, cotangent):
-            y, pull = jax.vjp(lambda x, kernel: conv.apply({"params": {"kernel": kernel}}, x), x, kernel)
-            return y, *pull(cotangent)
-
-        return [outputs_and_gradients(conv, expected[padding][1]) for (padding, _), conv in cases.items()]
-
-    for (padding, _), got in zip(cases, run(x, kernel), strict=True):
-        y, _, input_grad, kernel_grad = expected[padding]
-        for one, other in zip(got, (y, input_grad, kernel_grad), strict=True):
-            assert_near(one, other)
-
-
-@pytest.mark.parametrize("form", convolutions.GROUPED_CONV_FORMS)
-def test_a_grouped_convolution_has_the_parameters_of_flax(form):
-    x, init = normal(0, 2, 5, 4, 6), nn.initializers.he_normal()
-    ours = convolutions.GroupedConv(8, 3, 2, 2, use_bias=True, form=form)
-    flax = nn.Conv(8, (3, 3), 2, feature_group_count=2, kernel_init=init)
-    params = ours.init(jax.random.key(0), x)
-    jax.tree.map(np.testing.assert_array_equal, params, flax.init(jax.random.key(0), x))
-
-    params = jax.tree.map(lambda leaf: normal(1, *leaf.shape), params)
-    assert_near(ours.apply(params, x), flax.apply(params, x))
-    without = convolutions.GroupedConv(8, 3, 2, 2, form=form).init(jax.random.key(0), x)["params"]
-    assert set(without) == {"kernel"}
-
-
-@pytest.mark.parametrize("form", ["xla", "shifted"])
-def test_a_grouped_convolution_computes_in_its_type_and_keeps_float32_parameters(form):
-    x = normal(0, 2, 5, 4, 4)
-    conv = convolutions.GroupedConv(4, 3, 4, use_bias=True, form=form, dtype="bfloat16")
-    y, variables = conv.init_with_output(jax.random.key(0), x)
-    assert y.dtype == jnp.bfloat16
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
-    assert_near(y.astype(jnp.float32), conv.clone(dtype="float32").apply(variables, x), 0.03)
-
-
-def test_the_form_of_a_grouped_convolution_follows_the_platform_unless_named(monkeypatch):
-    x = normal(0, 1, 4, 4, 4)
-
-    def uses_xla(form):
-        conv = convolutions.GroupedConv(4, 3, 4, form=form)
-        return "conv_general_dilated" in str(jax.make_jaxpr(lambda x: conv.init_with_output(jax.random.key(0), x))(x))
-
-    assert [uses_xla(form) for form in ("auto", "xla", "shifted")] == [False, True, False]
-    monkeypatch.setattr(layers, "FORM_BY_PLATFORM", {})
-    assert [uses_xla(form) for form in ("auto", "xla", "shifted")] == [True, True, False]
-
-
-@pytest.mark.parametrize(("channels", "features", "groups"), [(6, 8, 4), (8, 6, 4)])
-def test_channels_that_groups_do_not_divide_are_an_error(channels, features, groups):
-    said = f"{channels} channels to {features} cannot be divided into {groups} groups"
-    with pytest.raises(UserError, match=said):
-        convolutions.GroupedConv(features, 3, groups).init(jax.random.key(0), normal(0, 1, 4, 4, channels))
-
-
-def test_an_unknown_form_of_grouped_convolution_is_an_error():
-    with pytest.raises(UserError, match=r"config\.model\.grouped_conv 'shift' is not known; did you mean 'shifted'"):
-        convolutions.GroupedConv(4, 3, 2, form="shift").init(jax.random.key(0), normal(0, 1, 4, 4, 4))
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("padding", [None, 0, 1, "SAME", "VALID"])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_conv_pads_half_the_kernel_on_every_side_unless_told_otherwise(stride, padding, groups):
-    x = normal(0, 2, 6, 5, 4)
-    conv = convolutions.conv(6, 3, stride=stride, padding=padding, groups=groups, name="any")
-    y, variables = conv.init_with_output(jax.random.key(0), x)
-    (kernel,) = jax.tree.leaves(variables)  # and no bias
-    expected, *_ = literal_grouped_conv(x, np.asarray(kernel), groups, stride, 1 if padding is None else padding, 0)
-    assert_near(y, expected)
-    assert convolutions.conv(6, 3, groups=groups, use_bias=True).init(jax.random.key(0), x)["params"]["bias"].shape == (
-        6,
-    )
-
-
-def test_conv_takes_kernels_that_are_not_square():
-    x = normal(0, 2, 6, 5, 3)
-    y, variables = convolutions.conv(4, (1, 7)).init_with_output(jax.random.key(0), x)
-    assert variables["params"]["kernel"].shape == (1, 7, 3, 4)
-    assert_near(y, nn.Conv(4, (1, 7), padding="SAME", use_bias=False).apply(variables, x))
-
-
-@pytest.mark.parametrize("groups", [1, 8])
-def test_convolutions_start_so_that_a_relu_keeps_the_variance(groups):
-    conv = convolutions.conv(256, 3, groups=groups)
-    kernel = conv.init(jax.random.key(0), jnp.zeros((1, 3, 3, 64)))["params"]["kernel"]
-    inputs = 9 * 64 // groups
-    np.testing.assert_allclose(np.std(kernel), math.sqrt(2 / inputs), rtol=0.02)
 
 
 def normalized(x, axes, scale, shift, epsilon):
@@ -655,32 +482,3 @@ def test_max_pooling_and_its_gradient_are_those_of_the_windows(size, stride, pad
     weights = jnp.asarray(rng.normal(size=windows(x).shape), jnp.float32)
     gradients = [jax.grad(lambda x, pool=pool: jnp.sum(weights * pool(x)))(x) for pool in (shifted, windows)]
     np.testing.assert_allclose(*gradients, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "side, stride, form, shifted",
-    [(2, 1, "auto", True), (4, 2, "auto", True), (8, 1, "auto", False), (2, 1, "xla", False)],
-)
-def test_an_ungrouped_convolution_is_shifted_only_where_its_result_is_smaller_than_its_kernel(
-    side, stride, form, shifted
-):
-    layer = convolutions.conv(4, 3, stride=stride, grouped_conv=form)
-    x = jnp.zeros((1, side, side, 4))
-    variables = layer.init(jax.random.key(0), x)
-    assert ("conv_general_dilated" not in str(jax.make_jaxpr(layer.apply)(variables, x))) == shifted
-
-
-@pytest.mark.parametrize("stride, padding", [(1, 1), (2, "SAME"), (1, "VALID")])
-def test_gradients_of_a_convolution_in_many_places_are_those_of_xla(stride, padding):
-    """16,384 places and more, where the kernel's gradient is shifted products on a CPU."""
-    x = jax.random.normal(jax.random.key(0), (80, 32, 32, 4) if stride == 2 else (84, 16, 16, 4))
-
-    def gradients(form):
-        layer = convolutions.GroupedConv(16, 3, 1, stride, padding, form=form)
-        variables = layer.init(jax.random.key(1), x[:1])
-        function = jax.value_and_grad(lambda v, x: jnp.mean(jnp.sin(layer.apply(v, x))), argnums=(0, 1))
-        return jax.jit(function)(variables, x), str(jax.make_jaxpr(function)(variables, x))
-
-    (ours, jaxpr), (expected, jaxpr_of_xla) = gradients("auto"), gradients("xla")
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), ours, expected)
-    assert jaxpr.count("conv_general_dilated[") == jaxpr_of_xla.count("conv_general_dilated[") - 1

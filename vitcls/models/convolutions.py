@@ -84,7 +84,7 @@ class GroupedConv(nn.Module):
                    a window as large as the image
         'auto'     what benchmarks/grouped_conv.py found the fastest on the platform: `FORM_BY_PLATFORM`; with one
                    group on a CPU 'shifted' where the result is smaller than the kernel and so mostly made of padding,
-                   'mixed' where the kernel is used in very many places, else 'xla'
+                   else 'mixed', or 'xla' for few features
 
     `padding` is 'SAME', 'VALID' or the zeros on every side.
     """
@@ -124,16 +124,14 @@ class GroupedConv(nn.Module):
         form = FORM_BY_PLATFORM.get(jax.default_backend(), "xla")
         if self.groups > 1 or form == "xla":
             return form
-        batch, *image, channels = shape
-        height, width = _result_shape(image, self.kernel_size, self.stride, padding)
+        height, width = _result_shape(shape[1:3], self.kernel_size, self.stride, padding)
         if min(height, width) < self.kernel_size and any(map(any, padding)):
             return "shifted"
-        many = batch * height * width >= _MANY_PLACES and channels * self.features >= _FEW_WEIGHTS
-        return "mixed" if many else "xla"
+        return "mixed" if self.features >= _ENOUGH_FEATURES else "xla"
 
 
 _Padding = tuple[tuple[int, int], tuple[int, int]]  # zeros above and below, left and right
-_MANY_PLACES, _FEW_WEIGHTS = 2**14, 64  # from here on 'mixed' gains on a CPU
+_ENOUGH_FEATURES = 32  # from here on 'mixed' is not slower than 'xla' on a CPU
 
 
 def _xla_conv(x: jax.Array, kernel: jax.Array, groups: int, stride: int, padding: _Padding) -> jax.Array:
