@@ -146,7 +146,7 @@ def test_an_ungrouped_convolution_is_shifted_only_where_its_result_is_smaller_th
 
 
 @pytest.mark.parametrize("stride, padding", [(1, 1), (2, "SAME"), (1, "VALID")])
-def test_gradients_of_a_convolution_are_those_of_xla_though_a_cpu_shifts_that_of_the_kernel(stride, padding):
+def test_gradients_of_a_convolution_are_those_of_xla_though_a_cpu_shifts_them(stride, padding):
     x = jax.random.normal(jax.random.key(0), (2, 9, 8, 4))
 
     def gradients(form):
@@ -157,4 +157,4 @@ def test_gradients_of_a_convolution_are_those_of_xla_though_a_cpu_shifts_that_of
 
     (ours, jaxpr), (expected, jaxpr_of_xla) = gradients("auto"), gradients("xla")
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), ours, expected)
-    assert jaxpr.count("conv_general_dilated[") == jaxpr_of_xla.count("conv_general_dilated[") - 1
+    assert [text.count("conv_general_dilated[") for text in (jaxpr, jaxpr_of_xla)] == [1, 3]

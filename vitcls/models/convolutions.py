@@ -80,8 +80,8 @@ class GroupedConv(nn.Module):
         'xla'      one grouped convolution of XLA
         'shifted'  a product of shifted images and slices of the kernel for each place in the kernel; batched matrix
                    products over the groups, or, with one channel in a group (depthwise), products of elements
-        'mixed'    XLA's, but products of shifted images for the gradient of the kernel, which as a convolution has
-                   a window as large as the image
+        'mixed'    XLA's, with the gradients of 'shifted': that of the kernel, as a convolution, has a window as large
+                   as the image
         'auto'     what benchmarks/grouped_conv.py found the fastest on the platform: `FORM_BY_PLATFORM`; with one
                    group on a CPU 'shifted' where the result is smaller than the kernel and so mostly made of padding,
                    else 'mixed', or 'xla' for few features
@@ -156,11 +156,8 @@ def _mixed_forward(x: jax.Array, kernel: jax.Array, groups: int, stride: int, pa
 
 def _mixed_backward(groups: int, stride: int, padding: _Padding, saved, gradient: jax.Array):
     x, kernel = saved
-    (of_x,) = jax.linear_transpose(lambda x: _xla_conv(x, kernel, groups, stride, padding), x)(gradient)
-    (of_kernel,) = jax.linear_transpose(lambda kernel: _shifted_conv(x, kernel, groups, stride, padding), kernel)(
-        gradient
-    )
-    return of_x, of_kernel
+    _, pull = jax.vjp(lambda x, kernel: _shifted_conv(x, kernel, groups, stride, padding), x, kernel)
+    return pull(gradient)
 
 
 _mixed_conv.defvjp(_mixed_forward, _mixed_backward)
