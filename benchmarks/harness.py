@@ -42,7 +42,7 @@ class Timing:
 
     def spread(self, scale: float = 1e3) -> str:
         """'fastest..slowest', in milliseconds unless `scale` says otherwise."""
-        return f"{scale * min(self.seconds):.4g}..{scale * max(self.seconds):.4g}"
+        return f"{_number(scale * min(self.seconds))}..{_number(scale * max(self.seconds))}"
 
 
 def measure(call: Callable[[], Any], *, repeats: int) -> Timing:
@@ -150,7 +150,11 @@ def _command() -> str:
 def _text(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return _number(value) if isinstance(value, float) else str(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def in_child(module: str, arguments: Sequence[str], *, environment: dict[str, str] | None = None) -> dict[str, Any]:
