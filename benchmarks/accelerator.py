@@ -3,20 +3,23 @@
     python -m benchmarks.accelerator --out=results [--data_dir=DIR] [--only=throughput,attention] [--list]
 
 Every part is a command of its own, which is printed before it runs, and a part that fails does not stop the others.
-The tables are under --out, and so are the workdirs of the trainings, which go on where they were when this command is
-given again. The goals are for one NVIDIA H200 in bfloat16.
+The tables are under --out, one of all trainings and their means among them, and so are the workdirs of the trainings,
+which go on where they were when this command is given again. The goals are for one NVIDIA H200 in bfloat16.
 """
 
 import argparse
+import json
 import os
 import pathlib
 import shlex
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from benchmarks import harness
 from vitcls import cli, errors
 
 SEEDS, SPRINT_SEEDS = (0, 1, 2), range(20)
@@ -41,6 +44,7 @@ class Part(NamedTuple):
     name: str
     command: list[str]
     goal: str
+    workdir: pathlib.Path | None = None  # of a training
 
 
 def parts(out: pathlib.Path, data_dir: str) -> list[Part]:
@@ -53,9 +57,10 @@ def parts(out: pathlib.Path, data_dir: str) -> list[Part]:
 
     def train(name: str, config: str, seeds: Iterable[int], goal: str) -> None:
         for seed in seeds:
-            words = [f"--config=configs/{config}", f"--workdir={out / name}_{seed}", f"--config.seed={seed}"]
+            workdir = out / f"{name}_{seed}"
+            words = [f"--config=configs/{config}", f"--workdir={workdir}", f"--config.seed={seed}"]
             words.append(f"--config.dataset.data_dir={data_dir}")
-            found.append(Part(name, [sys.executable, "-m", "vitcls.main", *words], goal))
+            found.append(Part(name, [sys.executable, "-m", "vitcls.main", *words], goal, workdir))
 
     bf16, data = "--dtype=bfloat16", f"--data_dir={data_dir}"
     found.append(Part("correctness", [sys.executable, "-m", "pytest", "-q", *CORRECTNESS], "all pass on the device"))
@@ -85,6 +90,31 @@ def parts(out: pathlib.Path, data_dir: str) -> list[Part]:
     return found
 
 
+def trained_row(part: Part, wall_seconds: float) -> harness.Row:
+    """What a training that has ended came to."""
+    results = json.loads((part.workdir / "report" / "metrics.json").read_text())
+    seed = json.loads((part.workdir / "config.json").read_text())["seed"]
+    return {
+        "training": part.name,
+        "seed": seed,
+        "test accuracy %": 100 * results["accuracy"],
+        "seconds of training": results["train_seconds"],
+        "seconds of the command": wall_seconds,
+        "goal": part.goal,
+    }
+
+
+def with_means(rows: list[harness.Row]) -> list[harness.Row]:
+    """The rows, and after those of each training their means, and the deviation of the accuracy between seeds."""
+    shown = []
+    for name in dict.fromkeys(row["training"] for row in rows):
+        runs = [row for row in rows if row["training"] == name]
+        means = {key: statistics.fmean(row[key] for row in runs) for key in runs[0] if isinstance(runs[0][key], float)}
+        deviation = statistics.stdev(row["test accuracy %"] for row in runs) if len(runs) > 1 else None
+        shown += [*runs, {"training": name, "seed": f"mean of {len(runs)}"} | means | {"deviation": deviation}]
+    return shown
+
+
 def main(argv: list[str]) -> int:
     flags = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results"))
@@ -96,7 +126,7 @@ def main(argv: list[str]) -> int:
     wanted = set(filter(None, args.only.split(",")))
     for name in wanted - {part.name for part in chosen}:
         raise errors.unknown("part", name, {part.name for part in chosen})
-    failed = []
+    failed, trained = [], []
     for part in chosen:
         if wanted and part.name not in wanted:
             continue
@@ -105,8 +135,13 @@ def main(argv: list[str]) -> int:
             continue
         start = time.monotonic()
         code = subprocess.run(part.command, env=os.environ | {"VITCLS_TEST_PLATFORM": "default"}).returncode
-        print(f"-- {part.name}: exit code {code} after {time.monotonic() - start:.0f} s", flush=True)
+        seconds = time.monotonic() - start
+        print(f"-- {part.name}: exit code {code} after {seconds:.0f} s", flush=True)
         failed += [part.name] * (code != 0)
+        if part.workdir and code == 0:
+            trained.append(trained_row(part, seconds))
+    if trained:
+        harness.publish("trainings", with_means(trained), str(args.out / "trainings"))
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))

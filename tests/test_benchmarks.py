@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from benchmarks import harness, scaling, startup, throughput, workload
+from benchmarks import accelerator, harness, scaling, startup, throughput, workload
 from benchmarks.peers import vit_fields
 from vitcls import models, overview, partition
 
@@ -98,6 +98,18 @@ def test_out_of_memory_is_a_row(tmp_path):
     assert (large["batch"], large["error"]) == (4096, "out of memory")
     assert {"run", "device", "versions", "date", "command"} <= set(report["about"])
     assert (tmp_path / "throughput.csv").read_text().splitlines()[0].startswith("model,batch,")
+
+
+def test_trainings_are_summed_up_by_their_means(trained):
+    row = accelerator.trained_row(accelerator.Part("tiny", [], "a goal", trained), 10.0)
+    accuracy = json.loads((trained / "report" / "metrics.json").read_text())["accuracy"]
+    assert (row["training"], row["seed"], row["test accuracy %"]) == ("tiny", 0, pytest.approx(100 * accuracy))
+    better, other = row | {"seed": 1, "test accuracy %": 100 * accuracy + 2}, row | {"training": "other"}
+    rows = accelerator.with_means([row, other, better])
+    assert [line["seed"] for line in rows] == [0, 1, "mean of 2", 0, "mean of 1"]
+    assert rows[2]["test accuracy %"] == pytest.approx(100 * accuracy + 1)
+    assert rows[2]["deviation"] == pytest.approx(2**0.5)
+    assert rows[4]["deviation"] is None
 
 
 def test_an_unknown_model_is_one_line_and_code_2():
