@@ -84,7 +84,7 @@ class GroupedConv(nn.Module):
                    as the image
         'auto'     what benchmarks/grouped_conv.py found the fastest on the platform: `FORM_BY_PLATFORM`; with one
                    group on a CPU 'shifted' where the result is smaller than the kernel and so mostly made of padding,
-                   else 'mixed', or 'xla' for few features
+                   else 'mixed', or 'xla' for few features and for very large kernels
 
     `padding` is 'SAME', 'VALID' or the zeros on every side.
     """
@@ -127,11 +127,12 @@ class GroupedConv(nn.Module):
         height, width = _result_shape(shape[1:3], self.kernel_size, self.stride, padding)
         if min(height, width) < self.kernel_size and any(map(any, padding)):
             return "shifted"
-        return "mixed" if self.features >= _ENOUGH_FEATURES else "xla"
+        gains = self.features >= _ENOUGH_FEATURES and self.kernel_size <= _LARGEST_KERNEL
+        return "mixed" if gains else "xla"
 
 
 _Padding = tuple[tuple[int, int], tuple[int, int]]  # zeros above and below, left and right
-_ENOUGH_FEATURES = 32  # from here on 'mixed' is not slower than 'xla' on a CPU
+_ENOUGH_FEATURES, _LARGEST_KERNEL = 32, 7  # where 'mixed' is not slower than 'xla' on a CPU
 
 
 def _xla_conv(x: jax.Array, kernel: jax.Array, groups: int, stride: int, padding: _Padding) -> jax.Array:
