@@ -1,4 +1,4 @@
-"""Preparing a set: the failures for real, in processes whose only way to the network is a closed port."""
+"""Preparing a set: the failures for real, in processes whose only way to the network is a port that leads nowhere."""
 
 import os
 import pathlib
@@ -18,15 +18,29 @@ from vitcls.prepare import _nothing_half_done, main, prepare
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
+def environment_behind(proxy: socket.socket) -> dict[str, str]:
+    """The environment of a process whose only way to the network is this port."""
+    proxy.bind(("127.0.0.1", 0))
+    address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+    names = [f"{scheme}_proxy" for scheme in ("http", "https", "ftp", "all")]
+    environment = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+    return environment | dict.fromkeys(names, address) | dict.fromkeys(map(str.upper, names), address)
+
+
 @pytest.fixture
 def offline():
-    """The environment of a process that cannot reach the network: its proxy is a port on which nobody listens."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound, but not listening: connections are refused
-        proxy = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        names = [f"{scheme}_proxy" for scheme in ("http", "https", "ftp", "all")]
-        environment = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
-        yield environment | dict.fromkeys(names, proxy) | dict.fromkeys(map(str.upper, names), proxy)
+    """The environment of a process whose connections are refused."""
+    with socket.socket() as proxy:
+        yield environment_behind(proxy)
+
+
+@pytest.fixture
+def stalled():
+    """The environment of a process whose connections are taken and never answered."""
+    with socket.socket() as proxy:
+        environment = environment_behind(proxy)
+        proxy.listen()
+        yield environment
 
 
 def start(*arguments, environment) -> subprocess.Popen:
@@ -66,9 +80,9 @@ def test_a_failed_download_is_one_line_and_leaves_everything_as_it_was(offline, 
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_download_leaves_everything_as_it_was(offline, used_directory, number, code):
+def test_a_stopped_download_leaves_everything_as_it_was(stalled, used_directory, number, code):
     before = tree(used_directory)
-    process = start("cifar10", f"--data_dir={used_directory}", environment=offline)
+    process = start("cifar10", f"--data_dir={used_directory}", environment=stalled)
     deadline = time.monotonic() + 60
     while not list(used_directory.glob("downloads/cifar10/*.tmp.*")):
         assert process.poll() is None and time.monotonic() < deadline
