@@ -26,6 +26,7 @@ from vitcls import cli
 Row = dict[str, Any]
 _RUN_VARIABLE = "VITCLS_BENCHMARK_RUN"
 _LIBRARIES = ("jax", "flax", "optax", "tensorflow-cpu", "tensorflow", "keras", "torch", "timm")
+OUT_OF_MEMORY = "out of memory"
 RUN = os.environ.setdefault(_RUN_VARIABLE, uuid.uuid4().hex[:8])  # child processes belong to the run of their parent
 
 
@@ -168,7 +169,7 @@ def in_child(module: str, arguments: Sequence[str], *, environment: dict[str, st
     lines = ran.stdout.strip().splitlines()
     if ran.returncode == 0 and lines:
         return json.loads(lines[-1])
-    if ran.returncode == -9 or "RESOURCE_EXHAUSTED" in ran.stderr or "out of memory" in ran.stderr.lower():
-        return {"error": "out of memory"}
+    if ran.returncode == -9 or "RESOURCE_EXHAUSTED" in ran.stderr or OUT_OF_MEMORY in ran.stderr.lower():
+        return {"error": OUT_OF_MEMORY}
     words = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
     return {"error": words[-1][:200]}

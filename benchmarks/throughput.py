@@ -4,7 +4,8 @@
     python -m benchmarks.throughput --sweep --image_size=64 --batch=8          # all models
     python -m benchmarks.throughput --model=vit_large_patch16 --batch=256 --dtype=bfloat16 --find_largest_batch
 
-Every row has a process of its own. One that runs out of memory is a row that says so. FLOPs utilisation counts three
+Every row has a process of its own. One that runs out of memory is a row that says so; with --memory_limit_gib it is not
+even run, and the row says what the compiled step would have needed. FLOPs utilisation counts three
 forward passes per trained image, whatever is recomputed, over the peak of the devices.
 """
 
@@ -51,8 +52,14 @@ def run(job: Job) -> harness.Row:
     planned = trainer.compiled.memory_analysis()
     needed = planned.argument_size_in_bytes + planned.temp_size_in_bytes + planned.output_size_in_bytes
     needed -= planned.alias_size_in_bytes
+    plan = {
+        "image size": info.image_shape[0],
+        "compile s": trainer.compile_seconds,
+        "activations MiB": planned.temp_size_in_bytes / MIB,
+        "planned MiB": needed / MIB,
+    }
     if job.memory_limit_gib and needed > job.memory_limit_gib * 2**30:
-        raise MemoryError(f"out of memory: {needed / 2**30:.1f} GiB")
+        return plan | {"error": harness.OUT_OF_MEMORY}
     train = harness.measure(trainer, repeats=job.repeats)
     peak_bytes, of = workload.peak_memory_bytes()
     infer = harness.measure(trainer.inference(), repeats=job.repeats)
@@ -60,17 +67,13 @@ def run(job: Job) -> harness.Row:
     speed = trainer.images_per_call / train.median
     peak = job.peak_tflops or workload.peak_tflops(jax.devices()[0].device_kind, job.dtype)
     used = speed * workload.train_flops_per_image(config, info) / jax.device_count() / 1e12
-    return {
-        "image size": info.image_shape[0],
+    return plan | {
         "train images/s": speed,
         "step ms": 1e3 * train.median / trainer.steps_per_call,
         "fastest..slowest": train.spread(1e3 / trainer.steps_per_call),
         "inference images/s": job.batch / infer.median,
         "model TFLOP/s per device": used,
         "utilisation %": 100 * used / peak if peak else None,
-        "compile s": trainer.compile_seconds,
-        "activations MiB": planned.temp_size_in_bytes / MIB,
-        "planned MiB": needed / MIB,
         f"peak MiB ({of})": peak_bytes / MIB,
     }
 
@@ -101,7 +104,7 @@ def find_largest_batch(
     while not fails or fails - fits > unit:
         batch = (fits + fails) // 2 // unit * unit if fails else max(2 * fits, job.batch)
         row, about = measure(dataclasses.replace(job, batch=batch))
-        if row.get("error") == "out of memory":
+        if row.get("error") == harness.OUT_OF_MEMORY:
             fails = batch
         elif "error" in row:
             return row, about

@@ -96,6 +96,8 @@ def test_out_of_memory_is_a_row(tmp_path):
     assert small["train images/s"] > 0
     assert small["planned MiB"] < 51.2
     assert (large["batch"], large["error"]) == (4096, "out of memory")
+    assert large["planned MiB"] > 51.2
+    assert "train images/s" not in large
     assert {"run", "device", "versions", "date", "command"} <= set(report["about"])
     assert (tmp_path / "throughput.csv").read_text().splitlines()[0].startswith("model,batch,")
 
