@@ -84,7 +84,7 @@ class GroupedConv(nn.Module):
                    as the image
         'auto'     what benchmarks/grouped_conv.py found the fastest on the platform: `FORM_BY_PLATFORM`; with one
                    group on a CPU 'shifted' where the result is smaller than the kernel and so mostly made of padding,
-                   else 'mixed', or 'xla' for few features and for very large kernels
+                   'mixed' where a kernel of at most 7x7 is used in very many places, else 'xla'
 
     `padding` is 'SAME', 'VALID' or the zeros on every side.
     """
@@ -127,12 +127,13 @@ class GroupedConv(nn.Module):
         height, width = _result_shape(shape[1:3], self.kernel_size, self.stride, padding)
         if min(height, width) < self.kernel_size and any(map(any, padding)):
             return "shifted"
-        gains = self.features >= _ENOUGH_FEATURES and self.kernel_size <= _LARGEST_KERNEL
-        return "mixed" if gains else "xla"
+        many_places = shape[0] * height * width >= _MANY_PLACES
+        wide = shape[-1] * self.features >= _WIDE
+        return "mixed" if many_places and wide and self.kernel_size <= _LARGEST_KERNEL else "xla"
 
 
 _Padding = tuple[tuple[int, int], tuple[int, int]]  # zeros above and below, left and right
-_ENOUGH_FEATURES, _LARGEST_KERNEL = 32, 7  # where 'mixed' is not slower than 'xla' on a CPU
+_MANY_PLACES, _WIDE, _LARGEST_KERNEL = 2**14, 128, 7  # where 'mixed' is not slower than 'xla' in a step on a CPU
 
 
 def _xla_conv(x: jax.Array, kernel: jax.Array, groups: int, stride: int, padding: _Padding) -> jax.Array:
