@@ -3,9 +3,9 @@
     python -m vitcls.main --config=configs/sprint_cifar10.py --workdir=runs/sprint
 
 All 50,000 training images are trained on, and nothing but the end of the run is evaluated. What differs from the
-original: flips are drawn, not alternated between epochs, and there is no Lookahead, for which this takes 11 epochs
-where the original takes 9.9. Quote the mean over at least 20 seeds (`python -m benchmarks.accelerator
---only=sprint_cifar10`).
+original: flips are drawn, not alternated between epochs, and there is no Lookahead, for which this has 11 epochs where
+the original has 9.9. It has not been run to its end yet (docs/results.md has one epoch). Quote the mean over at least
+20 seeds (`python -m benchmarks.accelerator --only=sprint_cifar10`).
 """
 
 from vitcls.config import default_config

@@ -124,7 +124,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     in from its preset, and the data directory no longer depends on where one stands. Raises UserError for an unknown
     model or key.
     """
-    resolved = ConfigDict(_complete(config.to_dict(), default_config(config.model.name).to_dict()))
+    blocks = {key: value for key, value in config.to_dict().items() if key != "model"}
+    resolved = ConfigDict(_complete(blocks, default_config(config.model.name).to_dict()))
     fields = {key: value for key, value in config.model.items() if key != "name" and value is not None}
     models.create(config.model.name, 2, **fields)
     resolved.model = ConfigDict({"name": config.model.name, **models.fields(config.model.name), **fields})
@@ -133,16 +134,17 @@ def resolve(config: ConfigDict) -> ConfigDict:
     return resolved.lock()
 
 
-def _complete(given: dict, defaults: dict, block: str = "") -> dict:
-    """`given` with the keys that it lacks, and in the order of `defaults`; all but the model's, which has its own."""
+def _complete(given: dict, defaults: dict, block: str = "config") -> dict:
+    """`given` with the keys that it lacks, in the order of `defaults`; raises UserError for one that is not there."""
     for key in given:
-        if key not in defaults and block != "model.":
-            raise errors.unknown(f"key of config.{block.rstrip('.')}".rstrip("."), key, defaults)
-    complete = {}
-    for key, default in (defaults | given).items():
-        nested = isinstance(default, dict) and key in given
-        complete[key] = _complete(given[key], defaults[key], f"{block}{key}.") if nested else given.get(key, default)
-    return complete
+        if key not in defaults:
+            raise errors.unknown(f"key of {block}", key, defaults)
+    return {
+        key: _complete(given.get(key, {}), default, f"{block}.{key}")
+        if isinstance(default, dict)
+        else given.get(key, default)
+        for key, default in defaults.items()
+    }
 
 
 def validate(config: ConfigDict) -> None:

@@ -1,19 +1,16 @@
 import functools
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from flax import traverse_util
 
+from tests.models import reference
 from vitcls import models
 from vitcls.errors import UserError
 from vitcls.models.from_torch import from_torch
 
 CLASSES = 5
-reference = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("reference.py"))))
 
 _VGG = {"widths": (4, 8, 8, 16, 16), "head_width": 32}
 _DENSENET = {"depths": (2, 3, 2), "growth_rate": 8}
