@@ -43,6 +43,14 @@ def stalled():
         yield environment
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """SIGINT reaches what is started here, also where this process ignores it (as a shell's background jobs do)."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a handler ends with exec, ignoring does not
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 def start(*arguments, environment) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "vitcls.prepare", *arguments],
@@ -51,7 +59,6 @@ def start(*arguments, environment) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
 
 
