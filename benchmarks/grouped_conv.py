@@ -1,17 +1,17 @@
 """XLA's convolutions against shifted products: single layers, and a training step of ResNeXt-50.
 
     python -m benchmarks.grouped_conv [--out=DIR] [--repeats=5] [--step]
+    python -m benchmarks.grouped_conv --dtype=bfloat16 --scale=16 --calls=50 --step --image_size=224    # a GPU
 
-The fastest form on a platform belongs into convolutions.FORM_BY_PLATFORM. `--step` adds the training step.
+The fastest form on a platform belongs into convolutions.FORM_BY_PLATFORM. `--step` adds the training step, `--calls`
+shares a dispatch between layers that take no longer than one.
 """
 
-import functools
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from benchmarks import harness, workload
 from vitcls import cli, partition
@@ -60,50 +60,51 @@ LAYERS = (
 )
 
 
-def layer_calls(form: str, shape: Layer) -> dict[str, Callable]:
-    """Calls of one layer, float32: forward, and forward and backward."""
-    layer = convolutions.GroupedConv(shape.features, shape.kernel, shape.groups, shape.stride, form=form)
-    images = jax.random.normal(jax.random.key(0), (shape.batch, shape.side, shape.side, shape.channels))
+def layer_calls(form: str, shape: Layer, dtype: str, calls: int) -> dict[str, Callable]:
+    """Calls of one layer: forward, and forward and backward."""
+    layer = convolutions.GroupedConv(shape.features, shape.kernel, shape.groups, shape.stride, form=form, dtype=dtype)
+    images = jax.random.normal(jax.random.key(0), (shape.batch, shape.side, shape.side, shape.channels), dtype)
     variables = layer.init(jax.random.key(1), images[:1])
-    forward = jax.jit(layer.apply)
-    gradients = jax.jit(jax.value_and_grad(lambda v, x: jnp.sum(jnp.sin(layer.apply(v, x))), argnums=(0, 1)))
-    return {
-        "forward": functools.partial(forward, variables, images),
-        "forward + backward": functools.partial(gradients, variables, images),
-    }
+    return harness.forward_and_backward(layer.apply, (variables, images), calls)
 
 
-def step_call(form: str) -> Callable:
-    """A training step of ResNeXt-50 32x4d, 16 images of 64x64."""
+def step_call(form: str, batch: int, image_size: int, dtype: str) -> workload.Trainer:
+    """Training steps of ResNeXt-50 32x4d; 'xla' is for all its convolutions, any other form for the grouped ones."""
     overrides = (f"model.grouped_conv={form}", "optimizer.name=sgd")
-    config = workload.make_config("resnext50_32x4d", 16, overrides=overrides)
-    info = workload.make_info("resnext50_32x4d", image_size=64)
+    config = workload.make_config("resnext50_32x4d", batch, dtype=dtype, overrides=overrides)
+    info = workload.make_info("resnext50_32x4d", image_size=image_size)
     return workload.Trainer(config, info, partition.all_devices("data"))
 
 
 def main(argv: list[str]) -> None:
     parser = harness.parser(__doc__)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--scale", type=int, default=1, help="times as many images in every batch")
+    parser.add_argument("--calls", type=int, default=1, help="calls of a layer in one program")
     parser.add_argument("--step", action="store_true", help="the training step of ResNeXt-50 too; minutes on a CPU")
+    parser.add_argument("--image_size", type=int, default=64, help="of the step, pixels")
     flags = parser.parse_args(argv)
 
     rows = []
 
-    def compare(what: str, calls: dict[str, Callable]) -> None:
-        timings = harness.alternate(calls, repeats=flags.repeats)
-        row: harness.Row = {"what": what}
+    def compare(what: str, turns: dict[str, Callable], calls: int = 1) -> None:
+        timings = harness.alternate(turns, repeats=flags.repeats)
+        row: harness.Row = {"what": what, "dtype": flags.dtype}
         for form, timing in timings.items():
-            row |= {f"{form} ms": 1e3 * timing.median, f"{form} fastest..slowest": timing.spread()}
+            row |= {f"{form} ms": 1e3 * timing.median / calls, f"{form} fastest..slowest": timing.spread(1e3 / calls)}
         for form in FORMS[1:]:
             row |= {f"xla / {form}": harness.ratio(timings["xla"], timings[form])} if form in timings else {}
         rows.append(row)
 
     for layer in LAYERS:
-        calls = {form: layer_calls(form, layer) for form in FORMS}
-        compare(f"{layer}: forward", {form: calls[form]["forward"] for form in ("xla", "shifted")})
-        compare(f"{layer}: forward + backward", {form: calls[form]["forward + backward"] for form in FORMS})
+        layer = layer._replace(batch=layer.batch * flags.scale)
+        calls = {form: layer_calls(form, layer, flags.dtype, flags.calls) for form in FORMS}
+        for direction, forms in (("forward", ("xla", "shifted")), ("forward + backward", FORMS)):
+            compare(f"{layer}: {direction}", {form: calls[form][direction] for form in forms}, flags.calls)
     if flags.step:
-        calls = {form: step_call(form) for form in ("xla", "shifted")}
-        compare("ResNeXt-50 32x4d training step, 16x64x64x3", calls)
+        size, batch = flags.image_size, 16 * flags.scale
+        turns = {form: step_call(form, batch, size, flags.dtype) for form in ("xla", "shifted")}
+        compare(f"ResNeXt-50 32x4d training step, {batch}x{size}x{size}x3", turns)
     harness.publish("grouped_conv", rows, flags.out)
 
 

@@ -7,12 +7,14 @@ import argparse
 import csv
 import dataclasses
 import datetime
+import functools
 import gc
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -24,10 +26,10 @@ from typing import Any
 from vitcls import cli
 
 Row = dict[str, Any]
-_RUN_VARIABLE = "VITCLS_BENCHMARK_RUN"
+RUN_VARIABLE = "VITCLS_BENCHMARK_RUN"
 _LIBRARIES = ("jax", "flax", "optax", "tensorflow-cpu", "tensorflow", "keras", "torch", "timm")
 OUT_OF_MEMORY = "out of memory"
-RUN = os.environ.setdefault(_RUN_VARIABLE, uuid.uuid4().hex[:8])  # child processes belong to the run of their parent
+RUN = os.environ.setdefault(RUN_VARIABLE, uuid.uuid4().hex[:8])  # child processes belong to the run of their parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +53,47 @@ def measure(call: Callable[[], Any], *, repeats: int) -> Timing:
     return alternate({"": call}, repeats=repeats)[""]
 
 
-def alternate(calls: dict[str, Callable[[], Any]], *, repeats: int, warm: bool = False) -> dict[str, Timing]:
+def alternate(
+    calls: dict[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    warm: bool = False,
+    before: dict[str, Callable[[], Any]] | None = None,
+) -> dict[str, Timing]:
     """As `measure`, for calls that are to be compared: they take turns, so that what disturbs one disturbs all.
 
-    With `warm` they are compiled and warmed up already, and every call is timed.
+    With `warm` they are compiled and warmed up already, and every call is timed. `before` has what to do ahead of each
+    turn of a call, untimed.
     """
-    untimed = 0 if warm else 2
-    rounds = [{name: _seconds(call) for name, call in calls.items()} for _ in range(untimed + repeats)]
+    untimed, before = 0 if warm else 2, before or {}
+
+    def turn(name: str) -> float:
+        before.get(name, lambda: None)()
+        return _seconds(calls[name])
+
+    rounds = [{name: turn(name) for name in calls} for _ in range(untimed + repeats)]
     return {name: Timing(tuple(turn[name] for turn in rounds[untimed:])) for name in calls}
+
+
+def repeated(function: Callable, calls: int) -> Callable:
+    """`function` compiled, run `calls` times one after another in one program; the result is the last one's.
+
+    One dispatch takes as long as a small kernel of a fast device: where that is timed, several kernels must share it.
+    """
+    import jax
+
+    if calls == 1:
+        return jax.jit(function)
+
+    def run(*arguments):
+        def again(_, carry):
+            same, _ = jax.lax.optimization_barrier(carry)  # each call waits for the one before, and none is left out
+            return same, function(*same)
+
+        nothing = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), jax.eval_shape(function, *arguments))
+        return jax.lax.fori_loop(0, calls, again, (arguments, nothing))[1]
+
+    return jax.jit(run)
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -103,6 +138,21 @@ def _version(library: str) -> str:
         return ""
 
 
+def forward_and_backward(function: Callable, arguments: tuple, calls: int) -> dict[str, Callable]:
+    """Calls of `function(*arguments)` and of its gradients with respect to all of them, each `repeated`."""
+    import jax
+    import jax.numpy as jnp
+
+    def loss(*arguments):
+        return jnp.sum(jnp.sin(function(*arguments).astype(jnp.float32)))
+
+    gradients = jax.grad(loss, argnums=tuple(range(len(arguments))))
+    return {
+        "forward": functools.partial(repeated(function, calls), *arguments),
+        "forward + backward": functools.partial(repeated(gradients, calls), *arguments),
+    }
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     """The flags that all benchmarks have."""
     flags = cli.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,7 +186,7 @@ def publish(name: str, rows: Sequence[Row], out: str, *, about: dict[str, str] |
     with (directory / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*columns, "run"])
         writer.writeheader()
-        writer.writerows(row | {"run": RUN} for row in rows)
+        writer.writerows({"run": RUN} | row for row in rows)
     lines = [f"| {' | '.join(line)} |" for line in cells]
     lines.insert(1, "| --- " * len(columns) + "|")
     lines += ["", *(f"- {key}: `{value}`" for key, value in about.items())]
@@ -144,8 +194,13 @@ def publish(name: str, rows: Sequence[Row], out: str, *, about: dict[str, str] |
 
 
 def _command() -> str:
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--out")]
-    return " ".join(["python -m", f"benchmarks.{pathlib.Path(sys.argv[0]).stem}", *arguments])
+    """The command as it was given, but for where the result goes."""
+    words = sys.argv[1:]
+    if "--out" in words:
+        place = words.index("--out")
+        words[place : place + 2] = []
+    words = [word for word in words if not word.startswith("--out=")]
+    return shlex.join(["python", "-m", f"benchmarks.{pathlib.Path(sys.argv[0]).stem}", *words])
 
 
 def _text(value: Any) -> str:
@@ -165,7 +220,8 @@ def in_child(module: str, arguments: Sequence[str], *, environment: dict[str, st
     so, {'error': ...}, whether it raised or was killed.
     """
     command = [sys.executable, "-m", module, *arguments]
-    ran = subprocess.run(command, env=os.environ | (environment or {}), capture_output=True, text=True)
+    environment = os.environ | {"JAX_TRACEBACK_FILTERING": "off"} | (environment or {})  # the error is the last line
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     lines = ran.stdout.strip().splitlines()
     if ran.returncode == 0 and lines:
         return json.loads(lines[-1])

@@ -48,17 +48,17 @@ def import_row(module: str, repeats: int) -> harness.Row:
 
 def first_step_seconds(config: str, cache: str) -> float:
     """From the start of `vitcls.main` to the first event of training; the run is then stopped."""
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryFile("w+") as messages:
         metrics = pathlib.Path(directory) / "run" / "metrics.jsonl"
         command = [sys.executable, "-m", "vitcls.main", f"--config={config}", f"--workdir={metrics.parent}"]
-        command += ["--config.log_every=1 steps"]
+        command += ["--config.steps_per_call=1", "--config.log_every=1 steps"]
+        environment = os.environ | {"VITCLS_CACHE_DIR": cache}
         start = time.perf_counter()
-        process = subprocess.Popen(
-            command, env=os.environ | {"VITCLS_CACHE_DIR": cache}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=messages)
         while not (metrics.exists() and metrics.stat().st_size):
             if process.poll() is not None:
-                raise RuntimeError(process.stderr.read().decode().strip().splitlines()[-1])
+                messages.seek(0)
+                raise RuntimeError(messages.read().strip().splitlines()[-1])
             time.sleep(0.005)
         seconds = time.perf_counter() - start
         process.terminate()

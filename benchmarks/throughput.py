@@ -5,8 +5,8 @@
     python -m benchmarks.throughput --model=vit_large_patch16 --batch=256 --dtype=bfloat16 --find_largest_batch
 
 Every row has a process of its own. One that runs out of memory is a row that says so; with --memory_limit_gib it is not
-even run, and the row says what the compiled step would have needed. FLOPs utilisation counts three
-forward passes per trained image, whatever is recomputed, over the peak of the devices.
+even run, and the row says what the compiled step would have needed. FLOPs utilisation counts the matrix products and
+convolutions of three forward passes per trained image, whatever is recomputed, over the peak of the devices.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ def run(job: Job) -> harness.Row:
         "train images/s": speed,
         "step ms": 1e3 * train.median / trainer.steps_per_call,
         "fastest..slowest": train.spread(1e3 / trainer.steps_per_call),
-        "inference images/s": job.batch / infer.median,
+        "inference images/s": job.calls * job.batch / infer.median,
         "model TFLOP/s per device": used,
         "utilisation %": 100 * used / peak if peak else None,
         f"peak MiB ({of})": peak_bytes / MIB,
@@ -96,7 +96,8 @@ def find_largest_batch(
 ) -> tuple[harness.Row, dict[str, str] | None]:
     """`measure(job)` of the largest batch, in multiples of `unit`, that fits: doubled until it does not, then bisected.
 
-    Where not even the first fits, smaller ones are tried; the row says so where none does.
+    Where not even the first fits, smaller ones are tried; the row says so where none does. Another error ends the
+    search: the row of the largest that fitted says which.
     """
     job = dataclasses.replace(job, batch=-(-job.batch // unit) * unit)
     fits, fails = 0, 0
@@ -107,7 +108,7 @@ def find_largest_batch(
         if row.get("error") == harness.OUT_OF_MEMORY:
             fails = batch
         elif "error" in row:
-            return row, about
+            return (best[0] | {"search ended by": row["error"]}, best[1]) if best else (row, about)
         else:
             fits, best = batch, (row, about)
     return best or (row, about)

@@ -3,14 +3,17 @@
     python -m benchmarks.versus --model=resnet50 --image_size=64 --batch=16
     python -m benchmarks.versus --epoch --data_dir=DIR       # one epoch of CIFAR-10 with augmentation
 
-Peers: Keras 3 on TensorFlow, and timm on PyTorch, eager and compiled, where they are installed. Model, batch, dtype
-and optimizer are the same, and so must be the number of parameters. A ratio above 1 says that vitcls is the faster.
+Peers: Keras 3 on TensorFlow, and timm on PyTorch, eager and compiled. Model, batch, dtype and optimizer are the same. A
+ratio above 1 says that vitcls is the faster. A peer that is not installed, runs on another kind of device, has other
+parameters or cannot run the model is a row that says so; the exit code is 1 where nothing could be compared.
 """
 
+import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from types import ModuleType
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peers need memory of the same device
 
@@ -19,26 +22,60 @@ import jax
 from benchmarks import harness, workload
 from benchmarks.peers import vit_fields
 from vitcls import cli, data, errors, overview, partition
-from vitcls.config import ConfigDict
 
 MODELS = ("vit_tiny_patch16", "resnet50", "resnext50_32x4d", "convnext_tiny")
 _EPOCH_MODEL = dict(patch_size=4, hidden_dim=64, depth=3, num_heads=4, mlp_dim=128)  # a CPU's epoch takes a minute
-
-_NEEDS = {
-    "keras": ("keras", "tensorflow"),
-    "timm": ("torch", "timm"),
-    "timm_compiled": ("torch", "timm"),
-    "torch": ("torch",),
+_PEERS = {  # the module of a peer and what it needs
+    "keras": ("keras_peer", ("keras", "tensorflow")),
+    "timm": ("torch_peer", ("torch", "timm")),
+    "timm_compiled": ("torch_peer", ("torch", "timm")),
+    "torch": ("torch_peer", ("torch",)),
 }
+STEP_PEERS, EPOCH_PEERS = ("keras", "timm", "timm_compiled"), ("keras", "torch")
+# Keras gives the convolutions of ResNet biases, which batch normalisation takes out again.
+MORE_PARAMETERS = {("keras", "resnet50"): 26_560}
+
+# Makes a call of a peer, which has run once, and its number of parameters.
+Build = Callable[[str, ModuleType], tuple[Callable, int]]
 
 
-def peers(names: str) -> list[str]:
-    """Those of the named peers that are installed."""
-    chosen = names.split(",")
+def choose_peers(names: str, known: tuple[str, ...]) -> list[str]:
+    chosen = names.split(",") if names else list(known)
     for name in chosen:
-        if name not in _NEEDS:
-            raise errors.unknown("peer", name, _NEEDS)
-    return [name for name in chosen if all(importlib.util.find_spec(part) for part in _NEEDS[name])]
+        if name not in known:
+            raise errors.unknown("peer", name, known)
+    return chosen
+
+
+def load_peer(name: str) -> ModuleType:
+    """The module of a peer; raises RuntimeError where it cannot be compared here."""
+    module_name, needs = _PEERS[name]
+    for need in needs:
+        if not importlib.util.find_spec(need):
+            raise RuntimeError(f"{need} is not installed")
+    module = importlib.import_module(f"benchmarks.peers.{module_name}")
+    if jax.default_backend() != module.PLATFORM:
+        raise RuntimeError(f"it runs on the {module.PLATFORM}, vitcls on the {jax.default_backend()}")
+    return module
+
+
+def against_peers(
+    trainer: workload.Trainer, chosen: list[str], build: Build, repeats: int, *, model: str = "", warm: bool = False
+) -> list[harness.Row]:
+    """Times the trainer and the chosen peers by turns; one row per peer."""
+    calls: dict[str, Callable] = {"vitcls": trainer}
+    parameters = {"vitcls": overview.count_parameters(trainer.state.params)}
+    failures: list[harness.Row] = []
+    for peer in chosen:
+        try:
+            call, count = build(peer, load_peer(peer))
+            if count - MORE_PARAMETERS.get((peer, model), 0) != parameters["vitcls"]:
+                raise RuntimeError(f"it has {count:,} parameters, vitcls {parameters['vitcls']:,}")
+        except Exception as error:  # whatever a peer cannot do is a row that says so
+            failures.append({"peer": peer, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"})
+        else:
+            calls[peer], parameters[peer] = call, count
+    return (rows_of(calls, parameters, repeats, warm=warm) if len(calls) > 1 else []) + failures
 
 
 def rows_of(
@@ -63,75 +100,59 @@ def rows_of(
 
 
 def compare_steps(name: str, image_size: int, batch: int, dtype: str, chosen: list[str], repeats: int):
+    """Rows of one SGD step on a batch that stays where it is."""
     overrides = ("optimizer.name=sgd", "optimizer.learning_rate=0.01")
     config = workload.make_config(name, batch, dtype=dtype, overrides=overrides)
     info = workload.make_info(name, image_size=image_size)
-    trainer = workload.Trainer(config, info, partition.all_devices("data"))
-    calls = {"vitcls": trainer}
-    parameters = {"vitcls": overview.count_parameters(trainer.state.params)}
-    fields = vit_fields(name)
     size = info.image_shape[0]
-    failures = []
-    for peer in chosen:
-        arguments = (name, size, batch, info.num_classes, dtype)
-        try:
-            if peer == "keras":
-                from benchmarks.peers import keras_peer
 
-                call, count = keras_peer.train_step(*arguments, **fields)
-            else:
-                from benchmarks.peers import torch_peer
+    def build(peer: str, module: ModuleType) -> tuple[Callable, int]:
+        compiled = {"compiled": True} if peer == "timm_compiled" else {}
+        call, count = module.train_step(name, size, batch, info.num_classes, dtype, **compiled, **vit_fields(name))
+        call()
+        return call, count
 
-                call, count = torch_peer.train_step(*arguments, compiled=peer == "timm_compiled", **fields)
-            call()
-        except Exception as error:  # whatever a peer cannot do is a row that says so
-            failures.append({"peer": peer, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"})
-            continue
-        calls[peer], parameters[peer] = call, count
-    rows = rows_of(calls, parameters, repeats) + failures
+    trainer = workload.Trainer(config, info, partition.all_devices("data"))
+    rows = against_peers(trainer, chosen, build, repeats, model=name)
     return [{"model": name, "image size": size, "batch": batch, "dtype": dtype} | row for row in rows]
 
 
 def compare_epochs(data_dir: str, batch: int, dtype: str, chosen: list[str], repeats: int):
     """One epoch of CIFAR-10 with random crops and flips, through each library's own input pipeline."""
     fields = tuple(f"model.{key}={value}" for key, value in _EPOCH_MODEL.items())
-    augment = ("augment.crop.probability=1.0", "augment.flip.probability=0.5")
-    config = workload.make_config("vit_tiny_patch4", batch, dtype=dtype, overrides=(*fields, *augment))
-    dataset_config = ConfigDict(config.dataset.to_dict() | dict(name="cifar10", data_dir=data_dir, validation=0.0))
-    dataset = data.decode(data.load(dataset_config), ("train",))
-    info = data.describe(dataset, dataset_config)
+    augment = ("augment.crop.probability=1.0", "augment.flip.probability=0.5", "dataset.validation=0.0")
+    source = workload.dataset_overrides("cifar10", data_dir)
+    config = workload.make_config("vit_tiny_patch4", batch, dtype=dtype, overrides=(*fields, *augment, *source))
+    dataset = data.decode(data.load(config.dataset), ("train",))
+    info = data.describe(dataset, config.dataset)
     layout = partition.all_devices("data")
-    batches = data.train_batches(dataset, dataset_config, partition=layout, batch_size=batch, seed=0)
+    batches = data.train_batches(dataset, config.dataset, partition=layout, batch_size=batch, seed=0)
     count = len(dataset.train.labels) // batch
     trainer = workload.Trainer(config, info, layout, batches, calls=3)
     trainer()  # as the peers do, before they are timed
     trainer.calls = count
-    calls, parameters = {"vitcls": trainer}, {"vitcls": overview.count_parameters(trainer.state.params)}
-    arguments = (dataset.train.images, dataset.train.labels, batch, info.mean, info.std)
-    for peer in chosen:
-        if peer == "keras":
-            from benchmarks.peers import keras_peer
 
-            calls[peer], parameters[peer] = keras_peer.epoch(*arguments, **_EPOCH_MODEL)
-        else:
-            from benchmarks.peers import torch_peer
+    def build(peer: str, module: ModuleType) -> tuple[Callable, int]:
+        images, labels = dataset.train.images, dataset.train.labels
+        return module.epoch(images, labels, batch, info.mean, info.std, dtype=dtype, **_EPOCH_MODEL)
 
-            calls[peer], parameters[peer] = torch_peer.epoch(*arguments, dtype=dtype, **_EPOCH_MODEL)
-    rows = rows_of(calls, parameters, repeats, warm=True)
+    rows = against_peers(trainer, chosen, build, repeats, warm=True)
     return [{"epoch": f"CIFAR-10, {count} batches of {batch}", "dtype": dtype} | row for row in rows]
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     flags = harness.parser(__doc__)
     flags.add_argument("--model", action="append", help=f"may be given several times; default: {', '.join(MODELS)}")
     flags.add_argument("--image_size", type=int, default=0, help="pixels; the model's own without")
     flags.add_argument("--batch", type=int, default=16)
     flags.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    flags.add_argument("--peers", default="", help="default: keras,timm,timm_compiled; with --epoch: keras,torch")
+    flags.add_argument(
+        "--peers", default="", help=f"default: {','.join(STEP_PEERS)}; with --epoch: {','.join(EPOCH_PEERS)}"
+    )
     flags.add_argument("--epoch", action="store_true", help="one epoch of CIFAR-10 with augmentation")
-    flags.add_argument("--data_dir", default="", help="where TFDS keeps cifar10")
+    flags.add_argument("--data_dir", default="", help=f"with --epoch: {workload.DATA_DIR_HELP}")
     args = flags.parse_args(argv)
-    chosen = peers(args.peers or ("keras,torch" if args.epoch else "keras,timm,timm_compiled"))
+    chosen = choose_peers(args.peers, EPOCH_PEERS if args.epoch else STEP_PEERS)
     if args.epoch:
         rows = compare_epochs(args.data_dir, args.batch, args.dtype, chosen, args.repeats)
     else:
@@ -140,6 +161,7 @@ def main(argv: list[str]) -> None:
             rows += compare_steps(name, args.image_size, args.batch, args.dtype, chosen, args.repeats)
             jax.clear_caches()
     harness.publish("versus_epoch" if args.epoch else "versus", rows, args.out)
+    return int(all("error" in row for row in rows))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ functions as a run of `vitcls.main`.
 """
 
 import ast
+import pathlib
 import time
 from typing import Any
 
@@ -57,6 +58,22 @@ def make_info(model: str, *, image_size: int = 0, num_classes: int = 0) -> Datas
         class_counts=(1,) * num_classes,
         skipped=(),
     )
+
+
+DATA_DIR_HELP = "where TFDS keeps its sets, or a directory with cifar10.npz and cifar100.npz, which needs no TensorFlow"
+
+
+def dataset_fields(name: str, data_dir: str) -> dict[str, str]:
+    """Fields of a config for the set `name` of TFDS, or for `data_dir`/`name`.npz where that is a file."""
+    file = pathlib.Path(data_dir, f"{name}.npz")
+    if file.is_file():
+        name, data_dir = "npz", str(file)
+    return {"dataset.name": name, "dataset.data_dir": data_dir}
+
+
+def dataset_overrides(name: str, data_dir: str) -> tuple[str, ...]:
+    """The same for `make_config`."""
+    return tuple(f"{key}={value!r}" for key, value in dataset_fields(name, data_dir).items())
 
 
 class ConstantBatch:
@@ -135,24 +152,25 @@ class Trainer:
         return jax.block_until_ready(self._sums)["loss"]
 
     def inference(self):
-        """A call that classifies the constant batch."""
+        """A call that classifies the constant batch `calls` times."""
         evaluate = self.layout.compile_evaluation(
             experiment.make_eval_step(self._config, self.training.model, self.info)
         )
         batch = self._batches.data(0, self._length)
-        return lambda: evaluate(self.state.variables, batch)
+        return lambda: [evaluate(self.state.variables, batch) for _ in range(self.calls)]
 
 
 def train_flops_per_image(config, info: DatasetInfo) -> float:
-    """Model FLOPs of a training step for one image: three times those of the forward pass, nothing recomputed."""
-    return 3 * overview.flops_per_image(experiment.make_model(config, info), info)
+    """Model FLOPs of a training step for one image: three forward passes' matrix products, nothing recomputed."""
+    return 3 * overview.flops_per_image(experiment.make_model(config, info), info, products_only=True)
 
 
 # Dense bfloat16 TFLOP/s of one device, from the vendors' data sheets; the longest name that fits counts.
 _PEAK_TFLOPS = {
-    "NVIDIA H200": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100": 989, "NVIDIA A100": 312, "NVIDIA L4": 121,
-    "NVIDIA L40S": 362, "NVIDIA A10G": 70, "Tesla V100": 125, "Tesla T4": 65, "TPU v2": 22.5, "TPU v3": 61.5,
-    "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5p": 459, "TPU v5": 459, "TPU v6 lite": 918,
+    "NVIDIA H200": 989, "NVIDIA H200 NVL": 835, "NVIDIA H100": 989, "NVIDIA H100 NVL": 835, "NVIDIA H100 PCIe": 756,
+    "NVIDIA A100": 312, "NVIDIA A10G": 70, "NVIDIA L40": 181, "NVIDIA L40S": 362, "NVIDIA L4": 121, "TPU v2": 22.5,
+    "TPU v3": 61.5, "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5p": 459, "TPU v5": 459,
+    "TPU v6 lite": 918,
 }  # fmt: skip
 
 

@@ -1,8 +1,11 @@
-"""Every test runs on eight virtual CPU devices, with rank promotion and warnings as errors, and leaves no trace."""
+"""Every test runs on eight virtual CPU devices, with rank promotion and warnings as errors, and leaves no trace.
+
+With VITCLS_TEST_PLATFORM=default it runs on what JAX finds (benchmarks/accelerator.py), its products in full precision.
+"""
 
 import os
 
-if os.environ.get("VITCLS_TEST_PLATFORM") != "default":  # then on whatever JAX finds (benchmarks/accelerator.py)
+if os.environ.get("VITCLS_TEST_PLATFORM") != "default":
     os.environ["JAX_PLATFORMS"] = "cpu"
     # LLVM's optimisation takes most of the time of tests that compile much and run little.
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
@@ -11,8 +14,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import jax
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)
+if os.environ.get("VITCLS_TEST_PLATFORM") != "default":
+    jax.config.update("jax_num_cpu_devices", 8)
+else:
+    jax.config.update("jax_default_matmul_precision", "highest")  # accelerators have less by default
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("eight_devices") and jax.device_count() != 8:
+        pytest.skip("needs eight devices")
 
 
 @pytest.fixture(autouse=True, scope="session")

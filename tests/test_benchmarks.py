@@ -1,18 +1,23 @@
 """The benchmarks count right, and refuse what would mislead."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import time
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from benchmarks import accelerator, harness, scaling, startup, throughput, workload
+from benchmarks import accelerator, harness, scaling, startup, throughput, versus, workload
 from benchmarks.peers import vit_fields
 from vitcls import models, overview, partition
+from vitcls.errors import UserError
 
 
 def test_numbers_of_two_runs_are_not_compared():
@@ -27,6 +32,46 @@ def test_calls_that_are_compared_take_turns_after_compilation_and_warm_up():
     timings = harness.alternate({name: lambda name=name: turns.append(name) for name in "ab"}, repeats=3)
     assert "".join(turns) == "ab" * 5
     assert [len(timings[name].seconds) for name in "ab"] == [3, 3]
+
+
+def test_what_comes_before_a_turn_is_not_timed():
+    turns = []
+    calls = {name: lambda name=name: turns.append(name) for name in "ab"}
+    harness.alternate(calls, repeats=1, warm=True, before={"b": lambda: turns.append("before b")})
+    assert turns == ["a", "before b", "b"]
+    slow = harness.alternate({"": lambda: None}, repeats=1, warm=True, before={"": lambda: time.sleep(0.2)})
+    assert slow[""].median < 0.1
+
+
+def test_a_repeated_function_runs_as_often_as_it_should():
+    x, made = np.arange(6.0, dtype=np.float32).reshape(2, 3), []
+
+    def function(x, parameters):
+        jax.debug.callback(lambda: made.append(None))
+        return {"product": x @ parameters["kernel"]}
+
+    run = harness.repeated(function, 7)
+    result = jax.block_until_ready(run(x, {"kernel": x.T}))
+    jax.effects_barrier()
+    assert len(made) == 7
+    np.testing.assert_array_equal(result["product"], x @ x.T)
+    plain = harness.repeated(lambda x: x @ x.T, 50).lower(x).compile().as_text()
+    body = plain[: plain.index("ENTRY")]
+    assert " dot(" in body and " while(" in plain  # it is inside the loop, though it gives the same every time
+
+
+def test_the_recorded_command_can_be_given_again(monkeypatch, tmp_path):
+    for out in (["--out", str(tmp_path)], [f"--out={tmp_path}"]):
+        monkeypatch.setattr(sys, "argv", ["/a/b/versus.py", "--data_dir=my data", *out, "--batch=8"])
+        harness.publish("table", [{"a": 1}], str(tmp_path))
+        about = json.loads((tmp_path / "table.json").read_text())["about"]
+        assert about["command"] == "python -m benchmarks.versus '--data_dir=my data' --batch=8"
+
+
+def test_the_row_of_a_child_that_fails_says_why():
+    failing = "jax.jit(lambda x: x + jax.numpy.ones(3))(jax.numpy.ones(2))"
+    row = harness.in_child("timeit", ["-n1", "-r1", "-s", "import jax", failing])
+    assert row["error"].startswith("TypeError: add got incompatible shapes")
 
 
 def test_a_timed_call_is_waited_for():
@@ -86,6 +131,16 @@ def test_the_largest_batch_that_fits_is_found(limit):
     assert len(tried) == len(set(tried)) < 20
 
 
+def test_another_error_ends_the_search_for_the_largest_batch():
+    def measure(job):
+        return {"batch": job.batch} | ({"error": "no such luck"} if job.batch > 100 else {}), None
+
+    job = throughput.Job("lenet5", 32, 0, "float32", "data", 1, 1, (), 0, 0)
+    assert throughput.find_largest_batch(job, measure)[0] == {"batch": 64, "search ended by": "no such luck"}
+    large = dataclasses.replace(job, batch=128)
+    assert throughput.find_largest_batch(large, measure)[0] == {"batch": 128, "error": "no such luck"}
+
+
 def test_out_of_memory_is_a_row(tmp_path):
     command = [sys.executable, "-m", "benchmarks.throughput", "--model=lenet5", "--batch=8", "--batch=4096"]
     command += ["--repeats=1", "--memory_limit_gib=0.05", f"--out={tmp_path}"]
@@ -114,6 +169,63 @@ def test_trainings_are_summed_up_by_their_means(trained):
     assert rows[4]["deviation"] is None
 
 
+def test_a_training_that_has_ended_is_known_ever_after(trained, tmp_path):
+    part, other = (accelerator.Part(name, [], "a goal", trained / place) for name, place in (("a", ""), ("b", "..")))
+    accelerator.Trainings(tmp_path).add(part, 10.0)
+    again = accelerator.Trainings(tmp_path)
+    assert part in again and other not in again
+    again.add(part, None)
+    rows = json.loads((tmp_path / "trainings.json").read_text())["rows"]
+    assert [row["seed"] for row in rows] == [0, 0, "mean of 2"]
+    assert [row.get("seconds of the command") for row in rows] == [10, None, None]  # one of them was stopped between
+
+
+def test_trainings_read_npz_files_where_there_are_some(tmp_path):
+    (tmp_path / "cifar10.npz").touch()
+    commands = {part.name: part.command for part in accelerator.parts(tmp_path / "out", str(tmp_path))}
+    assert "--config.dataset.name=npz" in commands["sprint_cifar10"]
+    assert f"--config.dataset.data_dir={tmp_path}/cifar10.npz" in commands["sprint_cifar10"]
+    assert "--config.dataset.name=cifar100" in commands["vit_cifar100"]
+    assert f"--config.dataset.data_dir={tmp_path}" in commands["vit_cifar100"]
+    config = workload.make_config("lenet5", 8, overrides=workload.dataset_overrides("cifar10", str(tmp_path)))
+    assert (config.dataset.name, config.dataset.data_dir) == ("npz", f"{tmp_path}/cifar10.npz")
+
+
+class FakeTrainer:
+    """Four parameters and nothing to do."""
+
+    state = types.SimpleNamespace(params={"kernel": np.zeros((2, 2))})
+
+    def __call__(self):
+        return None
+
+
+def test_a_peer_that_cannot_be_compared_is_a_row(monkeypatch):
+    def build(peer, module):
+        return (lambda: None), {"keras": 4, "timm": 5}[peer]
+
+    monkeypatch.setattr(versus, "load_peer", lambda peer: None)
+    good, bad = versus.against_peers(FakeTrainer(), ["keras", "timm"], build, 1)
+    assert good["peer / vitcls"] > 0
+    assert bad == {"peer": "timm", "error": "RuntimeError: it has 5 parameters, vitcls 4"}
+
+
+def test_a_peer_must_be_there_and_on_the_same_kind_of_device(monkeypatch):
+    assert versus.load_peer("keras").PLATFORM == "cpu"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(RuntimeError, match="it runs on the cpu, vitcls on the gpu"):
+        versus.load_peer("keras")
+    monkeypatch.setitem(versus._PEERS, "timm", ("torch_peer", ("a_library_that_is_not_there",)))
+    with pytest.raises(RuntimeError, match="a_library_that_is_not_there is not installed"):
+        versus.load_peer("timm")
+
+
+def test_an_epoch_has_other_peers_than_a_step():
+    assert versus.choose_peers("", versus.EPOCH_PEERS) == ["keras", "torch"]
+    with pytest.raises(UserError, match=r"peer 'timm' is not known\. Known: keras, torch"):
+        versus.choose_peers("keras,timm", versus.EPOCH_PEERS)
+
+
 def test_an_unknown_model_is_one_line_and_code_2():
     command = [sys.executable, "-m", "benchmarks.throughput", "--model=lenet6"]
     ran = subprocess.run(command, capture_output=True, text=True)
@@ -131,17 +243,18 @@ def test_imports_are_quick_and_light():
 def test_the_peak_is_that_of_the_longest_name_that_fits():
     assert workload.peak_tflops("NVIDIA H100 PCIe", "bfloat16") == 756
     assert workload.peak_tflops("NVIDIA H100 80GB HBM3", "bfloat16") == 989
+    assert workload.peak_tflops("NVIDIA L40", "bfloat16") == 181
     assert workload.peak_tflops("NVIDIA H200", "float32") is None
     assert workload.peak_tflops("cpu", "bfloat16") is None
 
 
-@pytest.mark.parametrize("name, biases", [("vit_tiny_patch16", 0), ("resnext50_32x4d", 0), ("resnet50", 26_560)])
-def test_a_peer_is_the_same_network(name, biases):
-    """Keras gives the convolutions of ResNet biases, which batch normalisation takes out again."""
+@pytest.mark.parametrize("name", versus.MODELS)
+def test_a_peer_is_the_same_network(name):
     from benchmarks.peers import keras_peer
 
     theirs = keras_peer.build(name, 64, 1000, **vit_fields(name))
     model = models.create(name, 1000)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     shapes = jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image)
-    assert keras_peer.count_parameters(theirs) - biases == overview.count_parameters(shapes["params"])
+    more = versus.MORE_PARAMETERS.get(("keras", name), 0)
+    assert keras_peer.count_parameters(theirs) - more == overview.count_parameters(shapes["params"])

@@ -35,6 +35,7 @@ def test_flops_are_counted_by_part():
         "dense": 2 * 288 * 5,
         "itself": 7 * 2 * 25,
     }
+    assert flops.count(traced.jaxpr, products_only=True)["conv"] == 2 * 6 * 6 * 8 * 27
 
 
 @pytest.mark.parametrize(("name", "size"), [("vit_base_patch16", 224), ("improved_vit_tiny", 32)])

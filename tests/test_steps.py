@@ -180,6 +180,7 @@ def test_past_the_end_even_a_batch_that_is_not_finite_is_not_counted():
     assert not any(jax.tree.leaves(sums))
 
 
+@pytest.mark.eight_devices
 def test_keys_depend_on_seed_step_and_place_and_not_on_the_layout():
     data = jax.random.key_data
     key = rng.step_key(0, jnp.int32(5))

@@ -31,18 +31,18 @@ def count_bytes(tree: PyTree) -> int:
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def flops_per_image(model: nn.Module, info: DatasetInfo) -> float:
+def flops_per_image(model: nn.Module, info: DatasetInfo, *, products_only: bool = False) -> float:
     """FLOPs of one forward pass of one image, 2 per multiply-add; see `flops.count`."""
-    return sum(_flops_by_part(model, info).values())
+    return sum(_flops_by_part(model, info, products_only=products_only).values())
 
 
-def _flops_by_part(model: nn.Module, info: DatasetInfo) -> dict[str, float]:
+def _flops_by_part(model: nn.Module, info: DatasetInfo, *, products_only: bool = False) -> dict[str, float]:
     shapes = experiment.variable_shapes(model, info)
     image = jax.ShapeDtypeStruct((1, *info.image_shape), np.float32)
-    form = {"grouped_conv": "xla"} if hasattr(model, "grouped_conv") else {}  # so that no platform counts otherwise
-    model = model.clone(axis_name=None, **form)
+    plain = {"grouped_conv": "xla", "attention": "xla"}  # so that no platform or kernel counts otherwise
+    model = model.clone(axis_name=None, **{field: form for field, form in plain.items() if hasattr(model, field)})
     trace = jax.make_jaxpr(lambda variables, images: model.apply(variables, images, train=False))
-    return flops.count(trace(shapes, image).jaxpr)
+    return flops.count(trace(shapes, image).jaxpr, products_only=products_only)
 
 
 def log_start(config, info: DatasetInfo, plan: Plan, training: Training, layout: Partition, pipeline: str) -> None:

@@ -10,6 +10,9 @@ import keras
 import tensorflow as tf
 
 _CONVNEXT = {"include_preprocessing": False}
+PLATFORM = "gpu" if tf.config.get_visible_devices("GPU") else "cpu"
+for gpu in tf.config.get_visible_devices("GPU"):
+    tf.config.experimental.set_memory_growth(gpu, True)  # the device is shared with the others
 
 
 def build(name: str, image_size: int, num_classes: int, **fields) -> keras.Model:
@@ -31,8 +34,7 @@ def train_step(
     name: str, image_size: int, batch: int, num_classes: int, dtype: str, **fields
 ) -> tuple[Callable[[], None], int]:
     """A call that makes one SGD step and waits for it, and the number of trained parameters."""
-    keras.mixed_precision.set_global_policy("mixed_bfloat16" if dtype == "bfloat16" else "float32")
-    keras.utils.set_random_seed(0)
+    _prepare(dtype)
     model = build(name, image_size, num_classes, **fields)
     _compile(model, keras.optimizers.SGD(0.01, momentum=0.9))
     random = np.random.default_rng(0)
@@ -41,9 +43,11 @@ def train_step(
     return lambda: model.train_on_batch(images, labels), count_parameters(model)
 
 
-def epoch(images: np.ndarray, labels: np.ndarray, batch: int, mean, std, **fields) -> tuple[Callable[[], None], int]:
+def epoch(
+    images: np.ndarray, labels: np.ndarray, batch: int, mean, std, *, dtype: str, **fields
+) -> tuple[Callable[[], None], int]:
     """A call that trains for one epoch with random crops and flips out of tf.data, and the number of parameters."""
-    keras.utils.set_random_seed(0)
+    _prepare(dtype)
     size = images.shape[1]
     model = _vit(images.shape[1:], int(labels.max()) + 1, **fields)
     _compile(model, keras.optimizers.AdamW(1e-3))
@@ -57,6 +61,11 @@ def epoch(images: np.ndarray, labels: np.ndarray, batch: int, mean, std, **field
     batches = examples.map(augment, tf.data.AUTOTUNE).batch(batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
     model.fit(batches.take(3), verbose=0)
     return lambda: model.fit(batches, verbose=0), count_parameters(model)
+
+
+def _prepare(dtype: str) -> None:
+    keras.mixed_precision.set_global_policy("mixed_bfloat16" if dtype == "bfloat16" else "float32")
+    keras.utils.set_random_seed(0)
 
 
 def _compile(model: keras.Model, optimizer) -> None:

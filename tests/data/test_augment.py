@@ -459,6 +459,7 @@ def test_halves_of_a_batch_and_raw_keys_give_the_same():
     jax.tree.map(np.testing.assert_array_equal, whole, jax.tree.map(lambda *parts: np.concatenate(parts), *halves))
 
 
+@pytest.mark.eight_devices
 def test_a_sharded_batch_needs_no_collective_and_gives_the_same(everything):
     images, targets, keys = pictures(16), targets_of(16), keys_of(16)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

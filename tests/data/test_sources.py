@@ -496,6 +496,14 @@ def test_tfds_without_a_test_split_is_split(prepared):
     np.testing.assert_array_equal(values % 36, dataset.train.labels)
 
 
+def test_tfds_sets_without_tfds(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(
+        UserError, match=r"'cifar10' is one of TensorFlow Datasets, which cannot .* or use one of .*npz"
+    ):
+        load(tfds_config(tmp_path, name="cifar10"))
+
+
 def test_tfds_sets_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match=r"'cifar1000' is not known; did you mean 'cifar100'\?"):
         load(tfds_config(tmp_path, name="cifar1000"))

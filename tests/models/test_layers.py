@@ -28,6 +28,7 @@ class Masks(nn.Module):
         return layers.DropPath(0.4, axis_name=self.axis_name)(x, train=True)
 
 
+@pytest.mark.eight_devices
 def test_masks_are_the_same_on_one_device_sharded_and_mapped():
     x = np.ones((16, 5, 6), np.float32)
     one = np.asarray(jax.jit(lambda x: Masks().apply({}, x, rngs=DROPOUT))(x))

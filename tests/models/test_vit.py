@@ -243,6 +243,7 @@ def test_every_source_of_randomness_acts_in_training_alone_and_follows_the_key(f
     np.testing.assert_array_equal(first, again)
 
 
+@pytest.mark.eight_devices
 def test_mapped_and_whole_batches_drop_the_same():
     whole, mapped = improved(), improved().clone(axis_name="data")
     params, key = random_params(whole), jax.random.key(5)

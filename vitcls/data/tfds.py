@@ -56,8 +56,13 @@ def tfds(config) -> Source:
 
 def find_builder(name: str, data_dir: str):
     """The TFDS builder of a data set, prepared or not; raises UserError for a name that nobody knows."""
-    import tensorflow_datasets
-
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise UserError(
+            f"the data set '{name}' is one of TensorFlow Datasets, which cannot be imported here ({error}); "
+            f"install tensorflow and tensorflow-datasets, or use one of {', '.join(BUILT_IN)}"
+        ) from None
     try:
         return tensorflow_datasets.builder(name, data_dir=data_dir or None)
     except (ValueError, AttributeError, AssertionError, TypeError, ImportError):  # unknown set, config, version, ...
