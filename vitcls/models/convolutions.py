@@ -75,7 +75,8 @@ class PointwiseConv(nn.Module):
 class GroupedConv(nn.Module):
     """y = concat_g(W_g * x_g), the grouped convolution of the improved ResNeXt50 (section 3), [B, H, W, C] -> NHWC.
 
-    The parameters are those of `nn.Conv` with `feature_group_count=groups`, whichever form computes the same sum:
+    One group makes it an ordinary convolution, one channel in a group a depthwise one. The parameters are those of
+    `nn.Conv` with `feature_group_count=groups`, whichever form computes the same sum:
 
         'xla'      one grouped convolution of XLA
         'shifted'  a product of shifted images and slices of the kernel for each place in the kernel; batched matrix
@@ -84,7 +85,8 @@ class GroupedConv(nn.Module):
                    as the image
         'auto'     what benchmarks/grouped_conv.py found the fastest on the platform: `FORM_BY_PLATFORM`; with one
                    group on a CPU 'shifted' where the result is smaller than the kernel and so mostly made of padding,
-                   'mixed' where a kernel of at most 7x7 is used in very many places, else 'xla'
+                   'mixed' where a kernel of at most 7x7, with at least 128 pairs of channels, is used in at least
+                   16,384 places, else 'xla'
 
     `padding` is 'SAME', 'VALID' or the zeros on every side.
     """
