@@ -102,14 +102,15 @@ class Trainings:
         self._out = out
         table = out / "trainings.json"
         rows = json.loads(table.read_text())["rows"] if table.is_file() else []
-        self._rows = [row for row in rows if isinstance(row["seed"], int)]
+        self._rows = [row for row in rows if isinstance(row["seed"], int)]  # and not 'mean of 3'
 
     def __contains__(self, part: Part) -> bool:
         return str(part.workdir) in {row["workdir"] for row in self._rows}
 
     def add(self, part: Part, wall_seconds: float | None) -> None:
         self._rows.append(trained_row(part, wall_seconds))
-        harness.publish("trainings", with_means(self._rows), str(self._out))
+        about = harness.in_child("benchmarks.harness", [])  # this process leaves the devices to the parts
+        harness.publish("trainings", with_means(self._rows), str(self._out), about=about)
 
 
 def trained_row(part: Part, wall_seconds: float | None) -> harness.Row:

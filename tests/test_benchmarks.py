@@ -169,13 +169,16 @@ def test_trainings_are_summed_up_by_their_means(trained):
     assert rows[4]["deviation"] is None
 
 
-def test_a_training_that_has_ended_is_known_ever_after(trained, tmp_path):
+def test_a_training_that_has_ended_is_known_ever_after(trained, tmp_path, monkeypatch):
+    monkeypatch.delattr(harness, "machine")  # it would take the devices from the next training
     part, other = (accelerator.Part(name, [], "a goal", trained / place) for name, place in (("a", ""), ("b", "..")))
     accelerator.Trainings(tmp_path).add(part, 10.0)
     again = accelerator.Trainings(tmp_path)
     assert part in again and other not in again
     again.add(part, None)
-    rows = json.loads((tmp_path / "trainings.json").read_text())["rows"]
+    report = json.loads((tmp_path / "trainings.json").read_text())
+    rows = report["rows"]
+    assert "cpu" in report["about"]["device"]
     assert [row["seed"] for row in rows] == [0, 0, "mean of 2"]
     assert [row.get("seconds of the command") for row in rows] == [10, None, None]  # one of them was stopped between
 
