@@ -184,7 +184,7 @@ def publish(name: str, rows: Sequence[Row], out: str, *, about: dict[str, str] |
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.json").write_text(json.dumps({"about": about, "rows": list(rows)}, indent=2) + "\n")
     with (directory / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*columns, "run"])
+        writer = csv.DictWriter(file, dict.fromkeys([*columns, "run"]))
         writer.writeheader()
         writer.writerows({"run": RUN} | row for row in rows)
     lines = [f"| {' | '.join(line)} |" for line in cells]

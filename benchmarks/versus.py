@@ -24,7 +24,7 @@ from benchmarks.peers import vit_fields
 from vitcls import cli, data, errors, overview, partition
 
 MODELS = ("vit_tiny_patch16", "resnet50", "resnext50_32x4d", "convnext_tiny")
-_EPOCH_MODEL = dict(patch_size=4, hidden_dim=64, depth=3, num_heads=4, mlp_dim=128)  # a CPU's epoch takes a minute
+EPOCH_MODEL = dict(patch_size=4, hidden_dim=64, depth=3, num_heads=4, mlp_dim=128)  # a CPU's epoch takes a minute
 _PEERS = {  # the module of a peer and what it needs
     "keras": ("keras_peer", ("keras", "tensorflow")),
     "timm": ("torch_peer", ("torch", "timm")),
@@ -119,7 +119,7 @@ def compare_steps(name: str, image_size: int, batch: int, dtype: str, chosen: li
 
 def compare_epochs(data_dir: str, batch: int, dtype: str, chosen: list[str], repeats: int):
     """One epoch of CIFAR-10 with random crops and flips, through each library's own input pipeline."""
-    fields = tuple(f"model.{key}={value}" for key, value in _EPOCH_MODEL.items())
+    fields = tuple(f"model.{key}={value}" for key, value in EPOCH_MODEL.items())
     augment = ("augment.crop.probability=1.0", "augment.flip.probability=0.5", "dataset.validation=0.0")
     source = workload.dataset_overrides("cifar10", data_dir)
     config = workload.make_config("vit_tiny_patch4", batch, dtype=dtype, overrides=(*fields, *augment, *source))
@@ -134,7 +134,7 @@ def compare_epochs(data_dir: str, batch: int, dtype: str, chosen: list[str], rep
 
     def build(peer: str, module: ModuleType) -> tuple[Callable, int]:
         images, labels = dataset.train.images, dataset.train.labels
-        return module.epoch(images, labels, batch, info.mean, info.std, dtype=dtype, **_EPOCH_MODEL)
+        return module.epoch(images, labels, batch, info.mean, info.std, dtype=dtype, **EPOCH_MODEL)
 
     rows = against_peers(trainer, chosen, build, repeats, warm=True)
     return [{"epoch": f"CIFAR-10, {count} batches of {batch}", "dtype": dtype} | row for row in rows]

@@ -1,12 +1,13 @@
 """The benchmarks count right, and refuse what would mislead."""
 
+import csv
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-import types
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +56,14 @@ def test_a_repeated_function_runs_as_often_as_it_should():
     jax.effects_barrier()
     assert len(made) == 7
     np.testing.assert_array_equal(result["product"], x @ x.T)
-    plain = harness.repeated(lambda x: x @ x.T, 50).lower(x).compile().as_text()
-    body = plain[: plain.index("ENTRY")]
-    assert " dot(" in body and " while(" in plain  # it is inside the loop, though it gives the same every time
+
+
+def test_a_repeated_function_stays_in_its_loop_though_it_gives_the_same_every_time():
+    compiled = harness.repeated(lambda x: x @ x.T, 50).lower(jnp.ones((2, 3))).compile().as_text()
+    computations = {text.split(" ", 1)[0]: text for text in re.split(r"\n(?=%|ENTRY )", compiled)}
+    body = computations[re.search(r"body=(%[\w.]+)", compiled)[1]]
+    called = [computations[name] for name in re.findall(r"calls=(%[\w.]+)", body)]
+    assert any(" dot(" in text for text in [body, *called])
 
 
 def test_the_recorded_command_can_be_given_again(monkeypatch, tmp_path):
@@ -181,6 +187,10 @@ def test_a_training_that_has_ended_is_known_ever_after(trained, tmp_path, monkey
     assert "cpu" in report["about"]["device"]
     assert [row["seed"] for row in rows] == [0, 0, "mean of 2"]
     assert [row.get("seconds of the command") for row in rows] == [10, None, None]  # one of them was stopped between
+    with (tmp_path / "trainings.csv").open() as file:
+        header, *lines = csv.reader(file)
+    assert len(header) == len(set(header))
+    assert [line[header.index("run")] for line in lines] == [harness.RUN] * 3
 
 
 def test_trainings_read_npz_files_where_there_are_some(tmp_path):
@@ -194,33 +204,27 @@ def test_trainings_read_npz_files_where_there_are_some(tmp_path):
     assert (config.dataset.name, config.dataset.data_dir) == ("npz", f"{tmp_path}/cifar10.npz")
 
 
-class FakeTrainer:
-    """Four parameters and nothing to do."""
-
-    state = types.SimpleNamespace(params={"kernel": np.zeros((2, 2))})
-
-    def __call__(self):
-        return None
-
-
 def test_a_peer_that_cannot_be_compared_is_a_row(monkeypatch):
-    def build(peer, module):
-        return (lambda: None), {"keras": 4, "timm": 5}[peer]
+    layout, info = partition.all_devices("data"), workload.make_info("lenet5")
+    trainer = workload.Trainer(workload.make_config("lenet5", 8), info, layout)
 
-    monkeypatch.setattr(versus, "load_peer", lambda peer: None)
-    good, bad = versus.against_peers(FakeTrainer(), ["keras", "timm"], build, 1)
-    assert good["peer / vitcls"] > 0
-    assert bad == {"peer": "timm", "error": "RuntimeError: it has 5 parameters, vitcls 4"}
+    def build(peer, module):  # LeNet-5 has 61,706 parameters
+        return (lambda: None), {"keras": 61_706, "timm": 61_707}[peer]
+
+    monkeypatch.setitem(versus._PEERS, "timm", versus._PEERS["keras"])
+    monkeypatch.setitem(versus._PEERS, "torch", ("torch_peer", ("a_library_that_is_not_there",)))
+    good, *bad = versus.against_peers(trainer, ["keras", "timm", "torch"], build, 1)
+    assert good["peer"] == "keras" and good["peer / vitcls"] > 0
+    assert [row["peer"] for row in bad] == ["timm", "torch"]
+    assert bad[0]["error"] == "RuntimeError: it has 61,707 parameters, vitcls 61,706"
+    assert bad[1]["error"] == "RuntimeError: a_library_that_is_not_there is not installed"
 
 
-def test_a_peer_must_be_there_and_on_the_same_kind_of_device(monkeypatch):
+def test_a_peer_must_be_on_the_same_kind_of_device(monkeypatch):
     assert versus.load_peer("keras").PLATFORM == "cpu"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(RuntimeError, match="it runs on the cpu, vitcls on the gpu"):
         versus.load_peer("keras")
-    monkeypatch.setitem(versus._PEERS, "timm", ("torch_peer", ("a_library_that_is_not_there",)))
-    with pytest.raises(RuntimeError, match="a_library_that_is_not_there is not installed"):
-        versus.load_peer("timm")
 
 
 def test_an_epoch_has_other_peers_than_a_step():
@@ -251,13 +255,24 @@ def test_the_peak_is_that_of_the_longest_name_that_fits():
     assert workload.peak_tflops("cpu", "bfloat16") is None
 
 
+def parameters_of(model, image_size):
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    shapes = jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image)
+    return overview.count_parameters(shapes["params"])
+
+
 @pytest.mark.parametrize("name", versus.MODELS)
 def test_a_peer_is_the_same_network(name):
     from benchmarks.peers import keras_peer
 
     theirs = keras_peer.build(name, 64, 1000, **vit_fields(name))
-    model = models.create(name, 1000)
-    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-    shapes = jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image)
     more = versus.MORE_PARAMETERS.get(("keras", name), 0)
-    assert keras_peer.count_parameters(theirs) - more == overview.count_parameters(shapes["params"])
+    assert keras_peer.count_parameters(theirs) - more == parameters_of(models.create(name, 1000), 64)
+
+
+def test_the_peer_of_an_epoch_is_the_same_network():
+    from benchmarks.peers import keras_peer
+
+    images, labels = np.zeros((8, 32, 32, 3), np.uint8), np.arange(8)
+    _, parameters = keras_peer.epoch(images, labels, 4, 0.5, 0.5, dtype="float32", **versus.EPOCH_MODEL)
+    assert parameters == parameters_of(models.create("vit_tiny_patch4", 8, **versus.EPOCH_MODEL), 32)

@@ -17,6 +17,7 @@ from vitcls.train import train_and_evaluate
 
 
 def define_flags() -> flags.FlagValues:
+    """Fresh flags of the command, so that it can run more than once in a process."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config", None, "Path of the config, and after a colon its preset.", flag_values=values

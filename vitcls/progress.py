@@ -86,6 +86,7 @@ class Progress:
 
     @classmethod
     def from_record(cls, record: dict) -> "Progress":
+        """What `to_record` was made of."""
         stopping = record["early_stopping"]
         best = math.inf if stopping["best_metric"] is None else stopping["best_metric"]
         return cls(

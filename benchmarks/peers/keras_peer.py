@@ -59,8 +59,8 @@ def epoch(
 
     examples = tf.data.Dataset.from_tensor_slices((images, labels)).shuffle(len(labels))
     batches = examples.map(augment, tf.data.AUTOTUNE).batch(batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
-    model.fit(batches.take(3), verbose=0)
-    return lambda: model.fit(batches, verbose=0), count_parameters(model)
+    model.fit(batches.take(3), shuffle=False, verbose=0)  # the examples are shuffled
+    return lambda: model.fit(batches, shuffle=False, verbose=0), count_parameters(model)
 
 
 def _prepare(dtype: str) -> None:
