@@ -84,6 +84,27 @@ def test_bad_input_is_one_line_and_code_2(arguments, words, capsys, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("lines", "complaint"),
+    [
+        ("raise ValueError('first\\nsecond')", "config.py, line 4, cannot be loaded: ValueError: first second"),
+        ("c.augment.rotate = 0.5", "config.py, line 4, cannot be loaded: TypeError: Could not override field 'rotate'"),
+        ("with c.ignore_type(): c.augment.rotate = 0.5", "config.augment.rotate=0.5 is impossible: it is a block of "),
+        ("c.augment.rotate = dict(degrees=9, share=1)", "key of config.augment.rotate 'share' is not known"),
+        ("return default_config('lenet6')", "did you mean 'lenet5'?"),
+        ("return 1 +", "config.py cannot be loaded: SyntaxError: invalid syntax"),
+    ],
+)
+def test_a_bad_config_file_is_one_line_without_a_traceback(lines, complaint, capsys, tmp_path):
+    file = tmp_path / "config.py"
+    head = "from vitcls.config import default_config\ndef get_config():\n    c = default_config('lenet5')"
+    file.write_text(f"{head}\n    {lines}\n    return c\n")
+    code, out, err = run(main.main, [f"--config={file}", f"--workdir={tmp_path / 'run'}"], capsys)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert complaint in err and "Traceback" not in err and "site-packages" not in err
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["config.py"]
+
+
 def test_overrides_change_values_and_keep_types(capsys):
     values = main.parse(
         [DIGITS, "--workdir=w", "--config.model.depth=7", "--config.dataset.mean=(0.5,)", "--config.seed=3"]

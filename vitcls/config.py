@@ -136,6 +136,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 def _complete(given: dict, defaults: dict, block: str = "config") -> dict:
     """`given` with the keys that it lacks, in the order of `defaults`; raises UserError for one that is not there."""
+    if not isinstance(given, dict):
+        raise UserError(f"{block}={given!r} is impossible: it is a block of {', '.join(defaults)}")
     for key in given:
         if key not in defaults:
             raise errors.unknown(f"key of {block}", key, defaults)

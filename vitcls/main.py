@@ -5,6 +5,7 @@ python -m vitcls.main --config=configs/vit_digits.py --workdir=DIR [--config.a.b
 """
 
 import os
+import re
 import sys
 
 from absl import flags
@@ -55,7 +56,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
         sys.argv = [sys.argv[0], *argv]
         rest = values(sys.argv)[1:]
     except flags.Error as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(_in_one_line(str(error), path.partition(":")[0])) from None
     except UserError:
         raise
     except Exception as error:  # whatever a config file can do
@@ -63,6 +64,17 @@ def parse(argv: list[str]) -> flags.FlagValues:
     if rest:
         raise UserError(f"'{rest[0]}' is not a flag; did you mean --{rest[0]}?")
     return values
+
+
+def _in_one_line(message: str, config_file: str) -> str:
+    """What the flags complain of; of a config file that raised, its line and the error without the traceback."""
+    if "Traceback (most recent call last)" in message:
+        numbers = re.findall(rf'File "[^"]*{re.escape(os.path.basename(config_file))}", line (\d+)', message)
+        error = re.split(r"\n +.*\n(?! )", message)[-1]  # what comes after the last line that is indented
+        place = f"{config_file}, line {numbers[-1]}," if numbers else config_file
+        ours = f"{UserError.__module__}.{UserError.__qualname__}: "  # says enough by itself
+        message = error.removeprefix(ours) if error.startswith(ours) else f"{place} cannot be loaded: {error}"
+    return " ".join(message.split())
 
 
 def _check_key(config: ConfigDict, key: str) -> None:
