@@ -1,11 +1,13 @@
 """One device, `data`, `fsdp` and `pmap` over eight devices, and two processes, are the same computation."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -90,6 +92,7 @@ def test_all_strategies_give_the_same_state_metrics_and_predictions(tiny_config,
     tiny_config.optimizer.learning_rate = 0.1
     tiny_config.optimizer.clip_norm = 1.0
     tiny_config.optimizer.accumulate = 2 if not batch_norm else 1
+    tiny_config.batch_size = 32  # two pairs a device, one for each part
     tiny_config.loss.l2 = 1e-3
     tiny_config.model.dropout = 0.1
     results = {name: train(tiny_config, layout, batch_norm=batch_norm) for name, layout in layouts().items()}
@@ -140,62 +143,148 @@ def test_rows_reach_the_devices_in_order():
         np.testing.assert_array_equal(np.moveaxis(host, 0, 1).reshape(2, 16) if name == "pmap" else host, rows["x"])
 
 
+# Real slices, as `jax.make_mesh` orders them: the process of each device.
+SLICES = {
+    "v5e:4x4": (0, 0, 1, 1, 1, 1, 0, 2, 3, 3, 3, 3, 2, 2, 2, 0),
+    "v5p:2x2x4": (0, 1, 2, 3) * 4,
+    "v6e:4x8": (0, 0, 2, 2, 4, 4, 6, 6, 0, 0, 2, 2, 4, 4, 6, 6, 1, 1, 3, 3, 5, 5, 7, 7, 1, 1, 3, 3, 5, 5, 7, 7),
+}
+
+
+@pytest.mark.parametrize("owners", SLICES.values(), ids=SLICES)
+def test_each_device_of_a_real_slice_gets_its_own_rows(owners):
+    batch_size = 3 * len(owners)
+    expected = np.repeat(owners, 3)  # device i of the mesh has rows 3 i .. 3 i + 2
+    for process in set(owners):
+        rows = partition.rows_of_process(owners, process, batch_size)
+        np.testing.assert_array_equal(rows, np.flatnonzero(expected == process))
+
+
+class FakeDevice(NamedTuple):
+    """What JAX's mesh asks of a device that is neither TPU nor GPU; CPUs have no slices to try."""
+
+    id: int
+    process_index: int
+    slice_index: int | None = None
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def test_slices_follow_each_other():
+    devices = [FakeDevice(i, i // 2, slice_index=(1, 0, 1, 0)[i // 2]) for i in range(8)]
+    assert [device.id for device in partition.ordered(devices)] == [2, 3, 6, 7, 0, 1, 4, 5]
+    assert list(partition.ordered(jax.devices())) == jax.devices()
+
+
+def test_rows_follow_a_mesh_in_any_order():
+    devices = np.array(jax.devices())[[3, 0, 7, 1, 6, 2, 5, 4]]
+    for strategy in ("data", "pmap"):
+        layout = partition.Partition(strategy, Mesh(devices, ("data",), axis_types=(AxisType.Auto,)))
+        placed = layout.put_batch({"x": np.arange(16)})["x"]
+        double = layout.compile_evaluation(lambda none, x: jax.lax.all_gather(2 * x, "data", tiled=True))
+        if strategy == "data":
+            double = layout.compile_evaluation(lambda none, x: 2 * x)
+        np.testing.assert_array_equal(layout.to_host(double(layout.replicate(np.zeros(())), placed)), 2 * np.arange(16))
+
+
 TWO_PROCESSES = """
-import sys
+import json, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
-from vitcls import cli
+from vitcls import cli, partition
 from vitcls import config as configs
 from vitcls.train import train_and_evaluate
 
 def command(arguments):
-    port, process, strategy, pipeline, workdir = arguments
-    cli.start_jax(f"localhost:{port}", 2, int(process))
-    config = configs.from_json(open(workdir + ".json").read()).unlock()
-    config.partition.strategy, config.dataset.pipeline = strategy, pipeline
-    config.partition.min_shard_elements = 64
-    train_and_evaluate(config.lock(), workdir)
+    cli.start_jax()
+    plain = partition.ordered
+    for question in json.load(open(arguments[0])):
+        order = question["order"] or range(4)
+        partition.ordered = lambda devices: plain(devices)[list(order)]
+        values = json.dumps(question["config"]).replace("PROCESS", str(jax.process_index()))
+        try:
+            train_and_evaluate(configs.from_json(values), question["workdir"])
+            print("done", flush=True)
+        except (cli.UserError, cli.RunError) as error:
+            print(f"{type(error).__name__}: {error}", flush=True)
 
 sys.exit(cli.run(command))
 """
+INTERLEAVED = (0, 2, 1, 3)
 
 
-def start_two_processes(config, path, strategy, pipeline):
-    path.with_suffix(".json").write_text(configs.to_json(configs.resolve(config)))
+def question(config, workdir, order=INTERLEAVED, **values):
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(values)
+    return {"config": configs.resolve(config).to_dict(), "workdir": str(workdir), "order": order}
+
+
+def start_two_processes(questions, path):
+    """Starts two processes of two devices as Slurm does, through its variables alone; they answer every question."""
+    path.write_text(json.dumps(questions))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", TWO_PROCESSES, str(port)]
+    slurm = {"JOB_ID": "7", "STEP_NODELIST": "localhost", "NTASKS": "2", "STEP_NUM_NODES": "2", "LOCALID": "0"}
+    environment = os.environ | {f"SLURM_{name}": value for name, value in slurm.items()}
     return [
-        subprocess.Popen([*command, str(i), strategy, pipeline, str(path)], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(path)],
+            env=environment | {"SLURM_PROCID": str(i), "JAX_COORDINATOR_PORT": str(port)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for i in range(2)
     ]
 
 
-@pytest.mark.parametrize(("strategy", "pipeline"), [("data", "streaming"), ("fsdp", "resident"), ("pmap", "streaming")])
-def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, tmp_path, strategy, pipeline):
+def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, tmp_path):
+    """Whatever the order of the devices; and an error of one process is that of all, at once."""
     tiny_config.optimizer.name = "sgd"
     tiny_config.optimizer.learning_rate = 0.1
+    tiny_config.partition.min_shard_elements = 64
     alone = tmp_path / "alone"
     train_and_evaluate(tiny_config, alone)
+    np.savez(tmp_path / "0.npz", x_train=np.zeros((99, 8, 8, 3), np.uint8), y_train=np.arange(99) % 3)
 
-    together = tmp_path / "together"
-    for process in start_two_processes(tiny_config, together, strategy, pipeline):
-        _, err = process.communicate(timeout=240)
+    runs = [("data", "streaming"), ("fsdp", "resident"), ("pmap", "streaming")]
+    questions = [
+        question(
+            tiny_config,
+            tmp_path / strategy,
+            **{"partition.strategy": strategy, "dataset.pipeline": pipeline},
+        )
+        for strategy, pipeline in runs
+    ]
+    questions.append(question(tiny_config, tmp_path / "data", seed=1))
+    only_on_one = {"dataset.name": "npz", "dataset.data_dir": str(tmp_path / "PROCESS.npz")}
+    questions.append(question(tiny_config, tmp_path / "npz", **only_on_one))
+    for process in start_two_processes(questions, tmp_path / "questions.json"):
+        out, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
-    one, two = (workdir.open_workdir(path) for path in (alone, together))
+        assert "of 2 (Slurm)" in err
+        *done, other_config, no_file = out.splitlines()
+        assert done == ["done"] * len(runs)
+        assert other_config.startswith(f"UserError: {tmp_path / 'data'} holds a run with another config.json")
+        assert no_file == f"UserError: config.dataset.data_dir='{tmp_path / '1.npz'}' is not a file; give the .npz file"
+
+    one = workdir.open_workdir(alone)
     model = experiment.make_model(one.config, one.info)
-    assert_close(two.restore_variables(model, 12), one.restore_variables(model, 12))
-    ours, theirs = (json.loads((path / "report" / "metrics.json").read_text()) for path in (alone, together))
-    assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
-    assert theirs["accuracy"] == ours["accuracy"]
+    ours = json.loads((alone / "report" / "metrics.json").read_text())
+    for strategy, _ in runs:
+        two = workdir.open_workdir(tmp_path / strategy)
+        assert_close(two.restore_variables(model, 12), one.restore_variables(model, 12))
+        theirs = json.loads((tmp_path / strategy / "report" / "metrics.json").read_text())
+        for name in ("loss", "accuracy", "recall_macro", "auc_ovr_macro", "ece"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-4), (strategy, name)
 
 
 def test_sigterm_to_one_process_stops_all_of_them_after_saving(tiny_config, tmp_path):
     tiny_config.total = "100000 steps"
     tiny_config.eval_every = tiny_config.checkpoint_every = "50000 steps"
     path = tmp_path / "run"
-    processes = start_two_processes(tiny_config, path, "data", "resident")
+    processes = start_two_processes([question(tiny_config, path)], tmp_path / "questions.json")
     deadline = time.monotonic() + 120
     while not read_history(path):
         assert time.monotonic() < deadline

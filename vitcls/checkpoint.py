@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 from typing import Any
@@ -30,6 +31,14 @@ def maximized(metric: str) -> bool:
     return not metric.endswith(("loss", "error", "ece"))
 
 
+def _score(metrics: dict[str, float], metric: str) -> float:
+    """The value to compare; what is not a number (or was saved as null) is worse than any other."""
+    value = metrics[metric]
+    if value is None or math.isnan(value):
+        return -math.inf if maximized(metric) else math.inf
+    return value
+
+
 class Checkpoints(contextlib.AbstractContextManager):
     """Writes checkpoints under `directory`: the last `keep`, and the best by `metric`."""
 
@@ -40,7 +49,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             [
                 preservation_policy.LatestN(keep),
                 preservation_policy.BestN(
-                    get_metric_fn=lambda metrics: metrics[metric],
+                    get_metric_fn=lambda metrics: _score(metrics, metric),
                     reverse=not maximized(metric),
                     n=1,
                     keep_checkpoints_without_metrics=False,
@@ -134,14 +143,14 @@ def latest_whole(directory: os.PathLike | str, *, set_aside: bool) -> int | None
 
 
 def best(directory: os.PathLike | str, metric: str) -> int | None:
-    """The step with the best `metric` among the whole checkpoints that were saved with one."""
+    """The step with the best `metric` among the whole checkpoints saved with one; of equals the first."""
     scores = {}
     for step in steps(directory):
         folder = pathlib.Path(directory) / str(step)
         if damage(folder) is None:
             metrics = _record(folder)["metrics"]
             if metrics is not None:
-                scores[step] = metrics[metric]
+                scores[step] = _score(metrics, metric)
     if not scores:
         return None
     return (max if maximized(metric) else min)(scores, key=scores.get)
@@ -164,6 +173,17 @@ def restore(directory: os.PathLike | str, step: int, template: PyTree) -> tuple[
             ),
         )
     return tree, _record(folder)
+
+
+def has(directory: os.PathLike | str, step: int, *path: str) -> bool:
+    """Whether the tree saved at `step` has the part `path`, which older versions may not have saved."""
+    folder = pathlib.Path(directory).absolute() / str(step) / "tree"
+    part = ocp.PyTreeCheckpointHandler().metadata(folder)
+    for name in path:
+        if name not in part:
+            return False
+        part = part[name]
+    return True
 
 
 def _record(folder: pathlib.Path) -> dict:

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from vitcls import errors
+from vitcls import cluster, errors
 from vitcls.cache import cache_dir
 from vitcls.errors import RunError, Stopped, UserError
 
@@ -70,13 +70,28 @@ class _CurrentStderr(logging.StreamHandler):
 
 
 def start_jax(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Joins the other processes, if any, and turns on the persistent compilation cache."""
+    """Joins the other processes, if any, and turns on the persistent compilation cache.
+
+    The processes are those of the flags, else of the environment (see `cluster.find`).
+    """
     import jax
 
-    if coordinator is not None:
+    found = cluster.find(coordinator, num_processes, process_id)
+    if found is not None:
+        logging.getLogger("vitcls").info("processes %s", found.found)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.config.update("jax_cpu_enable_async_dispatch", False)  # programs that overlap could wait for each other
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        try:
+            jax.distributed.initialize(
+                found.coordinator,
+                found.num_processes,
+                found.process_id,
+                list(found.local_device_ids) if found.local_device_ids else None,
+                # JAX's own detection would take one device of the host.
+                cluster_detection_method="deactivate" if found.coordinator else None,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise RunError(f"the processes of the run did not find each other ({found.found}): {error}") from None
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
 
 

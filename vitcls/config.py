@@ -3,6 +3,7 @@
 A config file (configs/*.py) calls `default_config(model_name)` and changes values; it never adds or removes keys.
 """
 
+import functools
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 
 from vitcls import durations, errors, losses, models, optim
 from vitcls.data.augment import TEST_TIME, make_augment
+from vitcls.data.order import MAX_BATCH_SIZE
 from vitcls.errors import UserError
 from vitcls.partition import STRATEGIES
 
@@ -28,6 +30,10 @@ def default_config(model_name: str) -> ConfigDict:
     config.eval_every = "1 epochs"
     config.checkpoint_every = "1 epochs"
     config.steps_per_call = 1  # training steps in one device dispatch
+    # Of products of float32: 'default' is TF32 on NVIDIA GPUs and bfloat16 on TPUs, 'high' three of those, 'highest'
+    # float32. The head and attention scores are float32 in any case.
+    config.matmul_precision = "default"
+    config.deterministic = False  # the same bits on every run on GPUs too, at the price of slower kernels
     config.test_time_augmentation = "none"  # or 'mirror', 'mirror_shift': means over views in every evaluation
     config.nonfinite_limit = 10  # stop after so many skipped (non-finite) updates in a row
 
@@ -83,7 +89,7 @@ def default_config(model_name: str) -> ConfigDict:
     config.optimizer.nesterov = False  # 'sgd' and 'muon'
     config.optimizer.clip_norm = 0.0  # global norm; 0 for no clipping
     config.optimizer.accumulate = 1  # the batch is processed in so many parts, one after the other
-    config.optimizer.ema_decay = 0.0  # EMA of parameters, used for evaluation; 0 for none
+    config.optimizer.ema_decay = 0.0  # EMA of parameters and batch statistics, used for evaluation; 0 for none
     config.optimizer.multipliers = ()  # (('regex of parameter path', learning-rate multiplier), ...); 0 freezes
     config.optimizer.base_batch_size = 0  # scale the learning rate by batch_size / base_batch_size; 0 for off
 
@@ -211,12 +217,27 @@ def from_json(text: str) -> ConfigDict:
     Raises UserError for text that is not a config.
     """
     try:
-        values = json.loads(text)
+        values = _renamed(json.loads(text))
         config = default_config(values["model"]["name"])
         config.update(_tuples(values))
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"config.json cannot be read: {error}") from None
     return resolve(config)
+
+
+_RENAMED: dict[str, str] = {}  # what a key of an older version is called now, as 'block.key'
+
+
+def _renamed(values: dict) -> dict:
+    """A config of any version under the names of this one."""
+    for old, new in _RENAMED.items():
+        *blocks, key = old.split(".")
+        node = functools.reduce(lambda node, block: node.get(block, {}), blocks, values)
+        if key in node:
+            *blocks, new_key = new.split(".")
+            value = node.pop(key)
+            functools.reduce(lambda node, block: node.setdefault(block, {}), blocks, values)[new_key] = value
+    return values
 
 
 def _tuples(value):
@@ -233,6 +254,7 @@ def _get(config: ConfigDict, key: str):
 
 EVAL_METRICS = ("eval/loss", "eval/accuracy", "eval/top5_accuracy")
 _CHOICES = {
+    "matmul_precision": ("default", "high", "highest"),
     "test_time_augmentation": TEST_TIME,
     "dataset.pipeline": ("auto", "resident", "streaming"),
     "dataset.sampling": ("uniform", "balanced"),
@@ -244,7 +266,7 @@ _CHOICES = {
 }
 _RANGES = {
     "seed": (0, 2**31 - 1),
-    "batch_size": (1, math.inf),
+    "batch_size": (1, MAX_BATCH_SIZE),
     "steps_per_call": (1, math.inf),
     "nonfinite_limit": (1, math.inf),
     "dataset.image_size": (0, math.inf),

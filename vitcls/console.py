@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+_SECONDS_BETWEEN_QUESTIONS = 1.0
 _logger = logging.getLogger("vitcls")
 
 
@@ -74,10 +75,16 @@ def _words(event: dict[str, float]) -> str:
 
 
 class StopSignal(contextlib.AbstractContextManager):
-    """Turns SIGTERM and the first Ctrl-C into a request to save and stop, on which all processes agree."""
+    """Turns SIGTERM and the first Ctrl-C into a request to save and stop, on which all processes agree.
+
+    To agree is a collective that waits for the devices, so several processes do it about once a second, not at every
+    call: how many calls that is they agree on too.
+    """
 
     def __init__(self):
         self._code = 0
+        self._calls_left = self._calls = 1  # until the processes ask each other again
+        self._asked = time.perf_counter()
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -97,6 +104,13 @@ class StopSignal(contextlib.AbstractContextManager):
 
     def requested(self) -> int:
         """The exit code of a run that has to stop now, else 0; the same on all processes, which must all ask."""
-        if jax.process_count() > 1:
-            return int(multihost_utils.process_allgather(np.int32(self._code)).max())
-        return self._code
+        if jax.process_count() == 1:
+            return self._code
+        self._calls_left -= 1
+        if self._calls_left:
+            return 0
+        seconds = (time.perf_counter() - self._asked) / self._calls
+        code, slowest = multihost_utils.process_allgather(np.array([self._code, seconds], np.float32)).max(axis=0)
+        self._calls_left = self._calls = int(np.clip(_SECONDS_BETWEEN_QUESTIONS / slowest, 1, 1_000))
+        self._asked = time.perf_counter()
+        return int(code)

@@ -178,7 +178,8 @@ def main(argv: list[str]) -> None:
     flags = parser.parse_args(argv)
     cli.start_jax()
     results = evaluate(flags.workdir, split=flags.split, checkpoint=flags.checkpoint, data_dir=flags.data_dir)
-    print(overview.headline(results, flags.workdir))
+    if results:
+        print(overview.headline(results, flags.workdir))
 
 
 if __name__ == "__main__":

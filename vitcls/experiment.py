@@ -11,7 +11,7 @@ import optax
 
 from vitcls import durations, losses, models, optim, steps
 from vitcls.data import DatasetInfo
-from vitcls.data.augment import make_augment, to_float, views
+from vitcls.data.augment import make_augment, mixes_pairs, to_float, views
 from vitcls.errors import UserError
 from vitcls.partition import Partition
 from vitcls.state import create_state, init_variables
@@ -32,11 +32,6 @@ class Plan:
 def make_plan(config, info: DatasetInfo) -> Plan:
     """Resolves the durations of a config for the size of its training split."""
     num_examples = info.num_examples["train"]
-    if config.batch_size * num_examples >= 2**31:
-        raise UserError(
-            f"config.batch_size={config.batch_size} times {num_examples} training examples is more than int32 holds; "
-            "use a smaller batch"
-        )
 
     def to_steps(duration, total_steps=None):
         return durations.to_steps(
@@ -54,6 +49,11 @@ def make_plan(config, info: DatasetInfo) -> Plan:
         steps_per_call=min(config.steps_per_call, total),
         steps_per_epoch=num_examples / config.batch_size,
     )
+
+
+def examples_kept_together(config) -> int:
+    """How many neighbours of a batch belong together: the two of a pair that is mixed, else each is for itself."""
+    return 2 if mixes_pairs(config.augment) else 1
 
 
 def make_model(config, info: DatasetInfo, *, axis_name: str | None = None) -> nn.Module:
@@ -117,6 +117,7 @@ def make_training(config, info: DatasetInfo, plan: Plan, layout: Partition) -> T
         num_classes=info.num_classes,
         whole=layout.whole,
         axis_name=layout.axis_name,
+        unit=examples_kept_together(config),
     )
 
     def create(key: jax.Array):
@@ -129,14 +130,26 @@ def make_training(config, info: DatasetInfo, plan: Plan, layout: Partition) -> T
             schedule_config=config.schedule,
         )
 
-    return Training(model, schedule, create, train_step)
+    return Training(model, schedule, create, _with_precision(train_step, config))
 
 
 def make_eval_step(config, model: nn.Module, info: DatasetInfo) -> Callable:
     """eval_step(variables, batch) of a model on its data's own normalisation."""
-    return steps.make_eval_step(
+    eval_step = steps.make_eval_step(
         model=model,
         views=lambda images: views(config.test_time_augmentation, to_float(images)),
         normalize=steps.make_normalize(info.mean, info.std),
         axis_name=model.axis_name,
     )
+    return _with_precision(eval_step, config)
+
+
+def _with_precision(step: Callable, config) -> Callable:
+    """`step`, whose products of float32 are as precise as the config says where they do not say it themselves."""
+
+    @functools.wraps(step)
+    def with_precision(*args):
+        with jax.default_matmul_precision(config.matmul_precision):
+            return step(*args)
+
+    return with_precision

@@ -1,7 +1,7 @@
 """Train, evaluate and report; started again on the same workdir it resumes.
 
 python -m vitcls.main --config=configs/vit_digits.py --workdir=DIR [--config.a.b=value ...] [--dry_run]
-    [--profile_steps=FIRST:LAST]
+    [--profile_steps=FIRST:LAST] [--data_dir=DIR]
 """
 
 import os
@@ -25,6 +25,9 @@ def define_flags() -> flags.FlagValues:
     )
     flags.DEFINE_string(
         "workdir", None, "Where the run lives: config, metrics, checkpoints, report.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "data_dir", "", "Where the data of a run are now, if they have moved since it began.", flag_values=values
     )
     flags.DEFINE_bool("dry_run", False, "Check everything up to the first step by shapes alone.", flag_values=values)
     flags.DEFINE_string(
@@ -103,7 +106,11 @@ def main(argv: list[str]) -> None:
     profile_steps = parse_steps(values.profile_steps)
     cli.start_jax(values.coordinator, values.num_processes, values.process_id)
     results = train_and_evaluate(
-        values.config, values.workdir or "", dry_run=values.dry_run, profile_steps=profile_steps
+        values.config,
+        values.workdir or "",
+        dry_run=values.dry_run,
+        profile_steps=profile_steps,
+        data_dir=values.data_dir,
     )
     if results:
         print(overview.headline(results, values.workdir))

@@ -2,24 +2,29 @@
 
 `data` and `fsdp` are `jax.jit` over a mesh with one axis: the batch is sharded; the state is replicated, or sharded
 too (`fsdp`, as in ZeRO-3: every array of at least `min_shard_elements` along its largest divisible dimension).
-`pmap` maps the same step over a leading device axis. All arrays are global; each process holds its own rows.
+`pmap` maps the same step over a leading device axis. All arrays are global; each process holds the rows of its own
+devices, which need not lie next to each other: the order of devices is that of the mesh and nobody else's.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vitcls.errors import UserError
+from vitcls.errors import RunError, UserError
 
 AXIS = "data"
 STRATEGIES = ("data", "fsdp", "pmap")
 PyTree = Any
+T = TypeVar("T")
+# Algorithms that give the same bits each time, for the price of the faster ones and of choosing by trial.
+_DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +33,8 @@ class Partition:
 
     strategy: str
     mesh: Mesh
-    min_shard_elements: int
+    min_shard_elements: int = 1
+    deterministic: bool = False  # the same bits on every run, on GPUs too
 
     @property
     def mapped(self) -> bool:
@@ -71,35 +77,37 @@ class Partition:
         """
         return jax.lax.with_sharding_constraint(params, self.sharding()) if self.strategy == "fsdp" else params
 
-    def local_rows(self, batch_size: int) -> slice:
-        """The rows of a global batch that this process feeds."""
-        size = batch_size // jax.process_count()
-        return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
+    def local_rows(self, batch_size: int) -> np.ndarray:
+        """The rows int64 [local] of a global batch that this process feeds, in the order of its devices in the mesh."""
+        owners = [device.process_index for device in self.mesh.devices.flat]
+        return rows_of_process(owners, jax.process_index(), batch_size)
 
     def put_batch(self, rows: PyTree, *, stacked: bool = False) -> PyTree:
         """Puts this process's rows [local, ...], or with `stacked` [steps, local, ...], on its devices.
 
-        Under `pmap` the result has the device axis in front: [devices, (steps,) local / devices, ...].
+        The rows are those of `local_rows`, in that order. Under `pmap` the result has the device axis in front:
+        [devices, (steps,) local / devices, ...].
         """
+        devices, axis = self._local_devices, int(stacked)
 
-        def put(x):
+        def put(x: np.ndarray) -> jax.Array:
+            parts = np.split(x, len(devices), axis)
             if self.mapped:
-                axis = int(stacked)
-                devices = jax.local_device_count()
-                x = x.reshape(*x.shape[:axis], devices, x.shape[axis] // devices, *x.shape[axis + 1 :])
-                x = np.moveaxis(x, axis, 0)
-                return jax.make_array_from_process_local_data(self._local_sharding(), x)
+                return jax.device_put(np.stack(parts), self._local_sharding())
             spec = (None, AXIS) if stacked else (AXIS,)
-            return jax.make_array_from_process_local_data(self.sharding(*spec), x)
+            rows = x.shape[axis] // len(devices) * self.mesh.size
+            shape = (*x.shape[:axis], rows, *x.shape[axis + 1 :])
+            placed = jax.device_put(parts, devices)
+            return jax.make_array_from_single_device_arrays(shape, self.sharding(*spec), placed)
 
         return jax.tree.map(put, rows)
 
     def replicate(self, tree: PyTree) -> PyTree:
         """Puts a host tree, the same on every process, on all devices."""
         if self.mapped:
-            devices = jax.local_device_count()
+            copies = len(self._local_devices)
             return jax.tree.map(
-                lambda x: jax.device_put(np.broadcast_to(x, (devices, *np.shape(x))), self._local_sharding()), tree
+                lambda x: jax.device_put(np.broadcast_to(x, (copies, *np.shape(x))), self._local_sharding()), tree
             )
         return jax.tree.map(
             lambda x: jax.make_array_from_callback(np.shape(x), self.sharding(), lambda index: np.asarray(x)[index]),
@@ -143,8 +151,12 @@ class Partition:
         axis = max(divisible, key=lambda axis: leaf.shape[axis])
         return self.sharding(*(None,) * axis, AXIS)
 
+    @property
+    def _local_devices(self) -> list[jax.Device]:
+        return [device for device in self.mesh.devices.flat if device.process_index == jax.process_index()]
+
     def _local_sharding(self) -> NamedSharding:
-        mesh = Mesh(np.asarray(jax.local_devices()), (AXIS,), axis_types=(AxisType.Auto,))
+        mesh = Mesh(np.asarray(self._local_devices), (AXIS,), axis_types=(AxisType.Auto,))
         return NamedSharding(mesh, PartitionSpec(AXIS))
 
     def init(self, create: Callable[[jax.Array], PyTree], key: jax.Array) -> PyTree:
@@ -157,24 +169,85 @@ class Partition:
     def compile_update(self, update: Callable, state: PyTree, sums: PyTree, data: PyTree) -> Callable:
         """Compiles `update(state, sums, data) -> (state, sums)`; the state is donated."""
         if self.mapped:
-            return jax.pmap(update, axis_name=AXIS, donate_argnums=0)
-        out_shardings = (self.state_shardings(state), self.sharding())
-        return jax.jit(update, donate_argnums=0, out_shardings=out_shardings).lower(state, sums, data).compile()
+            mapped = self._pmap(update, donate_argnums=0)
+        else:
+            mapped = jax.jit(update, donate_argnums=0, out_shardings=(self.state_shardings(state), self.sharding()))
+        return mapped.lower(state, sums, data).compile(compiler_options=self._compiler_options)
 
     def compile_evaluation(self, evaluate: Callable) -> Callable:
         """Maps `evaluate(variables, batch) -> outputs`; the outputs are the same on every device."""
         if self.mapped:
-            return jax.pmap(evaluate, axis_name=AXIS)
-        return jax.jit(evaluate, out_shardings=self.sharding())
+            return self._pmap(evaluate)
+        return jax.jit(evaluate, out_shardings=self.sharding(), compiler_options=self._compiler_options)
+
+    def _pmap(self, function: Callable, **options) -> Callable:
+        return jax.pmap(function, axis_name=AXIS, devices=list(self.mesh.devices.flat), **options)
+
+    @property
+    def _compiler_options(self) -> dict[str, bool]:
+        return _DETERMINISTIC if self.deterministic else {}
 
 
-def all_devices(strategy: str, *, min_shard_elements: int = 1) -> Partition:
+def all_devices(strategy: str, *, min_shard_elements: int = 1, deterministic: bool = False) -> Partition:
     """The partition over all devices of all processes."""
-    mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
-    return Partition(strategy, mesh, min_shard_elements)
+    devices = ordered(jax.devices())
+    if strategy == "pmap":  # which wants the devices of a process side by side
+        devices = np.array(sorted(devices, key=lambda device: device.process_index))
+    mesh = Mesh(devices, (AXIS,), axis_types=(AxisType.Auto,))
+    return Partition(strategy, mesh, min_shard_elements, deterministic)
+
+
+def ordered(devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices in the order in which neighbours are close: slice after slice, each along its torus."""
+
+    def slice_of(device: jax.Device) -> int:
+        return getattr(device, "slice_index", None) or 0
+
+    slices = [list(group) for _, group in itertools.groupby(sorted(devices, key=slice_of), slice_of)]
+    return np.concatenate([mesh_utils.create_device_mesh((len(group),), group) for group in slices])
+
+
+def rows_of_process(owners: Sequence[int], process: int, batch_size: int) -> np.ndarray:
+    """The rows int64 [local] of a batch that `process` feeds; `owners` is the process of each device of the mesh.
+
+    >>> rows_of_process([0, 1, 0, 1], 1, batch_size=8)
+    array([2, 3, 6, 7])
+    """
+    rows = np.arange(batch_size).reshape(len(owners), -1)  # [devices, rows of a device]
+    return rows[np.asarray(owners) == process].ravel()
 
 
 def wait_for_all(what: str) -> None:
     """Returns when every process has come to this point, which `what` names."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+_VERDICT_BYTES = 2_048
+
+
+def all_or_none(action: Callable[[], T]) -> T:
+    """Runs `action`, in which no process waits for another, on every process, and returns this one's result.
+
+    Where it fails on one process all raise: its UserError as it is, any other failure as a RunError that names it. So
+    nobody waits at the next collective for a process that has left.
+    """
+    if jax.process_count() == 1:
+        return action()
+    result, failure = None, None
+    try:
+        result = action()
+    except Exception as error:  # shared first, whatever it is
+        failure = error
+    kind = "" if failure is None else "user" if isinstance(failure, UserError) else "other"
+    text = f"{kind} {failure}".encode()[:_VERDICT_BYTES] if kind else b""
+    verdicts = multihost_utils.process_allgather(np.frombuffer(text.ljust(_VERDICT_BYTES, b"\0"), np.uint8))
+    if failure is not None:
+        raise failure
+    for process, verdict in enumerate(verdicts):
+        kind, _, message = bytes(verdict).rstrip(b"\0").decode(errors="replace").partition(" ")
+        if kind == "user":
+            raise UserError(message)
+        if kind:
+            raise RunError(f"process {process} failed: {message}")
+    return result

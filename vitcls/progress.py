@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 
 from flax.training.early_stopping import EarlyStopping
 
@@ -48,20 +49,26 @@ class Progress:
         }
 
     def evaluated(self, scores: dict[str, float], config) -> "Progress":
-        """Takes note of an evaluation: is it the best, and has early stopping run out of patience?"""
+        """Takes note of an evaluation: is it the best, and has early stopping run out of patience?
+
+        A score that is not a number is never the best.
+        """
         score = scores[config.checkpoint.metric]
-        improved = self.best is None or (
-            score > self.best if maximized(config.checkpoint.metric) else score < self.best
+        improved = not math.isnan(score) and (
+            self.best is None or (score > self.best if maximized(config.checkpoint.metric) else score < self.best)
         )
         early_stopping = self.early_stopping
         if config.early_stopping.patience:
             watched = scores[config.early_stopping.metric]
+            watched = -watched if maximized(config.early_stopping.metric) else watched
+            if math.isnan(watched):
+                watched = sys.float_info.max  # beaten by every number
             # flax's patience counts the evaluations that may fail before the one that stops the run.
             early_stopping = dataclasses.replace(
                 early_stopping,
                 patience=config.early_stopping.patience - 1,
                 min_delta=config.early_stopping.min_delta,
-            ).update(-watched if maximized(config.early_stopping.metric) else watched)
+            ).update(watched)
         return dataclasses.replace(
             self,
             best=score if improved else self.best,
@@ -92,7 +99,7 @@ class Progress:
         return cls(
             train_seconds=record["train_seconds"],
             interval_seconds=record["interval_seconds"],
-            best=record["best"],
+            best=None if record["best"] is None or math.isnan(record["best"]) else record["best"],
             finished=record["finished"],
             early_stopping=EarlyStopping(best_metric=best, patience_count=stopping["patience_count"]),
         )

@@ -25,21 +25,27 @@ class NonFinite(flax.struct.PyTreeNode):
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """What a checkpoint holds. `ema_params` and `plateau` are None where the config does not ask for them."""
+    """What a checkpoint holds. The averages and `plateau` are None where the config does not ask for them.
+
+    Averaged parameters need the averaged statistics of the norms: those of the newest parameters belong to another
+    network.
+    """
 
     step: jax.Array  # int32 scalar: updates tried so far, and so the number of the next batch
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
     ema_params: PyTree
+    ema_batch_stats: PyTree
     plateau: PyTree  # optax.contrib.ReduceLROnPlateauState
     nonfinite: NonFinite
 
     @property
     def variables(self) -> dict[str, PyTree]:
-        """The variables that are evaluated and reported: the EMA of the parameters where there is one."""
-        params = self.params if self.ema_params is None else self.ema_params
-        return {"params": params, "batch_stats": self.batch_stats}
+        """The variables that are evaluated and reported: the averages where there are any."""
+        if self.ema_params is None:
+            return {"params": self.params, "batch_stats": self.batch_stats}
+        return {"params": self.ema_params, "batch_stats": self.ema_batch_stats}
 
 
 def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, int, int]) -> dict[str, PyTree]:
@@ -59,13 +65,14 @@ def create_state(
 ) -> TrainState:
     """A state at step 0; pure, so that it can be traced for its shapes or jitted on its shardings."""
     variables = init_variables(model, key, image_shape)
-    params = variables["params"]
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        batch_stats=variables.get("batch_stats", {}),
+        batch_stats=batch_stats,
         opt_state=optimizer.init(params),
         ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+        ema_batch_stats=jax.tree.map(jnp.copy, batch_stats) if ema else None,
         plateau=optim.plateau_init(schedule_config),
         nonfinite=NonFinite(
             streak=jnp.zeros((), jnp.int32), total=jnp.zeros((), jnp.int32), last_step=jnp.full((), -1, jnp.int32)

@@ -13,6 +13,7 @@ from vitcls.state import NonFinite, TrainState
 
 Batch = dict[str, jax.Array]  # image uint8 [B, H, W, C], label int32 [B], mask float32 [B]
 Sums = dict[str, jax.Array]
+PyTree = Any
 TRAIN_SUMS = ("loss", "l2", "correct", "count", "gradient_norm", "updates", "skipped")
 
 
@@ -43,13 +44,15 @@ def make_train_step(
     num_classes: int,
     whole: Callable[[Any], Any] = lambda params: params,
     axis_name: str | None,
+    unit: int = 1,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Sums]]:
     """Builds train_step(state, batch, key) -> (state, sums over the batch).
 
     The objective is the mean of `loss` over the unmasked examples plus l2 / 2 times the sum of squares of the
     decayed parameters (the papers' "Adam + L2"). The batch is the global one (`axis_name` None) or, under `pmap`,
-    this device's part of it. With `accumulate` > 1 it is processed in so many parts, for the memory of one. From step
-    `total_steps` on it changes nothing and counts nothing, so that a last call of fewer steps is the same program.
+    this device's part of it. With `accumulate` > 1 it is augmented and processed in so many parts, for the memory of
+    one; `unit` neighbours stay together. From step `total_steps` on it changes nothing and counts nothing, so that a
+    last call of fewer steps is the same program.
     `whole` makes parameters that are spread over the devices whole on each, for the model.
     """
 
@@ -69,36 +72,34 @@ def make_train_step(
         sums = {"loss": total, "correct": jnp.sum(part["mask"] * hits)}
         return total / count, (updated.get("batch_stats", batch_stats), sums)
 
-    def gradients(state, examples, key, count):
+    def one_part(state, key, count, carry, part):
+        """Adds the gradients and sums of a part, images still uint8, to those of the parts before it."""
+        batch_stats, summed = carry
+        images, targets = augment(part["key"], part["image"], jax.nn.one_hot(part["label"], num_classes))
+        examples = {"image": normalize(images), "target": targets, "mask": part["mask"]}
+        part_key = jax.random.fold_in(key, part["index"])
+        (_, (batch_stats, sums)), grads = jax.value_and_grad(objective, has_aux=True)(
+            state.params, batch_stats, examples, part_key, count
+        )
+        return batch_stats, jax.tree.map(jnp.add, summed, (grads, sums))
+
+    def gradients(state, batch, key, count):
         """Sums over the parts of gradients and metrics, and the batch statistics after the last part."""
-
-        def one_part(carry, part):
-            batch_stats, (grads, sums) = carry
-            part_key = jax.random.fold_in(key, part["index"])
-            (_, (batch_stats, new_sums)), new_grads = jax.value_and_grad(objective, has_aux=True)(
-                state.params, batch_stats, part, part_key, count
-            )
-            return (batch_stats, jax.tree.map(jnp.add, (grads, sums), (new_grads, new_sums))), None
-
-        zeros = jax.tree.map(jnp.zeros_like, (state.params, {"loss": count, "correct": count}))
-        carry = (state.batch_stats, zeros)
+        carry = (state.batch_stats, jax.tree.map(jnp.zeros_like, (state.params, {"loss": count, "correct": count})))
         if accumulate == 1:
-            carry, _ = one_part(carry, examples | {"index": jnp.zeros((), jnp.int32)})
+            carry = one_part(state, key, count, carry, batch | {"index": jnp.zeros((), jnp.int32)})
         else:
-            # Strided parts keep every device's examples where they are: [B, ...] -> [B / A, A, ...] -> [A, B / A, ...]
-            parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), examples)
-            carry, _ = jax.lax.scan(one_part, carry, parts | {"index": jnp.arange(accumulate)})
+            parts = split_into_parts(batch, accumulate, unit) | {"index": jnp.arange(accumulate)}
+            carry, _ = jax.lax.scan(lambda carry, part: (one_part(state, key, count, carry, part), None), carry, parts)
         batch_stats, summed = carry
         return batch_stats, *global_sum(summed)
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Sums]:
         augment_key, dropout_key = jax.random.split(key)
-        keys = rng.example_keys(augment_key, batch["label"].shape[0], axis_name)
-        images, targets = augment(keys, batch["image"], jax.nn.one_hot(batch["label"], num_classes))
-        examples = {"image": normalize(images), "target": targets, "mask": batch["mask"]}
+        batch = batch | {"key": rng.example_keys(augment_key, batch["label"].shape[0], axis_name)}
         count = global_sum(jnp.sum(batch["mask"]))
 
-        batch_stats, grads, sums = gradients(state, examples, dropout_key, count)
+        batch_stats, grads, sums = gradients(state, batch, dropout_key, count)
         penalty = jnp.zeros((), jnp.float32)
         if l2:
             mask = optim.decay_mask(state.params)
@@ -113,19 +114,15 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         learning_rate = schedule(state.step) * (1.0 if state.plateau is None else state.plateau.scale)
         params = jax.tree.map(lambda p, u: p + (learning_rate * u).astype(p.dtype), state.params, updates)
-        ema_params = None
+        new = {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}
         if state.ema_params is not None:
-            ema_params = optim.ema_update(state.ema_params, params, ema_decay, state.step)
-
-        old = (state.params, state.batch_stats, state.opt_state, state.ema_params)
-        new = (params, batch_stats, opt_state, ema_params)
-        params, batch_stats, opt_state, ema_params = jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
+            average = (state.ema_params, state.ema_batch_stats)
+            average = optim.ema_update(average, (params, batch_stats), ema_decay, state.step)
+            new |= dict(zip(("ema_params", "ema_batch_stats"), average, strict=True))
+        old = {name: getattr(state, name) for name in new}
         state = state.replace(
+            **jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old),
             step=state.step + due.astype(jnp.int32),
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            ema_params=ema_params,
             nonfinite=_count_skips(state.nonfinite, state.step, due, finite, nonfinite_limit),
         )
         sums |= {"l2": penalty * count, "count": count, "gradient_norm": gradient_norm, "updates": 1.0}
@@ -133,6 +130,19 @@ def make_train_step(
         return state, sums | {"skipped": jnp.where(due & ~applied, 1.0, 0.0)}
 
     return train_step
+
+
+def split_into_parts(batch: PyTree, parts: int, unit: int) -> PyTree:
+    """Deals the `unit`s of a batch out to `parts`, in turn: [B, ...] -> [parts, B / parts, ...].
+
+    In turn, not in blocks, so that every device keeps the examples that it has.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(-1, parts, unit, *x.shape[1:])  # [B, ...] -> [B / (P u), P, u, ...] -> [P, B / (P u), u, ...]
+        return jnp.moveaxis(x, 1, 0).reshape(parts, -1, *x.shape[3:])
+
+    return jax.tree.map(split, batch)
 
 
 def _count_skips(counts: NonFinite, step: jax.Array, due: jax.Array, finite: jax.Array, limit: int) -> NonFinite:

@@ -1,21 +1,22 @@
 """train_and_evaluate: a training run, to be read from top to bottom."""
 
+import contextlib
 import logging
-import math
 import os
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from vitcls import checkpoint, data, evaluate, experiment, metrics, optim, overview, partition, steps, workdir
 from vitcls import config as configs
 from vitcls.console import ProgressBar, StopSignal
-from vitcls.data.augment import mixes_pairs
 from vitcls.errors import RunError, Stopped, UserError
 from vitcls.experiment import Plan, Training
+from vitcls.lock import WorkdirLock
 from vitcls.partition import Partition
 from vitcls.profiling import Trace
 from vitcls.progress import Progress
@@ -26,23 +27,80 @@ _logger = logging.getLogger("vitcls")
 
 
 def train_and_evaluate(
-    config: configs.ConfigDict, path: os.PathLike | str, *, dry_run: bool = False, profile_steps: range = range(0)
+    config: configs.ConfigDict,
+    path: os.PathLike | str,
+    *,
+    dry_run: bool = False,
+    profile_steps: range = range(0),
+    data_dir: str = "",
 ) -> dict:
     """Trains as `config` says in the workdir `path`, resuming what is there, and writes the report.
 
-    The calls that run `profile_steps` are traced into the workdir's directory profile/.
-
+    The calls that run `profile_steps` are traced into the workdir's directory profile/. `data_dir` is where the data
+    of a run are now, if they have moved since it began; they must be the same.
 
     Returns the metrics of the report; {} for a dry run, which goes up to the first step by shapes alone and leaves
     nothing behind. Raises UserError before any device work where the config or the data cannot work, RunError where
     the training diverges, Stopped after saving where a signal asked the run to stop.
     """
-    path = pathlib.Path(path)
+    path = workdir.local(path)
+    prepared = partition.all_or_none(lambda: prepare(config, data_dir, profile_steps))
+    config, dataset, info, plan, layout, training = prepared
+    overview.log_start(config, info, plan, training, layout, pipeline=data.choose_pipeline(dataset, config.dataset))
+    if dry_run:
+        overview.log_first_step(config, info, training, layout)
+        return {}
+
+    with contextlib.ExitStack() as held:
+
+        def begin() -> WorkdirLock | None:
+            if jax.process_index():
+                return None
+            lock = held.enter_context(WorkdirLock(path))
+            workdir.begin(path, config, info, moved=bool(data_dir))
+            checkpoint.latest_whole(path / workdir.CHECKPOINTS, set_aside=True)
+            return lock
+
+        lock = partition.all_or_none(begin)
+        evaluator = evaluate.make_evaluator(config, training.model, info, layout)
+        batches = data.train_batches(
+            dataset, config.dataset, partition=layout, batch_size=config.batch_size, seed=config.seed
+        )
+        validation = None
+        if dataset.validation is not None:
+            validation = evaluate.split_batches(dataset, "validation", layout, config.batch_size)
+        state, step = fit(config, path, plan, training, layout, batches, evaluator, validation, profile_steps, lock)
+
+        variables = state.variables
+        if config.report.checkpoint == "best":
+            trained = workdir.open_workdir(path)
+            step = trained.find_step("best")
+            variables = layout.replicate(trained.restore_variables(training.model, step))
+        return evaluate.write_report(
+            path, config, info, dataset, evaluator, training.model, variables, split="test", step=step
+        )
+
+
+class Prepared(NamedTuple):
+    """What a run is made of, checked, before any device work."""
+
+    config: configs.ConfigDict
+    dataset: data.Dataset
+    info: data.DatasetInfo
+    plan: Plan
+    layout: Partition
+    training: Training
+
+
+def prepare(config: configs.ConfigDict, data_dir: str, profile_steps: range) -> Prepared:
+    """Checks a config, loads its data and builds the training functions; raises UserError for what cannot work."""
+    if data_dir:
+        config = config.copy_and_resolve_references()
+        config.dataset.data_dir = data_dir
     config = configs.resolve(config)
     configs.validate(config)
     dataset = data.load(config.dataset)
-    pipeline = data.choose_pipeline(dataset, config.dataset)
-    if pipeline == "resident":
+    if data.choose_pipeline(dataset, config.dataset) == "resident":
         dataset = data.decode(dataset)
     info = data.describe(dataset, config.dataset)
     plan = experiment.make_plan(config, info)
@@ -52,36 +110,14 @@ def train_and_evaluate(
             f"{plan.total:,} steps"
         )
     configs.validate_metrics(config, evaluates=dataset.validation is not None and plan.eval_every > 0)
-    layout = partition.all_devices(config.partition.strategy, min_shard_elements=config.partition.min_shard_elements)
-    pair = 2 if mixes_pairs(config.augment) else 1
-    layout.check_batch_size(config.batch_size, unit=math.lcm(pair, config.optimizer.accumulate))
-    training = experiment.make_training(config, info, plan, layout)
-    overview.log_start(config, info, plan, training, layout, pipeline)
-    if dry_run:
-        overview.log_first_step(config, info, training, layout)
-        return {}
-
-    if jax.process_index() == 0:
-        workdir.begin(path, config, info)
-        checkpoint.latest_whole(path / workdir.CHECKPOINTS, set_aside=True)
-    partition.wait_for_all("the workdir is ready")
-    evaluator = evaluate.make_evaluator(config, training.model, info, layout)
-    batches = data.train_batches(
-        dataset, config.dataset, partition=layout, batch_size=config.batch_size, seed=config.seed
+    layout = partition.all_devices(
+        config.partition.strategy,
+        min_shard_elements=config.partition.min_shard_elements,
+        deterministic=config.deterministic,
     )
-    validation = None
-    if dataset.validation is not None:
-        validation = evaluate.split_batches(dataset, "validation", layout, config.batch_size)
-    state, step = fit(config, path, plan, training, layout, batches, evaluator, validation, profile_steps)
-
-    variables = state.variables
-    if config.report.checkpoint == "best":
-        trained = workdir.open_workdir(path)
-        step = trained.find_step("best")
-        variables = layout.replicate(trained.restore_variables(training.model, step))
-    return evaluate.write_report(
-        path, config, info, dataset, evaluator, training.model, variables, split="test", step=step
-    )
+    together = experiment.examples_kept_together(config)
+    layout.check_batch_size(config.batch_size, unit=together * config.optimizer.accumulate)
+    return Prepared(config, dataset, info, plan, layout, experiment.make_training(config, info, plan, layout))
 
 
 def fit(
@@ -94,6 +130,7 @@ def fit(
     evaluator: evaluate.Evaluator,
     validation: data.EvaluationBatches | None,
     profile_steps: range,
+    lock: WorkdirLock | None,
 ) -> tuple[TrainState, int]:
     """Trains from the newest whole checkpoint, or from the start, to the end; returns the last state and its step.
 
@@ -147,6 +184,8 @@ def fit(
                 state = reduce_on_plateau(config.schedule, state, scores, layout)
                 save_due = save_due or progress.improved or progress.finished
             if save_due or stop_code:
+                if lock:
+                    lock.check()
                 writer.sync()
                 tree = {"state": layout.to_savable(state), "sums": layout.to_savable(sums)}
                 checkpoints.save(step, tree, record=progress.to_record(), metrics=scores)
@@ -167,10 +206,16 @@ def start_or_resume(
     step = checkpoint.latest_whole(path / workdir.CHECKPOINTS, set_aside=False)
     if step is None:
         return state, sums, progress, 0
+    averages = state.ema_batch_stats
+    if averages is not None and not checkpoint.has(path / workdir.CHECKPOINTS, step, "state", "ema_batch_stats"):
+        state = state.replace(ema_batch_stats=None)  # 0.1.0 did not average them: the average starts from the newest
     template = {"state": layout.to_savable(state), "sums": layout.to_savable(sums)}
     tree, record = checkpoint.restore(path / workdir.CHECKPOINTS, step, template)
     _logger.info("resumed from step %s", f"{step:,}")
-    return layout.from_savable(tree["state"]), layout.from_savable(tree["sums"]), Progress.from_record(record), step
+    state, sums = layout.from_savable(tree["state"]), layout.from_savable(tree["sums"])
+    if averages is not None and state.ema_batch_stats is None:
+        state = state.replace(ema_batch_stats=jax.tree.map(jnp.copy, state.batch_stats))
+    return state, sums, Progress.from_record(record), step
 
 
 def new_sums(layout: Partition) -> steps.Sums:

@@ -5,9 +5,9 @@ dataset.json     classes, shape, mean, std    checkpoints/<step>/  see checkpoin
 """
 
 import dataclasses
-import json
 import os
 import pathlib
+import re
 
 import flax.linen as nn
 import jax
@@ -48,18 +48,22 @@ class Workdir:
         return step
 
     def restore_variables(self, model: nn.Module, step: int) -> dict:
-        """The variables of `model` for evaluation, as numpy arrays: the EMA of the parameters where there is one."""
-        shapes = experiment.variable_shapes(model, self.info)
-        params = "ema_params" if self.config.optimizer.ema_decay else "params"
-        template = {params: shapes["params"], "batch_stats": shapes.get("batch_stats", {})}
-        tree, _ = checkpoint.restore(self.path / CHECKPOINTS, step, {"state": template})
+        """The variables of `model` for evaluation, as numpy arrays: the averages where there are any."""
+        shapes, folder = experiment.variable_shapes(model, self.info), self.path / CHECKPOINTS
+        params, statistics = "params", "batch_stats"
+        if self.config.optimizer.ema_decay:
+            params = "ema_params"
+            if checkpoint.has(folder, step, "state", "ema_batch_stats"):  # 0.1.0 did not average them
+                statistics = "ema_batch_stats"
+        template = {params: shapes["params"], statistics: shapes.get("batch_stats", {})}
+        tree, _ = checkpoint.restore(folder, step, {"state": template})
         host = jax.device_get(tree["state"])
-        return {"params": host[params], "batch_stats": host["batch_stats"]}
+        return {"params": host[params], "batch_stats": host[statistics]}
 
 
 def open_workdir(path: os.PathLike | str) -> Workdir:
     """Reads a workdir back; raises UserError where there is no run in it."""
-    path = pathlib.Path(path)
+    path = local(path)
     try:
         config = configs.from_json((path / CONFIG_FILE).read_text())
         info = DatasetInfo.from_json((path / DATASET_FILE).read_text())
@@ -70,25 +74,50 @@ def open_workdir(path: os.PathLike | str) -> Workdir:
     return Workdir(path, config, info)
 
 
-def begin(path: os.PathLike | str, config: configs.ConfigDict, info: DatasetInfo) -> None:
+def local(path: os.PathLike | str) -> pathlib.Path:
+    """The path of a workdir; raises UserError for a URL, which pathlib would take for a directory called `gs:`."""
+    if re.match(r"[A-Za-z][\w+.-]+:/", os.fspath(path)):
+        raise UserError(
+            f"--workdir={os.fspath(path)} is a URL; a workdir must be a local directory, so train in one and copy it"
+        )
+    return pathlib.Path(path)
+
+
+def begin(path: pathlib.Path, config: configs.ConfigDict, info: DatasetInfo, *, moved: bool = False) -> None:
     """Makes the workdir of a run, or checks that the run that is in it already is the same.
 
-    Raises UserError where the workdir holds a run of another config or other data: nothing of it is overwritten.
+    An older version's config is completed first. With `moved` the data may lie elsewhere now, under another name, and
+    config.json is told where. Raises UserError where the workdir holds a run of another config or other data: nothing
+    of it is overwritten.
     """
-    path = pathlib.Path(path)
-    for name, text in ((CONFIG_FILE, configs.to_json(config)), (DATASET_FILE, info.to_json())):
-        if not (path / name).exists():
-            write_atomically(path / name, text)
-            continue
-        try:
-            old, new = _flatten(json.loads((path / name).read_text())), _flatten(json.loads(text))
-        except ValueError:
-            raise UserError(f"{path / name} is damaged; restore it, or use another --workdir") from None
-        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        if changed:
-            shown = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:3])
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise UserError(f"{path} holds a run with another {name}: {shown}{more}; use another --workdir")
+    free = _MOVED if moved else ()
+    texts = {CONFIG_FILE: configs.to_json(config), DATASET_FILE: info.to_json()}
+    there = {name for name in texts if (path / name).exists()}
+    for name in sorted(there):
+        _check_same(path, name, texts[name], free)
+    for name in texts.keys() - there | ({CONFIG_FILE} if moved else set()):
+        write_atomically(path / name, texts[name])
+
+
+_MOVED = ("dataset.data_dir", "name")  # what differs in config.json and dataset.json once the data have moved
+_READERS = {
+    CONFIG_FILE: lambda text: configs.from_json(text).to_dict(),
+    DATASET_FILE: lambda text: dataclasses.asdict(DatasetInfo.from_json(text)),
+}
+
+
+def _check_same(path: pathlib.Path, name: str, text: str, free: tuple[str, ...]) -> None:
+    """Raises UserError where the file `name` says otherwise than `text`, but for the keys that are `free`."""
+    try:
+        old = _flatten(_READERS[name]((path / name).read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path / name} is damaged ({error}); restore it, or use another --workdir") from None
+    new = _flatten(_READERS[name](text))
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key not in free)
+    if changed:
+        shown = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:3])
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(f"{path} holds a run with another {name}: {shown}{more}; use another --workdir")
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

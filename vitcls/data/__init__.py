@@ -195,7 +195,7 @@ class EvaluationBatches:
         return array_batches(self._split, self._batch_size, self._partition.local_rows(self._batch_size))
 
 
-def array_batches(split: Split, batch_size: int, rows: slice) -> Iterator[dict[str, np.ndarray]]:
+def array_batches(split: Split, batch_size: int, rows: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
     """`rows` of every batch of a split in memory; the last batch is padded with zeros and masked."""
     for start in range(0, len(split.labels), batch_size):
         count = min(batch_size, len(split.labels) - start)

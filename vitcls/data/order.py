@@ -25,11 +25,29 @@ def epoch_order(seed: int, epoch: jax.Array, labels: jax.Array, *, num_classes: 
     return jax.random.permutation(places_key, chosen).astype(jnp.int32)
 
 
-def first_place(step, *, batch_size: int, num_examples: int):
-    """(epoch, offset) of the first example of batch `step`, for ints or int32 arrays.
+MAX_BATCH_SIZE = 2**20  # of `offset_on_device`
+
+
+def first_place(step: int, *, batch_size: int, num_examples: int) -> tuple[int, int]:
+    """(epoch, offset) of the first example of batch `step`, on the host.
 
     Batches follow each other through the epochs without a gap, so every example is seen once per epoch whatever the
-    batch size. Written so that no product exceeds num_examples * batch_size (int32 on the device).
+    batch size.
     """
-    within = (step % num_examples) * batch_size
-    return (step // num_examples) * batch_size + within // num_examples, within % num_examples
+    return divmod(step * batch_size, num_examples)
+
+
+def offset_on_device(step: jax.Array, *, batch_size: int, num_examples: int) -> jax.Array:
+    """The offset of `first_place` for a traced step, int32 scalar; exact for num_examples < 2^31.
+
+    step * batch_size does not fit 32 bits at ImageNet's size, so the product is made bit by bit of the batch size,
+    reduced at once: no intermediate value reaches 2^32.
+    """
+    modulus = jnp.uint32(num_examples)
+    start = step.astype(jnp.uint32) % modulus
+    offset = jnp.uint32(0)
+    for bit in f"{batch_size:b}":
+        offset = offset * 2 % modulus
+        if bit == "1":
+            offset = (offset + start) % modulus
+    return offset.astype(jnp.int32)

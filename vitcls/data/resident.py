@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcls.data.order import epoch_order, first_place
+from vitcls.data.order import epoch_order, first_place, offset_on_device
 from vitcls.partition import Partition
 from vitcls.rng import example_positions
 
@@ -51,7 +51,7 @@ class Resident:
 
     def open(self, data: dict[str, Any], step: jax.Array, length: int) -> Callable[[jax.Array], dict]:
         """Traced: returns i -> batch of `step` + i, for i < `length`."""
-        _, offset = first_place(step, batch_size=self._batch_size, num_examples=self._num_examples)
+        offset = offset_on_device(step, batch_size=self._batch_size, num_examples=self._num_examples)
         order = jnp.concatenate(data["orders"])
         visible = self._partition.visible(self._batch_size)
 

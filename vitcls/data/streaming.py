@@ -72,11 +72,11 @@ class Streaming:
     def _read_from(self, step: int) -> Iterator[dict[str, np.ndarray]]:
         """This process's rows of every batch from `step` on, without end."""
         rows = self._partition.local_rows(self._batch_size)
-        num_rows = rows.stop - rows.start
+        num_rows = len(rows)
 
         def load(row: int) -> tuple[np.ndarray, np.integer]:
             batch, place = divmod(row, num_rows)
-            position = (step + batch) * self._batch_size + rows.start + place  # in the whole run
+            position = (step + batch) * self._batch_size + int(rows[place])  # in the whole run
             epoch, offset = divmod(position, len(self._split.labels))
             index = int(self._order(epoch)[offset])
             image = read_image(self._split, index, self._image_shape, crop=self._crop, seed=(self._seed, position))
@@ -91,19 +91,19 @@ def evaluation_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's rows of every batch of a split, in order; the last batch is padded and masked."""
     rows = partition.local_rows(batch_size)
-    num_rows = rows.stop - rows.start
+    num_rows = len(rows)
     num_examples = len(split.labels)
 
     def load(row: int) -> tuple[np.ndarray, np.integer]:
         batch, place = divmod(row, num_rows)
-        index = min(batch * batch_size + rows.start + place, num_examples - 1)
+        index = min(batch * batch_size + int(rows[place]), num_examples - 1)
         return read_image(split, index, image_shape), split.labels[index]
 
     num_batches = -(-num_examples // batch_size)
     batches = _parallel_batches(load, num_rows, image_shape, num_batches=num_batches)
     for batch, (images, labels) in enumerate(batches):
-        places = batch * batch_size + np.arange(rows.start, rows.stop)
-        yield {"image": images, "label": labels, "mask": (places < num_examples).astype(np.float32)}
+        mask = (batch * batch_size + rows < num_examples).astype(np.float32)
+        yield {"image": images, "label": labels, "mask": mask}
 
 
 def read_image(

@@ -1,0 +1,108 @@
+"""Two runs in one workdir: the second is refused, and the lock of a dead one is taken over."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from vitcls import lock
+from vitcls.errors import RunError, UserError
+from vitcls.lock import WorkdirLock
+
+HOLD = """
+import sys, time
+from vitcls.lock import WorkdirLock
+
+WorkdirLock(sys.argv[1])
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the workdir."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(lock, "_HEARTBEAT", 0.05)
+    monkeypatch.setattr(lock, "_SILENCE", 1.0)
+
+
+def of_another_machine(path):
+    """The lock of `path` as if it had been made on another machine."""
+    text = json.loads((path / lock.LOCK_FILE).read_text()) | {"machine": "elsewhere", "token": "theirs"}
+    (path / lock.LOCK_FILE).write_text(json.dumps(text))
+
+
+def test_a_second_run_is_refused_and_a_killed_holder_is_followed_at_once(tmp_path, holder):
+    message = rf"is in use by process {holder.pid} on \S+ since 20\d\d-.*; wait for it, or use another --workdir"
+    with pytest.raises(UserError, match=message):
+        WorkdirLock(tmp_path)
+    assert json.loads((tmp_path / lock.LOCK_FILE).read_text())["process_id"] == holder.pid
+    holder.kill()
+    holder.wait()
+    with WorkdirLock(tmp_path) as held:
+        held.check()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_is_released_and_leaves_no_directory_that_it_made(tmp_path):
+    with WorkdirLock(tmp_path / "new" / "run"):
+        assert (tmp_path / "new" / "run" / lock.LOCK_FILE).exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reused_process_id_does_not_keep_a_lock(tmp_path, holder):
+    text = json.loads((tmp_path / lock.LOCK_FILE).read_text()) | {"process_start": "1"}
+    (tmp_path / lock.LOCK_FILE).write_text(json.dumps(text))
+    WorkdirLock(tmp_path).__exit__()
+
+
+def test_a_holder_on_another_machine_lives_while_its_lock_is_written_anew(tmp_path, quick):
+    with WorkdirLock(tmp_path):
+        of_another_machine(tmp_path)
+        beating = threading.Event()
+
+        def beat():
+            while not beating.wait(0.1):
+                text = json.loads((tmp_path / lock.LOCK_FILE).read_text())
+                (tmp_path / lock.LOCK_FILE).write_text(json.dumps(text | {"beats": text["beats"] + 1}))
+
+        thread = threading.Thread(target=beat)
+        thread.start()
+        with pytest.raises(UserError, match="is in use by"):
+            WorkdirLock(tmp_path)
+        beating.set()
+        thread.join()
+
+
+def test_a_silent_holder_on_another_machine_is_followed_and_learns_of_it(tmp_path, quick):
+    first = WorkdirLock(tmp_path)
+    first.check()
+    of_another_machine(tmp_path)
+    second = WorkdirLock(tmp_path)
+    deadline = time.monotonic() + 10
+    while not first._lost and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with pytest.raises(RunError, match="was taken over by process"):
+        first.check()
+    first.__exit__()
+    second.check()
+    assert (tmp_path / lock.LOCK_FILE).exists(), "the lock of the second is not the first one's to remove"
+    second.__exit__()
+
+
+def test_a_torn_lock_file_is_taken_over(tmp_path, quick):
+    (tmp_path / lock.LOCK_FILE).write_text('{"host": "a')
+    with WorkdirLock(tmp_path) as held:
+        held.check()
