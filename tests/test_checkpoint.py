@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import pathlib
 
@@ -46,6 +47,13 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
     assert checkpoint.steps(tmp_path) == [2, 5, 6]
     assert checkpoint.best(tmp_path, METRIC) == 2
     assert checkpoint.latest_whole(tmp_path, set_aside=False) == 6
+
+
+@pytest.mark.parametrize("values", [(math.nan, 0.2, 0.7), (0.7, math.nan, 0.2), (0.2, 0.7, math.nan)])
+def test_what_is_not_a_number_is_never_the_best(tmp_path, values):
+    for metric, best in (("eval/accuracy", 0.7), ("eval/loss", 0.2)):
+        save(tmp_path / metric, dict(enumerate(values, 1)), keep=1, metric=metric)
+        assert checkpoint.best(tmp_path / metric, metric) == values.index(best) + 1
 
 
 def test_less_of_a_loss_is_better(tmp_path):

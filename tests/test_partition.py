@@ -1,5 +1,6 @@
 """One device, `data`, `fsdp` and `pmap` over eight devices, and two processes, are the same computation."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -7,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -160,7 +160,8 @@ def test_each_device_of_a_real_slice_gets_its_own_rows(owners):
         np.testing.assert_array_equal(rows, np.flatnonzero(expected == process))
 
 
-class FakeDevice(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
     """What JAX's mesh asks of a device that is neither TPU nor GPU; CPUs have no slices to try."""
 
     id: int

@@ -1,5 +1,7 @@
 """train_step against the same update written out by hand."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import scipy.special
 
 from vitcls import config as configs
 from vitcls import losses, optim, rng, steps
+from vitcls.data import augment as augmentation
 from vitcls.data.augment import to_float, views
 from vitcls.state import create_state
 
@@ -35,6 +38,8 @@ def no_augment(keys, images, targets):
 
 def build(
     *,
+    model=None,
+    unit=1,
     l2=0.0,
     optimizer=None,
     schedule=lambda step: 0.1,
@@ -44,9 +49,9 @@ def build(
     limit=3,
     total_steps=100,
 ):
-    optimizer = optimizer or optax.sgd(1.0)
+    optimizer, model = optimizer or optax.sgd(1.0), model or Linear()
     train_step = steps.make_train_step(
-        model=Linear(),
+        model=model,
         augment=augment,
         normalize=steps.make_normalize((0.5,), (0.25,)),
         loss=losses.make_loss("cross_entropy", label_smoothing=0.0, focal_gamma=0.0, class_weights=np.ones(3)),
@@ -59,11 +64,12 @@ def build(
         total_steps=total_steps,
         num_classes=NUM_CLASSES,
         axis_name=None,
+        unit=unit,
     )
     schedule_config = configs.ConfigDict({"name": "constant"})
     state = create_state(
         jax.random.key(0),
-        model=Linear(),
+        model=model,
         image_shape=(4, 4, 1),
         optimizer=optimizer,
         ema=ema_decay > 0,
@@ -181,6 +187,59 @@ def test_past_the_end_even_a_batch_that_is_not_finite_is_not_counted():
 
 
 @pytest.mark.eight_devices
+def test_the_average_has_the_statistics_of_averaged_parameters():
+    """The running mean that is averaged follows the same weights as the parameters (the class has none: given here)."""
+
+    class Counting(Linear):
+        @nn.compact
+        def __call__(self, images, *, train):
+            seen = self.variable("batch_stats", "seen", lambda: jnp.zeros(()))
+            if train:
+                seen.value = seen.value + 1.0
+            return Linear(NUM_CLASSES)(images, train=train)
+
+    train_step, state = build(model=Counting(), ema_decay=0.5)
+    expected_params, expected_seen = state.params, 0.0
+    for step in range(3):
+        state, _ = train_step(state, batch(), jax.random.key(step))
+        weight = max(0.5, 9 / (10 + step))
+        expected_params = jax.tree.map(lambda e, p, w=weight: (1 - w) * e + w * p, expected_params, state.params)
+        expected_seen = (1 - weight) * expected_seen + weight * (step + 1)
+    chex_close(state.variables["params"], expected_params)
+    assert float(state.variables["batch_stats"]["seen"]) == pytest.approx(expected_seen)
+    assert float(state.batch_stats["seen"]) == 3
+
+
+def chex_close(actual, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), actual, expected)
+
+
+@pytest.mark.parametrize("unit", [1, 2])
+def test_a_batch_is_dealt_out_to_its_parts_with_what_belongs_together(unit):
+    dealt = np.asarray(steps.split_into_parts({"x": jnp.arange(24)}, 3, unit)["x"])
+    assert sorted(dealt.ravel()) == list(range(24))
+    units = dealt.reshape(3, -1, unit)
+    assert (np.diff(units, axis=-1) == 1).all() and (units[..., 0] % unit == 0).all()
+    assert [part[0, 0] for part in units] == [0, unit, 2 * unit]
+
+
+def test_parts_are_augmented_as_the_whole_batch_is_and_one_at_a_time():
+    """Pairs are mixed with the same keys; and no array of floats of the whole batch is made."""
+    config = configs.default_config("lenet5").augment
+    config.crop.probability = config.flip.probability = config.mixup.probability = 0.5
+    results, shapes = {}, {}
+    for accumulate in (1, 4):
+        train_step, state = build(augment=augmentation.make_augment(config), accumulate=accumulate, unit=2)
+        images = np.tile(IMAGES, (16, 1, 1, 1))[:16]
+        given = {"image": images, "label": np.arange(16, dtype=np.int32) % NUM_CLASSES, "mask": np.ones(16, np.float32)}
+        results[accumulate] = jax.device_get(train_step(state, given, jax.random.key(1))[0].params)
+        text = str(jax.make_jaxpr(train_step)(state, given, jax.random.key(1)))
+        shapes[accumulate] = set(re.findall(r"f32\[(\d+),4,4,1\]", text))
+    chex_close(results[4], results[1])
+    assert "16" in shapes[1]
+    assert shapes[4] <= {"1", "2", "4"}
+
+
 def test_keys_depend_on_seed_step_and_place_and_not_on_the_layout():
     data = jax.random.key_data
     key = rng.step_key(0, jnp.int32(5))

@@ -18,6 +18,7 @@ import pytest
 from vitcls import checkpoint, workdir
 from vitcls import config as configs
 from vitcls.errors import RunError, UserError
+from vitcls.lock import WorkdirLock
 from vitcls.train import train_and_evaluate
 from vitcls.writers import read_history
 
@@ -146,6 +147,36 @@ def test_another_config_does_not_touch_the_run_that_is_there(trained, tiny_confi
     with pytest.raises(UserError, match=r"optimizer.learning_rate was 0.001, is 0.5; use another --workdir"):
         train_and_evaluate(tiny_config, trained)
     assert files == {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+
+
+@pytest.mark.parametrize("workdir_url", ["gs://bucket/run", "s3://bucket/run", "file:///tmp/run"])
+def test_a_url_is_no_workdir(tiny_config, tmp_path, monkeypatch, workdir_url):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is a URL; a workdir must be a local directory"):
+        train_and_evaluate(tiny_config, workdir_url)
+    with pytest.raises(UserError, match="is a URL"):
+        workdir.open_workdir(workdir_url)
+    with pytest.raises(UserError, match=r"config.dataset.data_dir='gs://b/c' is a URL"):
+        tiny_config.dataset.data_dir = "gs://b/c"
+        train_and_evaluate(tiny_config, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_workdir_in_use_is_refused_and_left_alone(tiny_config, tmp_path):
+    with WorkdirLock(tmp_path / "run"), pytest.raises(UserError, match="is in use by process"):
+        train_and_evaluate(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_compilation_is_not_timed_as_training(tiny_config, tmp_path):
+    """Under `pmap` too: the first interval of a run is not slower than the others by a compilation."""
+    tiny_config.partition.strategy = "pmap"
+    tiny_config.eval_every = "0 steps"
+    start = time.perf_counter()
+    train_and_evaluate(tiny_config, tmp_path / "run")
+    whole = time.perf_counter() - start
+    trained = read_history(tmp_path / "run")[-1]["train/seconds"]
+    assert trained < whole / 5
 
 
 def test_a_diverging_run_stops_and_names_the_steps(tiny_config, tmp_path):

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import re
 
 from ml_collections import ConfigDict
 
@@ -135,6 +136,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
     fields = {key: value for key, value in config.model.items() if key != "name" and value is not None}
     models.create(config.model.name, 2, **fields)
     resolved.model = ConfigDict({"name": config.model.name, **models.fields(config.model.name), **fields})
+    if re.match(r"[A-Za-z][\w+.-]+:/", config.dataset.data_dir):
+        raise UserError(
+            f"config.dataset.data_dir='{config.dataset.data_dir}' is a URL; the data must be in a local directory"
+        )
     if config.dataset.data_dir:
         resolved.dataset.data_dir = os.path.abspath(os.path.expanduser(config.dataset.data_dir))
     return resolved.lock()
@@ -177,6 +182,8 @@ def validate(config: ConfigDict) -> None:
             f"config.batch_size={config.batch_size} cannot be divided into "
             f"config.optimizer.accumulate={config.optimizer.accumulate} parts"
         )
+    if config.deterministic and config.partition.strategy == "pmap":
+        raise UserError("config.deterministic=True is not for config.partition.strategy='pmap'; use 'data' or 'fsdp'")
     if config.dataset.num_folds == 1 or not 0 <= config.dataset.fold < max(config.dataset.num_folds, 1):
         raise UserError(
             f"config.dataset.fold={config.dataset.fold} of config.dataset.num_folds={config.dataset.num_folds}: "

@@ -167,11 +167,13 @@ class Partition:
         return jax.jit(create, out_shardings=shardings)(key)
 
     def compile_update(self, update: Callable, state: PyTree, sums: PyTree, data: PyTree) -> Callable:
-        """Compiles `update(state, sums, data) -> (state, sums)`; the state is donated."""
+        """Compiles `update(state, sums, data) -> (state, sums)`; the state is donated.
+
+        Under `pmap` it is compiled by its first call, before that is dispatched: several processes cannot do it ahead.
+        """
         if self.mapped:
-            mapped = self._pmap(update, donate_argnums=0)
-        else:
-            mapped = jax.jit(update, donate_argnums=0, out_shardings=(self.state_shardings(state), self.sharding()))
+            return self._pmap(update, donate_argnums=0)
+        mapped = jax.jit(update, donate_argnums=0, out_shardings=(self.state_shardings(state), self.sharding()))
         return mapped.lower(state, sums, data).compile(compiler_options=self._compiler_options)
 
     def compile_evaluation(self, evaluate: Callable) -> Callable:

@@ -6,7 +6,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -243,21 +243,22 @@ class Update:
         """
         start = time.perf_counter()
         batches = self._batches.data(step, self._length)
-        if self._compiled is None:
-            self._compiled = self._compile(state, sums, batches)
+        first = self._compiled is None
+        if first:
+            what = "the training step" if self._length == 1 else f"{self._length} training steps per call"
+            _logger.info("compiling %s ...", what)
+            compiling_since = time.perf_counter()
+            self._compiled = self._layout.compile_update(self._train_call, state, sums, batches)
             start = time.perf_counter()
         with jax.transfer_guard("disallow"):
             state, new_sums = self._compiled(state, sums, batches)
+        if first and self._layout.mapped:
+            start = time.perf_counter()
+        if first:
+            memory = overview.compiled_memory(self._compiled)
+            _logger.info("compiled in %.1f s%s", start - compiling_since, memory)
         seconds_until_ready(sums)
         return state, new_sums, time.perf_counter() - start
-
-    def _compile(self, state: TrainState, sums: steps.Sums, batches: Any) -> Callable:
-        what = "the training step" if self._length == 1 else f"{self._length} training steps per call"
-        _logger.info("compiling %s ...", what)
-        start = time.perf_counter()
-        compiled = self._layout.compile_update(self._train_call, state, sums, batches)
-        _logger.info("compiled in %.1f s%s", time.perf_counter() - start, overview.compiled_memory(compiled))
-        return compiled
 
 
 def seconds_until_ready(sums: steps.Sums) -> float:

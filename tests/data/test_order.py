@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from vitcls.data.order import epoch_order, first_place
+from vitcls.data.order import epoch_order, first_place, offset_on_device
 
 LABELS = np.repeat([0, 1, 2], [50, 10, 3]).astype(np.int32)
 
@@ -30,10 +30,14 @@ def test_balanced_sampling_gives_every_class_the_same_number_of_places():
     assert set(visited) != set(order(1, balanced=True))
 
 
-@pytest.mark.parametrize(("batch_size", "num_examples"), [(7, 50), (64, 50), (50, 50), (1, 3), (1024, 1_000_000)])
+@pytest.mark.parametrize(
+    ("batch_size", "num_examples"),
+    [(7, 50), (64, 50), (50, 50), (1, 3), (4096, 1_281_167), (2**20, 2**31 - 1), (2**20 - 1, 3)],
+)
 def test_batches_follow_each_other_without_a_gap(batch_size, num_examples):
-    for step in (0, 1, 49, 50, 51, 12_345, 1_999_999):
+    given = {"batch_size": batch_size, "num_examples": num_examples}
+    on_device = jax.jit(lambda step: offset_on_device(step, **given))
+    for step in (0, 1, 49, 50, 51, 12_345, 1_999_999, 2**31 - 1):
         expected = divmod(step * batch_size, num_examples)
-        assert first_place(step, batch_size=batch_size, num_examples=num_examples) == expected
-        on_device = jax.jit(lambda s: first_place(s, batch_size=batch_size, num_examples=num_examples))(np.int32(step))
-        assert tuple(map(int, on_device)) == expected
+        assert first_place(step, **given) == expected
+        assert int(on_device(np.int32(step))) == expected[1]
