@@ -86,6 +86,7 @@ def test_every_leaf_comes_from_one_weight_and_every_number_is_used_once(case):
     assert jax.tree.structure(variables) == jax.tree.structure(shapes)
     for leaf, expected in zip(jax.tree.leaves(variables), jax.tree.leaves(shapes), strict=True):
         assert isinstance(leaf, np.ndarray) and leaf.shape == expected.shape and leaf.dtype == expected.dtype
+        assert leaf.flags.c_contiguous  # safetensors writes others in the order of their memory
         assert np.ptp(leaf) == 0
         used[int(leaf.flat[0])] += leaf.size
     assert used.tolist() == [value.size for value in marked.values()]

@@ -35,7 +35,7 @@ def from_torch(
     image_shape: tuple[int, int, int] | None = None,
     **fields: Any,
 ) -> dict:
-    """The variables of `models.create(name, num_classes, **fields)`: nested dicts of numpy arrays.
+    """The variables of `models.create(name, num_classes, **fields)`: nested dicts of C-contiguous arrays.
 
     `weights` has convolutions as OIHW and matrices as [out, in]. `image_shape` [H, W, C], by default the model's native
     one, says how many channels there are and, to a ViT, for which size its positions were learned.
@@ -62,7 +62,7 @@ def from_torch(
         if value is None:
             shape = np.shape(weights[key])
             raise UserError(f"the shape {shape} of '{key}' does not fit '{path}' of {name}, which is {leaf.shape}")
-        variables[path] = value.astype(leaf.dtype)
+        variables[path] = np.array(value, leaf.dtype, order="C")  # as what writes plain bytes needs it; a copy
         unused.pop(key, None)
     if unused:
         raise UserError(
