@@ -179,10 +179,13 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: str | int = 0) -> ja
     return x
 
 
-def avg_pool(x: jax.Array, size: int, stride: int, padding: str | int = 0) -> jax.Array:
-    """The mean of windows of [B, H, W, C], over the places inside the image only; `padding` as in `max_pool`."""
+def avg_pool(x: jax.Array, size: int, stride: int, padding: str | int = 0, *, count_padding: bool = False) -> jax.Array:
+    """The mean of windows of [B, H, W, C], over the places inside the image only; `padding` as in `max_pool`.
+
+    With `count_padding` the places around the image count as zeros.
+    """
     window, strides, padding = (size, size), (stride, stride), _pool_padding(x, size, stride, padding)
-    return nn.avg_pool(x, window, strides, padding, count_include_pad=False).astype(x.dtype)
+    return nn.avg_pool(x, window, strides, padding, count_include_pad=count_padding).astype(x.dtype)
 
 
 def _pool_padding(x: jax.Array, size: int, stride: int, padding: str | int) -> list[tuple[int, int]]:
