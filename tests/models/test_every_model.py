@@ -598,13 +598,13 @@ def test_with_bfloat16_only_what_must_be_precise_stays_in_float32(name):
     sown = traced.changed["intermediates"]
     assert dtypes(sown["features"]) == {"float32"}
     assert {key: dtypes(sown[key]) for key in TINY[name].maps} == {key: {"bfloat16"} for key in TINY[name].maps}
-    precise = [
-        operation.primitive.name
-        for operation in traced.operations
-        if operation.primitive.name in ("conv_general_dilated", "dot_general")
-        and "float32" in {str(operand.aval.dtype) for operand in operation.invars}
-    ]
-    assert precise == ["dot_general"] * TINY[name].float32_products
+    products = [one for one in traced.operations if one.primitive.name in ("conv_general_dilated", "dot_general")]
+    precise = [one for one in products if "float32" in {str(operand.aval.dtype) for operand in one.invars}]
+    assert [one.primitive.name for one in precise] == ["dot_general"] * TINY[name].float32_products
+    assert precise[-1] is products[-1] and precise[-1].outvars[0].aval.shape == (2, CLASSES)  # the head
+    for one in precise:  # really so: by default a GPU would take TF32, a TPU bfloat16
+        assert {str(operand.aval.dtype) for operand in one.invars} == {"float32"}
+        assert one.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
 
 
 @every_model

@@ -181,6 +181,21 @@ def test_self_attention_and_its_weights():
     np.testing.assert_allclose(sown["intermediates"]["attention_weights"][0], weights, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("sown", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_are_float32_on_every_platform(dtype, sown):
+    model = plain(depth=1, dtype=dtype)
+    params, mutable = random_params(model), ["intermediates"] if sown else False
+    trace = jax.make_jaxpr(lambda params: model.apply({"params": params}, IMAGES, train=False, mutable=mutable))(params)
+    products = [operation for operation in trace.eqns if operation.primitive.name == "dot_general"]
+    (scores,) = (one for one in products if one.outvars[0].aval.size == 8 * 2 * 17 * 17)
+    assert {str(operand.aval.dtype) for operand in scores.invars} == {dtype}
+    assert scores.outvars[0].aval.dtype == scores.params["preferred_element_type"] == jnp.float32
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert (scores.params["precision"] == highest) == (dtype == "float32")
+    assert (products[-1].outvars[0].aval.shape, products[-1].params["precision"]) == ((8, 5), highest)  # the head
+
+
 def test_conv_stem_makes_the_grid_of_patches_in_three_layers():
     stem = vit.ConvStem(4, 16, "gelu", "float32")
     images = np.zeros((2, 32, 32, 3), np.float32)

@@ -62,7 +62,8 @@ class WhitenedPatches(nn.Module):
         x = images.astype(jnp.float32)
         pixels = [x[:, :-1, :-1], x[:, :-1, 1:], x[:, 1:, :-1], x[:, 1:, 1:]]
         # Exactly, since the variances of the directions differ by four orders of magnitude.
-        x = jnp.matmul(jnp.concatenate(pixels, axis=-1), patch_directions(x.shape[-1]).T, precision="highest")
+        with layers.precise_products("float32"):
+            x = jnp.concatenate(pixels, axis=-1) @ patch_directions(x.shape[-1]).T
         x = nn.BatchNorm(
             use_running_average=not train,
             momentum=0.9,

@@ -97,8 +97,7 @@ class VisionTransformer(nn.Module):
         if self.head_norm:
             features = nn.LayerNorm(epsilon=1e-6, name="head_norm")(features)
         self.sow("intermediates", "features", features)
-        head = nn.Dense(self.num_classes, kernel_init=nn.initializers.truncated_normal(0.02), name="head")
-        return head(features.astype(jnp.float32))
+        return layers.head(features, self.num_classes, kernel_init=nn.initializers.truncated_normal(0.02))
 
     def _check(self, shape: tuple[int, ...]) -> None:
         self._check_fields()
@@ -303,13 +302,14 @@ class SelfAttention(nn.Module):
             key = nn.LayerNorm(epsilon=1e-6, use_bias=False, dtype=self.dtype, name="key_norm")(key)
 
         explicit = self.is_mutable_collection("intermediates") or (train and self.attention_dropout > 0)
-        if explicit:
-            weights = attention_weights(query, key)
-            self.sow("intermediates", "attention_weights", weights)
-            weights = layers.Dropout(self.attention_dropout, axis_name=self.axis_name)(weights, train=train)
-            mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
-        else:
-            mixed = jax.nn.dot_product_attention(query, key, value, implementation=self.attention)
+        with layers.precise_products(self.dtype):
+            if explicit:
+                weights = attention_weights(query, key)
+                self.sow("intermediates", "attention_weights", weights)
+                weights = layers.Dropout(self.attention_dropout, axis_name=self.axis_name)(weights, train=train)
+                mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
+            else:
+                mixed = jax.nn.dot_product_attention(query, key, value, implementation=self.attention)
         out = nn.Dense(dim, dtype=self.dtype, kernel_init=xavier, name="project")(mixed.reshape(batch, tokens, dim))
         return layers.Dropout(self.dropout, axis_name=self.axis_name)(out, train=train)
 
