@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 
 from vitcls import models
 from vitcls.errors import UserError
+from vitcls.models import convolutions
 
 BATCH, CLASSES = 16, 10
 
@@ -187,13 +188,8 @@ TINY = {
 
 
 def tiny(name: str, **fields: Any) -> nn.Module:
-    """The tiny version of the model `name`, with some of every kind of dropout that it has.
-
-    Its grouped convolutions have the form that compiles the faster; test_layers.py finds both forms equal.
-    """
+    """The tiny version of the model `name`, with some of every kind of dropout that it has."""
     general = {field: 0.1 for field in models.fields(name) if "drop" in field}
-    if "grouped_conv" in models.fields(name):
-        general["grouped_conv"] = "xla"
     return models.create(name, CLASSES, **general | TINY[name].fields | fields)
 
 
@@ -272,7 +268,7 @@ class Traced(NamedTuple):
 
 def plain(model: nn.Module) -> nn.Module:
     """`model` without what changes no variable."""
-    fields = {"axis_name": None, "remat": False, "dtype": "float32", "grouped_conv": "xla"}
+    fields = {"axis_name": None, "remat": False, "dtype": "float32"}
     fields |= {field: 0.0 for field in model.__dataclass_fields__ if "drop" in field}
     return model.clone(**{field: value for field, value in fields.items() if hasattr(model, field)})
 
@@ -307,9 +303,8 @@ def assert_logits(logits, batch: int = 2) -> None:
 
 
 def real(name: str, **fields: Any) -> nn.Module:
-    """The preset itself, its grouped convolutions in the form that is traced the faster."""
-    form = {"grouped_conv": "xla"} if "grouped_conv" in models.fields(name) else {}
-    return models.create(name, CLASSES, **form | fields)
+    """The preset itself."""
+    return models.create(name, CLASSES, **fields)
 
 
 @functools.cache
@@ -655,12 +650,24 @@ def test_every_grouped_convolution_has_the_form_asked_for(name):
         operations = trace(tiny(name, **fields), image_shape(name), train=False).operations
         return sum(operation.params.get("feature_group_count", 1) > 1 for operation in operations)
 
-    if "grouped_conv" not in models.fields(name):
-        assert grouped() == 0
-        return
-    assert grouped(grouped_conv="shifted") == 0
-    without = name == "alexnet" or re.match(r"vit|resnet\d", name) is not None
-    assert (grouped(grouped_conv="xla") == 0) == without
+    with_groups = re.match(r"resnext|improved|convnext|efficientnet|mobilenet|alexnet_2012", name) is not None
+    assert grouped(grouped_conv="shifted") == grouped(grouped_conv="cpu") == 0
+    assert (grouped(grouped_conv="xla") > 0) == with_groups
+    assert grouped() == grouped(grouped_conv="xla")
+
+
+@every_model
+def test_every_convolution_takes_the_form_of_the_trainer(name):
+    forms = set()
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, convolutions.GroupedConv):
+            forms.add(context.module.form)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        trace_init.__wrapped__(tiny(name, grouped_conv="cpu"), image_shape(name), train=False)
+    assert forms == (set() if name.startswith("vit") else {"cpu"})
 
 
 @functools.cache

@@ -75,6 +75,7 @@ class _Inception(nn.Module):
     norm: str = "batch"
     activation: str = "relu"
     dropout: float = 0.0  # before the classifier
+    grouped_conv: str = "auto"  # the form of convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute each inception module in the backward pass
     dtype: str = "float32"  # 'bfloat16'
     axis_name: str | None = None
@@ -86,6 +87,7 @@ class _Inception(nn.Module):
             norm=self.norm,
             epsilon=1e-3,
             activation=self.activation,
+            grouped_conv=self.grouped_conv,
             dtype=self.dtype,
             axis_name=self.axis_name,
         )
