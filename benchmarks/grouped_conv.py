@@ -3,8 +3,8 @@
     python -m benchmarks.grouped_conv [--out=DIR] [--repeats=5] [--step]
     python -m benchmarks.grouped_conv --dtype=bfloat16 --scale=16 --calls=50 --step --image_size=224    # a GPU
 
-The fastest form on a platform belongs into convolutions.FORM_BY_PLATFORM. `--step` adds the training step, `--calls`
-shares a dispatch between layers that take no longer than one.
+The form that trains the fastest on a platform belongs into convolutions.FORM_BY_PLATFORM. `--step` adds the training
+step, `--calls` shares a dispatch between layers that take no longer than one.
 """
 
 import sys
@@ -69,7 +69,7 @@ def layer_calls(form: str, shape: Layer, dtype: str, calls: int) -> dict[str, Ca
 
 
 def step_call(form: str, batch: int, image_size: int, dtype: str) -> workload.Trainer:
-    """Training steps of ResNeXt-50 32x4d; 'xla' is for all its convolutions, any other form for the grouped ones."""
+    """Training steps of ResNeXt-50 32x4d; 'shifted' is for its grouped convolutions alone, 'cpu' for all."""
     overrides = (f"model.grouped_conv={form}", "optimizer.name=sgd")
     config = workload.make_config("resnext50_32x4d", batch, dtype=dtype, overrides=overrides)
     info = workload.make_info("resnext50_32x4d", image_size=image_size)
@@ -92,8 +92,7 @@ def main(argv: list[str]) -> None:
         row: harness.Row = {"what": what, "dtype": flags.dtype}
         for form, timing in timings.items():
             row |= {f"{form} ms": 1e3 * timing.median / calls, f"{form} fastest..slowest": timing.spread(1e3 / calls)}
-        for form in FORMS[1:]:
-            row |= {f"xla / {form}": harness.ratio(timings["xla"], timings[form])} if form in timings else {}
+        row |= {f"xla / {form}": harness.ratio(timings["xla"], timings[form]) for form in timings if form != "xla"}
         rows.append(row)
 
     for layer in LAYERS:
@@ -103,7 +102,7 @@ def main(argv: list[str]) -> None:
             compare(f"{layer}: {direction}", {form: calls[form][direction] for form in forms}, flags.calls)
     if flags.step:
         size, batch = flags.image_size, 16 * flags.scale
-        turns = {form: step_call(form, batch, size, flags.dtype) for form in ("xla", "shifted")}
+        turns = {form: step_call(form, batch, size, flags.dtype) for form in ("xla", "shifted", "cpu")}
         compare(f"ResNeXt-50 32x4d training step, {batch}x{size}x{size}x3", turns)
     harness.publish("grouped_conv", rows, flags.out)
 

@@ -13,6 +13,7 @@ from vitcls import durations, losses, models, optim, steps
 from vitcls.data import DatasetInfo
 from vitcls.data.augment import make_augment, mixes_pairs, to_float, views
 from vitcls.errors import UserError
+from vitcls.models import convolutions
 from vitcls.partition import Partition
 from vitcls.state import create_state, init_variables
 
@@ -103,7 +104,7 @@ def make_training(config, info: DatasetInfo, plan: Plan, layout: Partition) -> T
         class_weights=class_weights,
     )
     train_step = steps.make_train_step(
-        model=model,
+        model=convolutions.for_training(model),
         augment=make_augment(config.augment),
         normalize=steps.make_normalize(info.mean, info.std),
         loss=loss,

@@ -43,14 +43,16 @@ class Weights(dict):
 def conv(w, name, x, features, size, stride=1, padding=None, groups=1, bias=False):
     """y = concat_g(W_g * x_g), with half the kernel of zeros on every side unless `padding` says otherwise.
 
-    Padding 'same' is TensorFlow's: as many zeros as ceil(length / stride) results need, an odd one at the far end.
+    `size` is that of a square kernel or (height, width). Padding 'same' is TensorFlow's: as many zeros as
+    ceil(length / stride) results need, an odd one at the far end.
     """
-    kernel = w.kernel(f"{name}.weight", features, x.shape[1] // groups, size, size)
+    sides = (size, size) if isinstance(size, int) else size
+    kernel = w.kernel(f"{name}.weight", features, x.shape[1] // groups, *sides)
     if padding == "same":
         needed = [max(0, (math.ceil(length / stride) - 1) * stride + size - length) for length in x.shape[2:]]
         zeros = [(count // 2, count - count // 2) for count in needed]
     else:
-        zeros = [(size // 2 if padding is None else padding,) * 2] * 2
+        zeros = [(side // 2 if padding is None else padding,) * 2 for side in sides]
     x = np.pad(x, ((0, 0), (0, 0), *zeros))
     parts = zip(np.split(x, groups, axis=1), np.split(kernel, groups), strict=True)
     y = np.concatenate([correlate(part, weights, stride) for part, weights in parts], axis=1)
@@ -225,6 +227,61 @@ def googlenet(w, x, classes):
             branches.append(unit(f"{name}.branch{n}.1", unit(f"{name}.branch{n}.0", x, reduced, 1), features, 3))
         branches.append(unit(f"{name}.branch4.1", max_pool(x, 3, 1, padding=1, ceil=True), pooled, 1))
         x = np.concatenate(branches, axis=1)
+    return linear(w, "fc", x.mean(axis=(2, 3)), classes)
+
+
+def inception_v3(w, x, classes):
+    """Szegedy et al. 2016, table 1 and figures 5 to 7, as torchvision has it: zeros around a map count in its means."""
+
+    def unit(name, x, features, size, stride=1, padding=None):
+        return relu(batch_norm(w, f"{name}.bn", conv(w, f"{name}.conv", x, features, size, stride, padding), 1e-3))
+
+    def mean_3x3(x):
+        zeros = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
+        return sum(zeros[:, :, i : i + x.shape[2], j : j + x.shape[3]] for i, j in np.ndindex(3, 3)) / 9
+
+    def module(name, x, branches, pooled):
+        """`branches`: lists of (name, features, size, ...), whose steps follow each other."""
+        joined = []
+        for steps in branches:
+            y = x
+            for step, *arguments in steps:
+                y = unit(f"Mixed_{name}.branch{step}", y, *arguments)
+            joined.append(y)
+        joined.append(unit(f"Mixed_{name}.branch_pool", mean_3x3(x), pooled, 1) if pooled else max_pool(x, 3, 2))
+        return np.concatenate(joined, axis=1)
+
+    for name, features, size, stride, padding in (
+        ("1a_3x3", 32, 3, 2, 0),
+        ("2a_3x3", 32, 3, 1, 0),
+        ("2b_3x3", 64, 3, 1, 1),
+        ("3b_1x1", 80, 1, 1, 0),
+        ("4a_3x3", 192, 3, 1, 0),
+    ):
+        x = unit(f"Conv2d_{name}", x, features, size, stride, padding)
+        x = max_pool(x, 3, 2) if name[:2] in ("2b", "4a") else x
+    double = [("3x3dbl_1", 64, 1), ("3x3dbl_2", 96, 3)]
+    for name, pooled in (("5b", 32), ("5c", 64), ("5d", 64)):
+        five = [("5x5_1", 48, 1), ("5x5_2", 64, 5)]
+        x = module(name, x, [[("1x1", 64, 1)], five, [*double, ("3x3dbl_3", 96, 3)]], pooled)
+    x = module("6a", x, [[("3x3", 384, 3, 2, 0)], [*double, ("3x3dbl_3", 96, 3, 2, 0)]], None)
+    for name, c in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192)):
+        row, column = (1, 7), (7, 1)
+        seven = [("7x7_1", c, 1), ("7x7_2", c, row), ("7x7_3", 192, column)]
+        twice = [(c, 1), (c, column), (c, row), (c, column), (192, row)]
+        twice = [(f"7x7dbl_{n}", *step) for n, step in enumerate(twice, start=1)]
+        x = module(name, x, [[("1x1", 192, 1)], seven, twice], 192)
+    seven = [("7x7x3_1", 192, 1), ("7x7x3_2", 192, (1, 7)), ("7x7x3_3", 192, (7, 1)), ("7x7x3_4", 192, 3, 2, 0)]
+    x = module("7a", x, [[("3x3_1", 192, 1), ("3x3_2", 320, 3, 2, 0)], seven], None)
+    for name in ("7b", "7c"):
+        # A branch that forks: its first steps, of known names, are made twice.
+        three, double = [("3x3_1", 384, 1)], [("3x3dbl_1", 448, 1), ("3x3dbl_2", 384, 3)]
+        forks = [
+            [*steps, (f"{steps[-1][0][:-1]}{len(steps) + 1}{way}", 384, side)]
+            for steps in (three, double)
+            for way, side in (("a", (1, 3)), ("b", (3, 1)))
+        ]
+        x = module(name, x, [[("1x1", 320, 1)], *forks], 192)
     return linear(w, "fc", x.mean(axis=(2, 3)), classes)
 
 

@@ -3,14 +3,19 @@
 import functools
 import itertools
 import math
+import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
+from ml_collections import config_dict
 
 from tests.models.literal import assert_near, literal_grouped_conv, normal
+from vitcls import config as configs
+from vitcls import data, experiment, models, partition
 from vitcls.errors import UserError
 from vitcls.models import convolutions
 
@@ -78,16 +83,62 @@ def test_a_grouped_convolution_computes_in_its_type_and_keeps_float32_parameters
     assert_near(y.astype(jnp.float32), conv.clone(dtype="float32").apply(variables, x), 0.03)
 
 
-def test_the_form_of_a_grouped_convolution_follows_the_platform_unless_named(monkeypatch):
+def test_a_grouped_convolution_is_one_of_xla_unless_another_form_is_named():
     x = normal(0, 1, 4, 4, 4)
 
-    def uses_xla(form):
-        conv = convolutions.GroupedConv(4, 3, 4, form=form)
+    def uses_xla(**form):
+        conv = convolutions.GroupedConv(4, 3, 4, **form)
         return "conv_general_dilated" in str(jax.make_jaxpr(lambda x: conv.init_with_output(jax.random.key(0), x))(x))
 
-    assert [uses_xla(form) for form in ("auto", "xla", "shifted")] == [False, True, False]
+    assert uses_xla()
+    forms = ("auto", "xla", "mixed", "shifted", "cpu")
+    assert [uses_xla(form=form) for form in forms] == [True, True, True, False, False]
+
+
+RESNEXT = {"depths": (1, 1), "width": 8, "groups": 4, "group_width": 2, "stem": "small"}
+
+
+def test_the_trainer_takes_the_form_of_the_platform_for_its_step_alone(tiny_config, monkeypatch):
+    """On a CPU the training step has no grouped convolution; what is evaluated and exported is the model as it is."""
+    tiny_config.model = config_dict.ConfigDict({"name": "improved_resnext50", **RESNEXT})
+    config = configs.resolve(tiny_config)
+    dataset = data.load(config.dataset)
+    info = data.describe(dataset, config.dataset)
+    plan = experiment.make_plan(config, info)
+    batch = {"image": np.zeros((16, *info.image_shape), np.uint8)}
+    batch |= {"label": np.zeros(16, np.int32), "mask": np.ones(16, np.float32)}
+
+    def grouped(**form):
+        config.model.update(form)
+        training = experiment.make_training(config, info, plan, partition.all_devices("data"))
+        state = jax.eval_shape(training.create_state, jax.random.key(0))
+        evaluation = experiment.make_eval_step(config, training.model, info)
+        programs = (
+            jax.make_jaxpr(training.train_step)(state, batch, jax.random.key(0)),
+            jax.make_jaxpr(evaluation)(state.variables, batch),
+        )
+        return [len(re.findall("feature_group_count=4", str(program))) for program in programs]
+
+    monkeypatch.setattr(convolutions, "FORM_BY_PLATFORM", {jax.default_backend(): "cpu"})
+    in_training, in_evaluation = grouped()
+    assert in_training == 0 < in_evaluation
+    assert grouped(grouped_conv="auto") == [0, in_evaluation]
+    assert min(grouped(grouped_conv="xla")) == in_evaluation
     monkeypatch.setattr(convolutions, "FORM_BY_PLATFORM", {})
-    assert [uses_xla(form) for form in ("auto", "xla", "shifted")] == [True, True, False]
+    assert min(grouped(grouped_conv="auto")) == in_evaluation
+    assert convolutions.for_training(nn.Dense(3)) == nn.Dense(3)  # a module without forms
+
+
+def test_an_exported_model_takes_any_batch_by_grouped_convolutions():
+    model = models.create("improved_resnext50", 5, **RESNEXT)
+    images = normal(0, 3, 16, 16, 3)
+    variables = model.init(jax.random.key(0), images, train=False)
+    (batch,) = export.symbolic_shape("batch")
+    apply = jax.jit(lambda images: model.apply(variables, images, train=False))
+    exported = export.export(apply)(jax.ShapeDtypeStruct((batch, 16, 16, 3), jnp.float32))
+    # One in each of two blocks, three in the fusion, of which that of 1x1 is grouped as well.
+    assert exported.mlir_module().count("feature_group_count = 4") == 5
+    np.testing.assert_allclose(exported.call(images), apply(images), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("channels", "features", "groups"), [(6, 8, 4), (8, 6, 4)])
@@ -134,7 +185,10 @@ def test_convolutions_start_so_that_a_relu_keeps_the_variance(groups):
 
 @pytest.mark.parametrize(
     "side, stride, form, shifted",
-    [(2, 1, "auto", True), (4, 2, "auto", True), (8, 1, "auto", False), (2, 1, "xla", False)],
+    [
+        *((2, 1, "cpu", True), (4, 2, "cpu", True), (8, 1, "cpu", False)),
+        *((2, 1, form, False) for form in ("auto", "xla", "shifted", "mixed")),
+    ],
 )
 def test_an_ungrouped_convolution_is_shifted_only_where_its_result_is_smaller_than_its_kernel(
     side, stride, form, shifted
@@ -155,6 +209,6 @@ def test_gradients_of_a_convolution_are_those_of_xla_though_a_cpu_shifts_them(st
         function = jax.value_and_grad(lambda v, x: jnp.mean(jnp.sin(layer.apply(v, x))), argnums=(0, 1))
         return jax.jit(function)(variables, x), str(jax.make_jaxpr(function)(variables, x))
 
-    (ours, jaxpr), (expected, jaxpr_of_xla) = gradients("auto"), gradients("xla")
+    (ours, jaxpr), (expected, jaxpr_of_xla) = gradients("cpu"), gradients("xla")
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), ours, expected)
     assert [text.count("conv_general_dilated[") for text in (jaxpr, jaxpr_of_xla)] == [1, 3]

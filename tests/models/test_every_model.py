@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 
 from vitcls import models
 from vitcls.errors import UserError
+from vitcls.models import convolutions
 
 BATCH, CLASSES = 16, 10
 
@@ -187,13 +188,8 @@ TINY = {
 
 
 def tiny(name: str, **fields: Any) -> nn.Module:
-    """The tiny version of the model `name`, with some of every kind of dropout that it has.
-
-    Its grouped convolutions have the form that compiles the faster; test_layers.py finds both forms equal.
-    """
+    """The tiny version of the model `name`, with some of every kind of dropout that it has."""
     general = {field: 0.1 for field in models.fields(name) if "drop" in field}
-    if "grouped_conv" in models.fields(name):
-        general["grouped_conv"] = "xla"
     return models.create(name, CLASSES, **general | TINY[name].fields | fields)
 
 
@@ -272,7 +268,7 @@ class Traced(NamedTuple):
 
 def plain(model: nn.Module) -> nn.Module:
     """`model` without what changes no variable."""
-    fields = {"axis_name": None, "remat": False, "dtype": "float32", "grouped_conv": "xla"}
+    fields = {"axis_name": None, "remat": False, "dtype": "float32"}
     fields |= {field: 0.0 for field in model.__dataclass_fields__ if "drop" in field}
     return model.clone(**{field: value for field, value in fields.items() if hasattr(model, field)})
 
@@ -307,9 +303,8 @@ def assert_logits(logits, batch: int = 2) -> None:
 
 
 def real(name: str, **fields: Any) -> nn.Module:
-    """The preset itself, its grouped convolutions in the form that is traced the faster."""
-    form = {"grouped_conv": "xla"} if "grouped_conv" in models.fields(name) else {}
-    return models.create(name, CLASSES, **form | fields)
+    """The preset itself."""
+    return models.create(name, CLASSES, **fields)
 
 
 @functools.cache
@@ -598,13 +593,13 @@ def test_with_bfloat16_only_what_must_be_precise_stays_in_float32(name):
     sown = traced.changed["intermediates"]
     assert dtypes(sown["features"]) == {"float32"}
     assert {key: dtypes(sown[key]) for key in TINY[name].maps} == {key: {"bfloat16"} for key in TINY[name].maps}
-    precise = [
-        operation.primitive.name
-        for operation in traced.operations
-        if operation.primitive.name in ("conv_general_dilated", "dot_general")
-        and "float32" in {str(operand.aval.dtype) for operand in operation.invars}
-    ]
-    assert precise == ["dot_general"] * TINY[name].float32_products
+    products = [one for one in traced.operations if one.primitive.name in ("conv_general_dilated", "dot_general")]
+    precise = [one for one in products if "float32" in {str(operand.aval.dtype) for operand in one.invars}]
+    assert [one.primitive.name for one in precise] == ["dot_general"] * TINY[name].float32_products
+    assert precise[-1] is products[-1] and precise[-1].outvars[0].aval.shape == (2, CLASSES)  # the head
+    for one in precise:  # really so: by default a GPU would take TF32, a TPU bfloat16
+        assert {str(operand.aval.dtype) for operand in one.invars} == {"float32"}
+        assert one.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
 
 
 @every_model
@@ -655,12 +650,24 @@ def test_every_grouped_convolution_has_the_form_asked_for(name):
         operations = trace(tiny(name, **fields), image_shape(name), train=False).operations
         return sum(operation.params.get("feature_group_count", 1) > 1 for operation in operations)
 
-    if "grouped_conv" not in models.fields(name):
-        assert grouped() == 0
-        return
-    assert grouped(grouped_conv="shifted") == 0
-    without = name == "alexnet" or re.match(r"vit|resnet\d", name) is not None
-    assert (grouped(grouped_conv="xla") == 0) == without
+    with_groups = re.match(r"resnext|improved|convnext|efficientnet|mobilenet|alexnet_2012", name) is not None
+    assert grouped(grouped_conv="shifted") == grouped(grouped_conv="cpu") == 0
+    assert (grouped(grouped_conv="xla") > 0) == with_groups
+    assert grouped() == grouped(grouped_conv="xla")
+
+
+@every_model
+def test_every_convolution_takes_the_form_of_the_trainer(name):
+    forms = set()
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, convolutions.GroupedConv):
+            forms.add(context.module.form)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        trace_init.__wrapped__(tiny(name, grouped_conv="cpu"), image_shape(name), train=False)
+    assert forms == (set() if name.startswith("vit") else {"cpu"})
 
 
 @functools.cache

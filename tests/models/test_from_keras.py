@@ -231,3 +231,8 @@ def test_what_does_not_fit_is_said_in_one_line(change, fields, message):
 def test_models_that_keras_has_no_names_for(name, message):
     with pytest.raises(UserError, match=message):
         from_keras(name, {})
+
+
+def test_every_leaf_is_contiguous_whatever_the_weights_are():
+    for leaf in jax.tree.leaves(convert(lambda weights: {path: np.asfortranarray(v) for path, v in weights.items()})):
+        assert leaf.flags.c_contiguous

@@ -23,6 +23,7 @@ CASES = {
     "alexnet": ("alexnet", (63, 79), {}, "alexnet", {}),
     "alexnet_2012": ("alexnet_2012", (95, 63), {"head_width": 64}, "alexnet_2012", {"head_width": 64}),
     "googlenet": ("googlenet", (64, 47), {}, "googlenet", {}),  # with and without parts of windows at the edge
+    "inception_v3": ("inception_v3", (75, 83), {"count_padding": True}, "inception_v3", {}),
     "resnet18": ("resnet18", (40, 33), {}, "resnet", {"depths": (2, 2, 2, 2), "kind": "basic"}),
     "resnet50": ("resnet50", (33, 40), {"depths": (1, 2, 1, 1)}, "resnet", {"depths": (1, 2, 1, 1)}),
     "vgg11": ("vgg11", (70, 32), _VGG, "vgg", _VGG | {"depths": (1, 1, 2, 2, 2), "norm": False}),
@@ -86,6 +87,7 @@ def test_every_leaf_comes_from_one_weight_and_every_number_is_used_once(case):
     assert jax.tree.structure(variables) == jax.tree.structure(shapes)
     for leaf, expected in zip(jax.tree.leaves(variables), jax.tree.leaves(shapes), strict=True):
         assert isinstance(leaf, np.ndarray) and leaf.shape == expected.shape and leaf.dtype == expected.dtype
+        assert leaf.flags.c_contiguous  # safetensors writes others in the order of their memory
         assert np.ptp(leaf) == 0
         used[int(leaf.flat[0])] += leaf.size
     assert used.tolist() == [value.size for value in marked.values()]
@@ -99,6 +101,9 @@ def test_every_leaf_comes_from_one_weight_and_every_number_is_used_once(case):
         ("resnext50", "batch_stats/stage_4_block_1/conv_3/norm/mean", "layer4.0.bn3.running_mean"),
         ("resnext50", "batch_stats/stage_4_block_1/conv_3/norm/var", "layer4.0.bn3.running_var"),
         ("googlenet", "params/inception_4e/5x5_2/conv/kernel", "inception4e.branch3.1.conv.weight"),
+        ("inception_v3", "params/stem_4/conv/kernel", "Conv2d_3b_1x1.conv.weight"),
+        ("inception_v3", "batch_stats/mixed_9/7x7_4/norm/var", "Mixed_7a.branch7x7x3_4.bn.running_var"),
+        ("inception_v3", "params/mixed_11/3x3_twice_3_right/conv/kernel", "Mixed_7c.branch3x3dbl_3b.conv.weight"),
         ("vgg13_bn", "params/stage_2/conv_1/conv/bias", "features.7.bias"),
         ("densenet", "params/transition_2/kernel", "features.transition1.conv.weight"),
         ("mobilenet_v3", "params/hidden/kernel", "conv_head.weight"),
@@ -171,6 +176,7 @@ def test_what_does_not_fit_is_said_in_one_line(fields, change, message):
     [
         ("lenet5", "lenet5 cannot take weights of PyTorch"),
         ("mobilenet_v2", "mobilenet_v2 cannot take weights of PyTorch"),
+        ("inception_v3", "inception_v3 can take weights of PyTorch with config.model.count_padding=True only"),
         ("improved_resnext50", "improved_resnext50 .* no name is known for '.*/fusion/"),
         ("resnext51", "model 'resnext51' is not known; did you mean"),
     ],

@@ -1,4 +1,5 @@
 import functools
+import logging
 import math
 
 import jax
@@ -10,7 +11,7 @@ import scipy.special
 from jax.sharding import AxisType, PartitionSpec
 from PIL import Image
 
-from vitcls import models
+from vitcls import evaluate, models, predict, train, workdir
 from vitcls.errors import UserError
 from vitcls.models import vit
 
@@ -180,6 +181,21 @@ def test_self_attention_and_its_weights():
     np.testing.assert_allclose(sown["intermediates"]["attention_weights"][0], weights, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("sown", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_are_float32_on_every_platform(dtype, sown):
+    model = plain(depth=1, dtype=dtype)
+    params, mutable = random_params(model), ["intermediates"] if sown else False
+    trace = jax.make_jaxpr(lambda params: model.apply({"params": params}, IMAGES, train=False, mutable=mutable))(params)
+    products = [operation for operation in trace.eqns if operation.primitive.name == "dot_general"]
+    (scores,) = (one for one in products if one.outvars[0].aval.size == 8 * 2 * 17 * 17)
+    assert {str(operand.aval.dtype) for operand in scores.invars} == {dtype}
+    assert scores.outvars[0].aval.dtype == scores.params["preferred_element_type"] == jnp.float32
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert (scores.params["precision"] == highest) == (dtype == "float32")
+    assert (products[-1].outvars[0].aval.shape, products[-1].params["precision"]) == ((8, 5), highest)  # the head
+
+
 def test_conv_stem_makes_the_grid_of_patches_in_three_layers():
     stem = vit.ConvStem(4, 16, "gelu", "float32")
     images = np.zeros((2, 32, 32, 3), np.float32)
@@ -225,6 +241,61 @@ def test_bfloat16_is_close_and_keeps_parameters_and_logits_in_float32():
     np.testing.assert_allclose(forward(half, params, IMAGES), logits, atol=0.05 * np.ptp(expected))
     shapes = jax.eval_shape(lambda key: half.init(key, IMAGES, train=False), jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What the log says of attention, as if this process had said nothing before."""
+    vit.attention_form.cache_clear()
+    logger, lines = logging.getLogger("vitcls"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    monkeypatch.setattr(logger, "handlers", [handler])
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    yield lambda: [line for line in lines if "cudnn" in line]
+    logger.setLevel(before)
+
+
+@pytest.mark.parametrize(
+    ("compute_capability", "dtype", "head_dim", "lacks"),
+    [
+        ("9.0", "bfloat16", 64, []),
+        ("8.6", "bfloat16", 128, []),
+        ("10.0", "bfloat16", 256, []),
+        ("7.5", "bfloat16", 64, ["an NVIDIA GPU, Ampere or later"]),
+        ("gfx90a", "bfloat16", 64, ["an NVIDIA GPU, Ampere or later"]),
+        ("9.0", "float32", 64, ["config.model.dtype='bfloat16'"]),
+        ("8.0", "bfloat16", 192, ["heads of at most 128 channels, a multiple of 8"]),
+        ("9.0", "bfloat16", 12, ["heads of at most 256 channels, a multiple of 8"]),
+        ("", "float32", 64, ["an NVIDIA GPU, Ampere or later", "config.model.dtype='bfloat16'"]),
+    ],
+)
+def test_what_fused_attention_lacks(compute_capability, dtype, head_dim, lacks):
+    assert vit.cudnn_lacks(compute_capability, dtype, head_dim) == lacks
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere cuDNN may be there")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_cudnn_attention_is_that_of_xla_and_the_log_says_so_once(said, dtype):
+    ours, fused = plain(dtype=dtype), plain(dtype=dtype, attention="cudnn")
+    params = random_params(fused)
+    np.testing.assert_array_equal(forward(fused, params, IMAGES), forward(ours, params, IMAGES))
+    (line,) = said()
+    assert "needs an NVIDIA GPU" in line and "'xla'" in line
+    assert ("dtype='bfloat16'" in line) == (dtype == "float32")
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere cuDNN may be there")
+def test_a_run_with_fused_attention_trains_evaluates_and_predicts_on_a_cpu(said, tiny_config, tmp_path):
+    tiny_config.model.update(attention="cudnn", dtype="bfloat16", num_heads=2)
+    trained = train.train_and_evaluate(tiny_config, tmp_path / "run")
+    again = evaluate.evaluate(tmp_path / "run")
+    assert {key: again[key] for key in ("loss", "accuracy")} == {key: trained[key] for key in ("loss", "accuracy")}
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "black.png")
+    ((_, probabilities),) = predict.predict(workdir.open_workdir(tmp_path / "run"), [tmp_path / "black.png"])
+    np.testing.assert_allclose(probabilities.sum(), 1, rtol=1e-3)
+    assert len(said()) == 1
 
 
 @pytest.mark.parametrize("field", ["dropout", "attention_dropout", "drop_path"])
@@ -348,7 +419,7 @@ def test_tiny_grey_images(patch_size):
         ({"num_heads": 3}, (8, 8), "hidden_dim=16 cannot be divided over config.model.num_heads=3"),
         ({"stem": "conv", "patch_size": 3}, (9, 9), "patch_size=3 must be a power of two"),
         ({"hidden_dim": 18, "position_embedding": "sincos2d"}, (8, 8), "hidden_dim=18 must be a multiple of 4"),
-        ({"attention": "cudnn", "dtype": "bfloat16"}, (8, 8), "attention='cudnn' needs an NVIDIA GPU"),
+        ({"attention": "cudn"}, (8, 8), "config.model.attention 'cudn' is not known; did you mean 'cudnn'"),
         ({"dropout": 1.0}, (8, 8), r"dropout=1.0 is impossible; it must be in \[0, 1\)"),
         ({"depth": 0}, (8, 8), "depth=0 is impossible; it must be at least 1"),
         ({"layer_scale": -1.0}, (8, 8), "layer_scale=-1.0 is impossible; it must be at least 0"),

@@ -37,10 +37,9 @@ class Row(NamedTuple):
 
 
 def describe(name: str) -> Row:
-    """Traces the model `name` by shapes alone, grouped convolutions in XLA's form; UserError for an unknown one."""
+    """Traces the model `name` by shapes alone; UserError for an unknown one."""
     preset = models.preset(name)
-    form = {"grouped_conv": "xla"} if "grouped_conv" in models.fields(name) else {}
-    model = models.create(name, preset.num_classes, **form)
+    model = models.create(name, preset.num_classes)
     images = jax.ShapeDtypeStruct((1, *preset.image_shape), "float32")
     key = jax.random.key(0)
     variables = jax.eval_shape(lambda images: model.init(key, images, train=False), images)

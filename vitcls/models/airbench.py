@@ -29,6 +29,7 @@ class Airbench(nn.Module):
     norm: str = "batch"
     activation: str = "gelu"
     dropout: float = 0.0  # before the classifier
+    grouped_conv: str = "auto"  # the form of convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute each group in the backward pass
     dtype: str = "float32"  # 'bfloat16'
     axis_name: str | None = None
@@ -42,7 +43,9 @@ class Airbench(nn.Module):
         x = layers.activation(self.activation)(x.astype(self.dtype))
         self.sow("intermediates", "stem_map", x)
         for i, width in enumerate(self.widths, start=1):
-            x = group(width, self.norm, self.activation, self.dtype, self.axis_name, name=f"group_{i}")(x, train)
+            x = group(
+                width, self.norm, self.activation, self.grouped_conv, self.dtype, self.axis_name, name=f"group_{i}"
+            )(x, train)
             self.sow("intermediates", f"group_{i}_map", x)
         return self.logit_scale * layers.classify(self, jnp.max(x, axis=(1, 2)), train=train)
 
@@ -62,7 +65,8 @@ class WhitenedPatches(nn.Module):
         x = images.astype(jnp.float32)
         pixels = [x[:, :-1, :-1], x[:, :-1, 1:], x[:, 1:, :-1], x[:, 1:, 1:]]
         # Exactly, since the variances of the directions differ by four orders of magnitude.
-        x = jnp.matmul(jnp.concatenate(pixels, axis=-1), patch_directions(x.shape[-1]).T, precision="highest")
+        with layers.precise_products("float32"):
+            x = jnp.concatenate(pixels, axis=-1) @ patch_directions(x.shape[-1]).T
         x = nn.BatchNorm(
             use_running_average=not train,
             momentum=0.9,
@@ -97,6 +101,7 @@ class Group(nn.Module):
     width: int
     norm: str
     activation: str
+    grouped_conv: str
     dtype: str
     axis_name: str | None
 
@@ -104,7 +109,14 @@ class Group(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         for i in (1, 2):
             x = convolutions.GroupedConv(
-                self.width, 3, 1, padding=1, dtype=self.dtype, kernel_init=identity_of_first_channels, name=f"conv_{i}"
+                self.width,
+                3,
+                groups=1,
+                padding=1,
+                form=self.grouped_conv,
+                dtype=self.dtype,
+                kernel_init=identity_of_first_channels,
+                name=f"conv_{i}",
             )(x)
             x = layers.max_pool(x, 2, 2) if i == 1 else x
             x = layers.normalize(

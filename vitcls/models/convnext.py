@@ -49,7 +49,14 @@ class ConvNeXt(nn.Module):
 
         def conv(features: int, size: int, stride: int, padding: int, name: str) -> nn.Module:
             return convolutions.conv(
-                features, size, stride=stride, padding=padding, use_bias=True, dtype=self.dtype, name=name
+                features,
+                size,
+                stride=stride,
+                padding=padding,
+                use_bias=True,
+                grouped_conv=self.grouped_conv,
+                dtype=self.dtype,
+                name=name,
             )
 
         size, stride, padding = (3, 1, 1) if self.stem == "small" else (4, 4, 0)

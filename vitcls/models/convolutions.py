@@ -1,4 +1,4 @@
-"""Convolutions in the form that is the fastest on the platform: what benchmarks/grouped_conv.py measures."""
+"""Convolutions in several forms, of which the trainer takes the fastest: what benchmarks/grouped_conv.py measures."""
 
 import functools
 from collections.abc import Sequence
@@ -9,8 +9,18 @@ import jax.numpy as jnp
 
 from vitcls import errors
 
-GROUPED_CONV_FORMS = ("auto", "xla", "shifted", "mixed")
-FORM_BY_PLATFORM = {"cpu": "shifted"}  # elsewhere 'xla'
+GROUPED_CONV_FORMS = ("auto", "xla", "shifted", "mixed", "cpu")
+FORM_BY_PLATFORM = {"cpu": "cpu"}  # what `for_training` makes of 'auto'; elsewhere 'xla'
+
+
+def for_training(model: nn.Module) -> nn.Module:
+    """`model` with its convolutions in the form that trains the fastest on this platform, if its own is 'auto'.
+
+    It has the same parameters and is for a training step alone: what is evaluated, exported or timed is `model` itself.
+    """
+    if getattr(model, "grouped_conv", None) != "auto":
+        return model
+    return model.clone(grouped_conv=FORM_BY_PLATFORM.get(jax.default_backend(), "xla"))
 
 
 def conv(
@@ -34,8 +44,8 @@ def conv(
         return PointwiseConv(features, stride, use_bias, dtype, name=name)
     if isinstance(kernel_size, int):
         padding = kernel_size // 2 if padding is None else padding
-        # The form that is best for grouped convolutions need not be so for one group.
-        form = grouped_conv if groups > 1 or grouped_conv == "xla" else "auto"
+        # 'shifted' and 'mixed' are for grouped convolutions: what is best for them need not be so for one group.
+        form = grouped_conv if groups > 1 or grouped_conv == "cpu" else "xla"
         return GroupedConv(features, kernel_size, groups, stride, padding, use_bias, form, dtype, name=name)
     if not isinstance(padding, str):
         padding = [(side // 2 if padding is None else padding,) * 2 for side in kernel_size]
@@ -83,10 +93,11 @@ class GroupedConv(nn.Module):
                    products over the groups, or, with one channel in a group (depthwise), products of elements
         'mixed'    XLA's, with the gradients of 'shifted': that of the kernel, as a convolution, has a window as large
                    as the image
-        'auto'     what benchmarks/grouped_conv.py found the fastest on the platform: `FORM_BY_PLATFORM`; with one
-                   group on a CPU 'shifted' where the result is smaller than the kernel and so mostly made of padding,
+        'cpu'      what benchmarks/grouped_conv.py found the fastest for training on a CPU: 'shifted' for groups; with
+                   one group 'shifted' where the result is smaller than the kernel and so mostly made of padding,
                    'mixed' where a kernel of at most 7x7, with at least 128 pairs of channels, is used in at least
                    16,384 places, else 'xla'
+        'auto'     'xla', which the trainer replaces by the platform's: `for_training`
 
     `padding` is 'SAME', 'VALID' or the zeros on every side.
     """
@@ -116,16 +127,17 @@ class GroupedConv(nn.Module):
         if isinstance(padding, str):
             padding = jax.lax.padtype_to_pads(x.shape[1:3], (size, size), (self.stride, self.stride), padding)
         padding = tuple(map(tuple, padding))
-        form = self._fastest_form(x.shape, padding) if self.form == "auto" else self.form
-        y = _CONVOLUTIONS[form](x, kernel, self.groups, self.stride, padding)
+        y = _CONVOLUTIONS[self._form(x.shape, padding)](x, kernel, self.groups, self.stride, padding)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None, None, None]
         return y
 
-    def _fastest_form(self, shape: tuple[int, ...], padding: "_Padding") -> str:
-        form = FORM_BY_PLATFORM.get(jax.default_backend(), "xla")
-        if self.groups > 1 or form == "xla":
-            return form
+    def _form(self, shape: tuple[int, ...], padding: "_Padding") -> str:
+        """The form for images of this shape [B, H, W, C], one of `_CONVOLUTIONS`."""
+        if self.form != "cpu":
+            return "xla" if self.form == "auto" else self.form
+        if self.groups > 1:
+            return "shifted"
         height, width = _result_shape(shape[1:3], self.kernel_size, self.stride, padding)
         if min(height, width) < self.kernel_size and any(map(any, padding)):
             return "shifted"

@@ -32,6 +32,7 @@ class DenseNet(nn.Module):
     activation: str = "relu"
     layer_dropout: float = 0.0  # after each layer of a dense block (0.2 in the paper without augmentation)
     dropout: float = 0.0  # before the classifier
+    grouped_conv: str = "auto"  # the form of convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute each layer in the backward pass
     dtype: str = "float32"  # 'bfloat16'
     axis_name: str | None = None
@@ -50,7 +51,8 @@ class DenseNet(nn.Module):
         )
         x = images.astype(self.dtype)
         size, stride = (3, 1) if self.stem == "small" else (7, 2)
-        x = convolutions.conv(self.stem_width, size, stride=stride, dtype=self.dtype, name="stem")(x)
+        conv = functools.partial(convolutions.conv, grouped_conv=self.grouped_conv, dtype=self.dtype)
+        x = conv(self.stem_width, size, stride=stride, name="stem")(x)
         x = act(normalize(x, name="stem_norm"))
         if self.stem == "standard":
             x = layers.max_pool(x, 3, 2, 1)
@@ -61,7 +63,7 @@ class DenseNet(nn.Module):
             if stage > 1:
                 x = act(normalize(x, name=f"transition_{stage}_norm"))
                 width = int(self.compression * x.shape[-1])
-                x = convolutions.conv(width, 1, dtype=self.dtype, name=f"transition_{stage}")(x)
+                x = conv(width, 1, name=f"transition_{stage}")(x)
                 x = layers.avg_pool(x, 2, 2)
             for i in range(1, depth + 1):
                 new = layer(
@@ -70,6 +72,7 @@ class DenseNet(nn.Module):
                     norm=self.norm,
                     activation=act,
                     dropout=self.layer_dropout,
+                    grouped_conv=self.grouped_conv,
                     dtype=self.dtype,
                     axis_name=self.axis_name,
                     name=f"stage_{stage}_layer_{i}",
@@ -88,6 +91,7 @@ class DenseLayer(nn.Module):
     norm: str
     activation: Callable[[jax.Array], jax.Array]
     dropout: float
+    grouped_conv: str
     dtype: str
     axis_name: str | None
 
@@ -97,7 +101,8 @@ class DenseLayer(nn.Module):
             x = layers.normalize(
                 x, self.norm, train=train, dtype=self.dtype, axis_name=self.axis_name, name=f"norm_{i}"
             )
-            x = convolutions.conv(features, size, dtype=self.dtype, name=f"conv_{i}")(self.activation(x))
+            conv = convolutions.conv(features, size, grouped_conv=self.grouped_conv, dtype=self.dtype, name=f"conv_{i}")
+            x = conv(self.activation(x))
         return layers.Dropout(self.dropout, axis_name=self.axis_name)(x, train=train)
 
 

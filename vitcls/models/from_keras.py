@@ -33,7 +33,7 @@ def from_keras(
     image_shape: tuple[int, int, int] | None = None,
     **fields: Any,
 ) -> dict:
-    """The variables of `models.create(name, num_classes, **fields)`: nested dicts of numpy arrays.
+    """The variables of `models.create(name, num_classes, **fields)`: nested dicts of C-contiguous arrays.
 
     `weights` has the arrays by 'layer/variable' ('conv1_bn/moving_mean') or by the whole path of a variable in Keras,
     {v.path: v.numpy() for v in model.variables}. Layers that Keras only numbers, which are Inception's, may count from
@@ -67,7 +67,7 @@ def from_keras(
                 )
             arrays.append(array.reshape(leaf.shape))
             unused.pop(key, None)
-        variables[path] = make(*arrays).astype(leaf.dtype)
+        variables[path] = np.array(make(*arrays), leaf.dtype, order="C")  # as what writes plain bytes needs it; a copy
     if unused:
         raise UserError(
             f"{name} has no place for {len(unused)} of the weights, the first of them '{given[next(iter(unused))]}'"

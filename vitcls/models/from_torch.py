@@ -21,7 +21,7 @@ from vitcls.errors import UserError
 from vitcls.models import alexnet, convnext, densenet, efficientnet, inception, mobilenet, resnet, resnext, vgg, vit
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-_LEFT_OUT = re.compile(r"aux\d\.|.*\.num_batches_tracked$")  # auxiliary classifiers, counts of batches
+_LEFT_OUT = re.compile(r"aux\d\.|AuxLogits\.|.*\.num_batches_tracked$")  # auxiliary classifiers, counts of batches
 
 # The path of a module or a weight of ours, its name in PyTorch, and, for a weight, what is done to the array first.
 _Names = Iterator[tuple[str, str] | tuple[str, str, Callable[[np.ndarray], np.ndarray]]]
@@ -35,16 +35,19 @@ def from_torch(
     image_shape: tuple[int, int, int] | None = None,
     **fields: Any,
 ) -> dict:
-    """The variables of `models.create(name, num_classes, **fields)`: nested dicts of numpy arrays.
+    """The variables of `models.create(name, num_classes, **fields)`: nested dicts of C-contiguous arrays.
 
     `weights` has convolutions as OIHW and matrices as [out, in]. `image_shape` [H, W, C], by default the model's native
     one, says how many channels there are and, to a ViT, for which size its positions were learned.
 
-    Raises UserError for a model that has no names there, and for weights that are missing, do not fit or are too many.
+    Raises UserError for a model that has no names there, for an Inception v3 without count_padding, whose poolings are
+    others than those of PyTorch, and for weights that are missing, do not fit or are too many.
     """
     model = models.create(name, num_classes, **fields)
     if type(model) not in _FAMILIES:
         raise UserError(f"{name} cannot take weights of PyTorch: no names are known for it")
+    if isinstance(model, inception.InceptionV3) and not model.count_padding:
+        raise UserError(f"{name} can take weights of PyTorch with config.model.count_padding=True only")
     known = {path: (key, *view) for path, key, *view in _FAMILIES[type(model)](model)}
     images = jnp.zeros((1, *(image_shape or models.preset(name).image_shape)))
     shapes = jax.eval_shape(lambda key: model.init(key, images, train=False), jax.random.key(0))
@@ -62,7 +65,7 @@ def from_torch(
         if value is None:
             shape = np.shape(weights[key])
             raise UserError(f"the shape {shape} of '{key}' does not fit '{path}' of {name}, which is {leaf.shape}")
-        variables[path] = value.astype(leaf.dtype)
+        variables[path] = np.array(value, leaf.dtype, order="C")  # as what writes plain bytes needs it; a copy
         unused.pop(key, None)
     if unused:
         raise UserError(
@@ -132,6 +135,35 @@ def _googlenet(model: inception.GoogLeNet) -> _Names:
     branches = {"1x1_1": "1", "3x3_1": "2.0", "3x3_2": "2.1", "5x5_1": "3.0", "5x5_2": "3.1", "pool_2": "4.1"}
     for module in ("3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b"):
         units |= {f"inception_{module}/{ours}": f"inception{module}.branch{n}" for ours, n in branches.items()}
+    yield from _conv_bn(units)
+
+
+def _inception_v3(model: inception.InceptionV3) -> _Names:
+    figure_5 = "1x1_1 5x5_1 5x5_2 3x3_1 3x3_2 3x3_3 pool_2", "1x1 5x5_1 5x5_2 3x3dbl_1 3x3dbl_2 3x3dbl_3 _pool"
+    first_shrink = "3x3_1 3x3_twice_1 3x3_twice_2 3x3_twice_3", "3x3 3x3dbl_1 3x3dbl_2 3x3dbl_3"
+    figure_6 = (
+        "1x1_1 7x7_1 7x7_2 7x7_3 7x7_twice_1 7x7_twice_2 7x7_twice_3 7x7_twice_4 7x7_twice_5 pool_2",
+        "1x1 7x7_1 7x7_2 7x7_3 7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5 _pool",
+    )
+    second_shrink = "3x3_1 3x3_2 7x7_1 7x7_2 7x7_3 7x7_4", "3x3_1 3x3_2 7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4"
+    figure_7 = (
+        "1x1_1 3x3_1 3x3_2_left 3x3_2_right 3x3_twice_1 3x3_twice_2 3x3_twice_3_left 3x3_twice_3_right pool_2",
+        "1x1 3x3_1 3x3_2a 3x3_2b 3x3dbl_1 3x3dbl_2 3x3dbl_3a 3x3dbl_3b _pool",
+    )
+    modules = dict.fromkeys(("5b", "5c", "5d"), figure_5) | {"6a": first_shrink}
+    modules |= dict.fromkeys(("6b", "6c", "6d", "6e"), figure_6) | {"7a": second_shrink}
+    modules |= dict.fromkeys(("7b", "7c"), figure_7)
+    units = {
+        f"stem_{i}": f"Conv2d_{n}" for i, n in enumerate(("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3"), start=1)
+    }
+    for i, (module, names) in enumerate(modules.items(), start=1):
+        pairs = zip(*(side.split() for side in names), strict=True)
+        units |= {f"mixed_{i}/{ours}": f"Mixed_{module}.branch{theirs}" for ours, theirs in pairs}
+    yield from _conv_bn(units)
+
+
+def _conv_bn(units: Mapping[str, str]) -> _Names:
+    """Convolutions with their norms, by our name, and the classifier: what both Inceptions are made of."""
     for ours, theirs in units.items():
         yield f"{ours}/conv", f"{theirs}.conv"
         yield f"{ours}/norm", f"{theirs}.bn"
@@ -217,6 +249,7 @@ _FAMILIES: dict[type[nn.Module], Callable[[Any], _Names]] = {
     vgg.VGG: _vgg,
     alexnet.AlexNet: _alexnet,
     inception.GoogLeNet: _googlenet,
+    inception.InceptionV3: _inception_v3,
     densenet.DenseNet: _densenet,
     convnext.ConvNeXt: _convnext,
     efficientnet.EfficientNet: _inverted_residuals,

@@ -75,6 +75,7 @@ class _Inception(nn.Module):
     norm: str = "batch"
     activation: str = "relu"
     dropout: float = 0.0  # before the classifier
+    grouped_conv: str = "auto"  # the form of convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute each inception module in the backward pass
     dtype: str = "float32"  # 'bfloat16'
     axis_name: str | None = None
@@ -86,6 +87,7 @@ class _Inception(nn.Module):
             norm=self.norm,
             epsilon=1e-3,
             activation=self.activation,
+            grouped_conv=self.grouped_conv,
             dtype=self.dtype,
             axis_name=self.axis_name,
         )
@@ -168,6 +170,9 @@ class InceptionV3(_Inception):
 
     dropout: float = 0.2
     stem: str = "standard"  # 'small': its convolutions keep the size, and its poolings are left out
+    count_padding: bool = (
+        False  # average pooling counts the zeros around a map, as torchvision's and timm's networks do
+    )
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -182,55 +187,65 @@ class InceptionV3(_Inception):
             if i in (3, 5) and not small:
                 x = layers.max_pool(x, 3, 2)
         self.sow("intermediates", "stem_map", x)
-        for i, branches in enumerate(_INCEPTION_V3, start=1):
+        average = Pool(functools.partial(layers.avg_pool, count_padding=self.count_padding))
+        for i, branches in enumerate(_inception_v3(average), start=1):
             x = self._mix(f"mixed_{i}", branches, x, train)
         return layers.classify(self, jnp.mean(x.astype(jnp.float32), axis=(1, 2)), train=train)
 
 
-_AVERAGE, _SHRINK = Pool(layers.avg_pool), Pool(layers.max_pool, stride=2, padding=0)
+_SHRINK = Pool(layers.max_pool, stride=2, padding=0)
 
 
-def _figure_5(pooled: int) -> dict:
+def _figure_5(average: Pool, pooled: int) -> dict:
     return {
         "1x1": (Conv(64),),
         "5x5": (Conv(48), Conv(64, 5)),
         "3x3": (Conv(64), Conv(96, 3), Conv(96, 3)),
-        "pool": (_AVERAGE, Conv(pooled)),
+        "pool": (average, Conv(pooled)),
     }
 
 
-def _figure_6(width: int) -> dict:
+def _figure_6(average: Pool, width: int) -> dict:
     row, column = (1, 7), (7, 1)
     return {
         "1x1": (Conv(192),),
         "7x7": (Conv(width), Conv(width, row), Conv(192, column)),
         "7x7_twice": (Conv(width), Conv(width, column), Conv(width, row), Conv(width, column), Conv(192, row)),
-        "pool": (_AVERAGE, Conv(192)),
+        "pool": (average, Conv(192)),
     }
 
 
-_FIGURE_7 = {
-    "1x1": (Conv(320),),
-    "3x3": (Conv(384), Fork(Conv(384, (1, 3)), Conv(384, (3, 1)))),
-    "3x3_twice": (Conv(448), Conv(384, 3), Fork(Conv(384, (1, 3)), Conv(384, (3, 1)))),
-    "pool": (_AVERAGE, Conv(192)),
+def _figure_7(average: Pool) -> dict:
+    return {
+        "1x1": (Conv(320),),
+        "3x3": (Conv(384), Fork(Conv(384, (1, 3)), Conv(384, (3, 1)))),
+        "3x3_twice": (Conv(448), Conv(384, 3), Fork(Conv(384, (1, 3)), Conv(384, (3, 1)))),
+        "pool": (average, Conv(192)),
+    }
+
+
+_FIRST_SHRINK = {
+    "3x3": (Conv(384, 3, 2, 0),),
+    "3x3_twice": (Conv(64), Conv(96, 3), Conv(96, 3, 2, 0)),
+    "pool": (_SHRINK,),
 }
-_INCEPTION_V3 = (
-    *map(_figure_5, (32, 64, 64)),
-    {
-        "3x3": (Conv(384, 3, 2, 0),),
-        "3x3_twice": (Conv(64), Conv(96, 3), Conv(96, 3, 2, 0)),
-        "pool": (_SHRINK,),
-    },
-    *map(_figure_6, (128, 160, 160, 192)),
-    {
-        "3x3": (Conv(192), Conv(320, 3, 2, 0)),
-        "7x7": (Conv(192), Conv(192, (1, 7)), Conv(192, (7, 1)), Conv(192, 3, 2, 0)),
-        "pool": (_SHRINK,),
-    },
-    _FIGURE_7,
-    _FIGURE_7,
-)
+_SECOND_SHRINK = {
+    "3x3": (Conv(192), Conv(320, 3, 2, 0)),
+    "7x7": (Conv(192), Conv(192, (1, 7)), Conv(192, (7, 1)), Conv(192, 3, 2, 0)),
+    "pool": (_SHRINK,),
+}
+
+
+def _inception_v3(average: Pool) -> list[dict]:
+    """The branches of each module; `average` is the pooling of those that keep the size."""
+    return [
+        *(_figure_5(average, pooled) for pooled in (32, 64, 64)),
+        _FIRST_SHRINK,
+        *(_figure_6(average, width) for width in (128, 160, 160, 192)),
+        _SECOND_SHRINK,
+        *[_figure_7(average)] * 2,
+    ]
+
 
 PRESETS = {
     "googlenet": Preset(GoogLeNet, {}, "Szegedy et al. 2015, arXiv 1409.4842"),

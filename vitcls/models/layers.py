@@ -1,5 +1,6 @@
 """Parts that models share."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -23,6 +24,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
 }
 NORMS = ("batch", "layer", "group", "none")
+
+
+def precise_products(dtype: jax.typing.DTypeLike) -> contextlib.AbstractContextManager:
+    """A context in which products of float32 are float32; for another `dtype` one that changes nothing.
+
+    By default GPUs round the operands to TF32 and TPUs to bfloat16. What is documented as float32 is made in it.
+    """
+    return jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext()
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -179,10 +188,13 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: str | int = 0) -> ja
     return x
 
 
-def avg_pool(x: jax.Array, size: int, stride: int, padding: str | int = 0) -> jax.Array:
-    """The mean of windows of [B, H, W, C], over the places inside the image only; `padding` as in `max_pool`."""
+def avg_pool(x: jax.Array, size: int, stride: int, padding: str | int = 0, *, count_padding: bool = False) -> jax.Array:
+    """The mean of windows of [B, H, W, C], over the places inside the image only; `padding` as in `max_pool`.
+
+    With `count_padding` the places around the image count as zeros.
+    """
     window, strides, padding = (size, size), (stride, stride), _pool_padding(x, size, stride, padding)
-    return nn.avg_pool(x, window, strides, padding, count_include_pad=False).astype(x.dtype)
+    return nn.avg_pool(x, window, strides, padding, count_include_pad=count_padding).astype(x.dtype)
 
 
 def _pool_padding(x: jax.Array, size: int, stride: int, padding: str | int) -> list[tuple[int, int]]:
@@ -228,7 +240,16 @@ def classify(model: nn.Module, features: jax.Array, *, train: bool) -> jax.Array
     features = features.astype(jnp.float32)
     model.sow("intermediates", "features", features)
     features = Dropout(model.dropout, axis_name=model.axis_name)(features, train=train)
-    return nn.Dense(model.num_classes, name="head")(features)
+    return head(features, model.num_classes)
+
+
+def head(features: jax.Array, num_classes: int, **kwargs: nn.initializers.Initializer) -> jax.Array:
+    """[B, D] -> logits [B, num_classes], in float32 on every platform, by the layer 'head' of the calling module.
+
+    `kwargs` are those of `nn.Dense` that say how it starts.
+    """
+    with precise_products("float32"):
+        return nn.Dense(num_classes, name="head", **kwargs)(features.astype(jnp.float32))
 
 
 def classify_flat(model: nn.Module, x: jax.Array, *, side: int, train: bool) -> jax.Array:
@@ -279,13 +300,14 @@ class GeneralizedMean(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """sum_i softmax_i(q . h_i / sqrt(C)) h_i over the tokens of [B, N, C], with one learned query; weights float32."""
+    """sum_i softmax_i(q . h_i / sqrt(C)) h_i over the tokens of [B, N, C], with one learned query; in float32."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         query = self.param("query", nn.initializers.normal(0.02), (x.shape[-1],))
-        scores = jnp.einsum("bnc,c->bn", x.astype(jnp.float32), query) / math.sqrt(x.shape[-1])
-        return jnp.einsum("bn,bnc->bc", jax.nn.softmax(scores, axis=-1), x.astype(jnp.float32))
+        with precise_products("float32"):
+            scores = jnp.einsum("bnc,c->bn", x.astype(jnp.float32), query) / math.sqrt(x.shape[-1])
+            return jnp.einsum("bn,bnc->bc", jax.nn.softmax(scores, axis=-1), x.astype(jnp.float32))
 
 
 def sincos_position_embedding(height: int, width: int, dim: int) -> jax.Array:

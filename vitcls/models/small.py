@@ -31,6 +31,7 @@ class LeNet5(nn.Module):
     activation: str = "tanh"  # 'relu'
     norm: str = "none"  # 'batch'
     dropout: float = 0.0  # before the classifier
+    grouped_conv: str = "auto"  # the form of convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute the inside of each convolution and activation in the backward pass
     dtype: str = "float32"  # 'bfloat16'
     axis_name: str | None = None
@@ -51,6 +52,7 @@ class LeNet5(nn.Module):
                 padding="VALID",
                 norm=self.norm,
                 activation=self.activation,
+                grouped_conv=self.grouped_conv,
                 dtype=self.dtype,
                 axis_name=self.axis_name,
                 name=f"conv_{i}",
@@ -82,6 +84,7 @@ class PaperCNN(nn.Module):
     norm: str = "none"  # 'batch', after each convolution
     activation: str = "relu"
     dropout: float = 0.0  # before the classifier
+    grouped_conv: str = "auto"  # the form of convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute each convolution's block in the backward pass
     dtype: str = "float32"  # 'bfloat16'
     axis_name: str | None = None
@@ -103,6 +106,7 @@ class PaperCNN(nn.Module):
                     self.residual,
                     self.norm,
                     self.activation,
+                    self.grouped_conv,
                     self.dtype,
                     self.axis_name,
                     name=f"stage_{stage}_block_{i}",
@@ -121,6 +125,7 @@ class ConvBlock(nn.Module):
     residual: bool
     norm: str
     activation: str
+    grouped_conv: str
     dtype: str
     axis_name: str | None
 
@@ -131,6 +136,7 @@ class ConvBlock(nn.Module):
             self.kernel_size,
             norm=self.norm,
             activation="linear",
+            grouped_conv=self.grouped_conv,
             dtype=self.dtype,
             axis_name=self.axis_name,
             name="conv",

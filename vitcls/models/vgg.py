@@ -25,6 +25,7 @@ class VGG(nn.Module):
     norm: str = "none"  # 'batch'
     activation: str = "relu"
     dropout: float = 0.5  # of the classifier's hidden layers
+    grouped_conv: str = "auto"  # the form of convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute each stage in the backward pass
     dtype: str = "float32"  # 'bfloat16'
     axis_name: str | None = None
@@ -39,7 +40,16 @@ class VGG(nn.Module):
         stage = layers.checkpointed(Stage, self.remat)
         x = images.astype(self.dtype)
         for i, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True), start=1):
-            x = stage(depth, width, self.norm, self.activation, self.dtype, self.axis_name, name=f"stage_{i}")(x, train)
+            x = stage(
+                depth,
+                width,
+                self.norm,
+                self.activation,
+                self.grouped_conv,
+                self.dtype,
+                self.axis_name,
+                name=f"stage_{i}",
+            )(x, train)
             self.sow("intermediates", f"stage_{i}_map", x)
             x = layers.max_pool(x, 2, 2)
         return layers.classify_flat(self, x, side=1 if self.stem == "small" else 7, train=train)
@@ -52,6 +62,7 @@ class Stage(nn.Module):
     width: int
     norm: str
     activation: str
+    grouped_conv: str
     dtype: str
     axis_name: str | None
 
@@ -64,6 +75,7 @@ class Stage(nn.Module):
                 use_bias=True,
                 norm=self.norm,
                 activation=self.activation,
+                grouped_conv=self.grouped_conv,
                 dtype=self.dtype,
                 axis_name=self.axis_name,
                 name=f"conv_{i}",

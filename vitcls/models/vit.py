@@ -5,7 +5,10 @@ what that section asks for: a feed-forward network with "deep activation functio
 detail (`local_conv`, `squeeze_excite`), and an aggregation function g over all tokens (`aggregation`).
 """
 
+import functools
+import logging
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -15,6 +18,7 @@ from vitcls.errors import UserError
 from vitcls.models import checks, convolutions, layers
 from vitcls.models.preset import Preset
 
+_logger = logging.getLogger("vitcls")
 _CHOICES = {
     "stem": ("patch", "conv"),
     "position_embedding": ("learned", "sincos2d", "none"),
@@ -48,7 +52,7 @@ class VisionTransformer(nn.Module):
     drop_path: float = 0.0  # of the last block; grows linearly from 0
     dropout: float = 0.0  # of embeddings, projections and the hidden layer
     attention_dropout: float = 0.0
-    attention: str = "xla"  # 'cudnn': fused, on NVIDIA GPUs, for bfloat16; not while attention_dropout acts
+    attention: str = "xla"  # 'cudnn': fused, where `attention_form` finds it; not while attention_dropout acts
     activation: str = "gelu"  # 'relu', 'silu'
     local_conv: bool = False  # depthwise 3x3 with an inner residual in the feed-forward network
     squeeze_excite: float = 0.0  # width of the feed-forward network's gate, of hidden_dim; 0 for none
@@ -65,6 +69,7 @@ class VisionTransformer(nn.Module):
         tokens = self._embed(images.astype(self.dtype), train=train)  # [B, H, W, C] -> [B, N, D]
         grid = tuple(size // self.patch_size for size in images.shape[1:3])
 
+        attention = attention_form(self.attention, self.dtype, self.hidden_dim // self.num_heads)
         block = layers.checkpointed(Block, self.remat)
         for i, drop_path in enumerate(layers.linear_rates(self.drop_path, self.depth)):
             tokens = block(
@@ -76,7 +81,7 @@ class VisionTransformer(nn.Module):
                 drop_path=drop_path,
                 dropout=self.dropout,
                 attention_dropout=self.attention_dropout,
-                attention=self.attention,
+                attention=attention,
                 activation=self.activation,
                 local_conv=self.local_conv,
                 squeeze_excite=self.squeeze_excite,
@@ -92,8 +97,7 @@ class VisionTransformer(nn.Module):
         if self.head_norm:
             features = nn.LayerNorm(epsilon=1e-6, name="head_norm")(features)
         self.sow("intermediates", "features", features)
-        head = nn.Dense(self.num_classes, kernel_init=nn.initializers.truncated_normal(0.02), name="head")
-        return head(features.astype(jnp.float32))
+        return layers.head(features, self.num_classes, kernel_init=nn.initializers.truncated_normal(0.02))
 
     def _check(self, shape: tuple[int, ...]) -> None:
         self._check_fields()
@@ -116,10 +120,6 @@ class VisionTransformer(nn.Module):
             raise UserError(
                 f"config.model.stem='conv' halves the image, so config.model.patch_size={self.patch_size} "
                 "must be a power of two"
-            )
-        if self.attention == "cudnn" and (jax.default_backend() != "gpu" or self.dtype != "bfloat16"):
-            raise UserError(
-                "config.model.attention='cudnn' needs an NVIDIA GPU and config.model.dtype='bfloat16'; use 'xla'"
             )
 
     def _embed(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -170,6 +170,36 @@ class VisionTransformer(nn.Module):
                 return layers.AttentionPool(name="aggregation")(tokens)
             case "mean_attention":
                 return jnp.mean(tokens.astype(jnp.float32), axis=1) + layers.AttentionPool(name="aggregation")(tokens)
+
+
+@functools.cache  # every trace asks; the log says it once
+def attention_form(asked: str, dtype: str, head_dim: int) -> str:
+    """The form of attention that this process computes: `asked`, or 'xla', with a line in the log, for 'cudnn'.
+
+    Parameters are the same either way.
+    """
+    if asked != "cudnn":
+        return asked
+    missing = cudnn_lacks(getattr(jax.local_devices()[0], "compute_capability", ""), dtype, head_dim)
+    if not missing:
+        return asked
+    _logger.info("config.model.attention='cudnn' needs %s; computing attention by 'xla'", " and ".join(missing))
+    return "xla"
+
+
+def cudnn_lacks(compute_capability: str, dtype: str, head_dim: int) -> list[str]:
+    """What cuDNN's fused attention needs and does not have, in words; [] where it can be used.
+
+    `compute_capability` is that of the device: '9.0' of an H100, 'gfx90a' of a GPU of AMD, '' of what has none.
+    """
+    version = float(compute_capability) if re.fullmatch(r"\d+\.\d+", compute_capability) else 0.0
+    widest = 256 if version >= 9 else 128
+    needs = {
+        "an NVIDIA GPU, Ampere or later": version >= 8,
+        "config.model.dtype='bfloat16'": dtype == "bfloat16",
+        f"heads of at most {widest} channels, a multiple of 8": head_dim <= widest and head_dim % 8 == 0,
+    }
+    return [need for need, met in needs.items() if not met]
 
 
 class ConvStem(nn.Module):
@@ -272,13 +302,14 @@ class SelfAttention(nn.Module):
             key = nn.LayerNorm(epsilon=1e-6, use_bias=False, dtype=self.dtype, name="key_norm")(key)
 
         explicit = self.is_mutable_collection("intermediates") or (train and self.attention_dropout > 0)
-        if explicit:
-            weights = attention_weights(query, key)
-            self.sow("intermediates", "attention_weights", weights)
-            weights = layers.Dropout(self.attention_dropout, axis_name=self.axis_name)(weights, train=train)
-            mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
-        else:
-            mixed = jax.nn.dot_product_attention(query, key, value, implementation=self.attention)
+        with layers.precise_products(self.dtype):
+            if explicit:
+                weights = attention_weights(query, key)
+                self.sow("intermediates", "attention_weights", weights)
+                weights = layers.Dropout(self.attention_dropout, axis_name=self.axis_name)(weights, train=train)
+                mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
+            else:
+                mixed = jax.nn.dot_product_attention(query, key, value, implementation=self.attention)
         out = nn.Dense(dim, dtype=self.dtype, kernel_init=xavier, name="project")(mixed.reshape(batch, tokens, dim))
         return layers.Dropout(self.dropout, axis_name=self.axis_name)(out, train=train)
 
