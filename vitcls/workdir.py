@@ -16,6 +16,7 @@ from vitcls import checkpoint, experiment
 from vitcls import config as configs
 from vitcls.data import DatasetInfo
 from vitcls.errors import UserError
+from vitcls.terminal import printable
 
 CONFIG_FILE, DATASET_FILE, CHECKPOINTS, PROFILE = "config.json", "dataset.json", "checkpoints", "profile"
 
@@ -60,14 +61,22 @@ class Workdir:
 def open_workdir(path: os.PathLike | str) -> Workdir:
     """Reads a workdir back; raises UserError where there is no run in it."""
     path = pathlib.Path(path)
+    check_name(path)
     try:
-        config = configs.from_json((path / CONFIG_FILE).read_text())
-        info = DatasetInfo.from_json((path / DATASET_FILE).read_text())
+        config = configs.from_json((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        info = DatasetInfo.from_json((path / DATASET_FILE).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} is not the workdir of a run: {error.filename} cannot be read") from None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     return Workdir(path, config, info)
+
+
+def check_name(path: os.PathLike | str) -> None:
+    """Raises UserError for a workdir that Orbax and TensorBoard, which take names as UTF-8, could not write to."""
+    name = os.fspath(path)
+    if printable(name) != name:
+        raise UserError(f"the name of the workdir '{name}' is not UTF-8; choose another --workdir")
 
 
 def begin(path: os.PathLike | str, config: configs.ConfigDict, info: DatasetInfo) -> None:
@@ -81,7 +90,7 @@ def begin(path: os.PathLike | str, config: configs.ConfigDict, info: DatasetInfo
             write_atomically(path / name, text)
             continue
         try:
-            old, new = _flatten(json.loads((path / name).read_text())), _flatten(json.loads(text))
+            old, new = _flatten(json.loads((path / name).read_text(encoding="utf-8"))), _flatten(json.loads(text))
         except ValueError:
             raise UserError(f"{path / name} is damaged; restore it, or use another --workdir") from None
         changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
@@ -95,7 +104,7 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     """Writes a small file so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from vitcls import metrics
+from vitcls.terminal import printable
 
 # Okabe & Ito's colours, which people with any colour vision can tell apart; lines differ in their dashes besides.
 BLUE, ORANGE, RED, SKY = "#0072B2", "#E69F00", "#D55E00", "#56B4E9"
@@ -254,7 +255,7 @@ def mistakes(
 
 def shorten(name: str, length: int = 24) -> str:
     """A class name that fits on an axis: one line, no formula, and a box for what the font cannot draw."""
-    name = " ".join(name.split())
+    name = " ".join(printable(name).split())
     name = name if len(name) <= length else f"{name[: length - 1]}…"
     return "".join(c if ord(c) in _drawable() else "□" for c in name).replace("$", r"\$")
 

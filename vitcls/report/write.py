@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vitcls.metrics import RocCurves
+from vitcls.terminal import printable
 
 UNITS = {
     "loss": "nats (cross-entropy)",
@@ -58,8 +59,10 @@ def write(
     new = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    text = json.dumps(metrics | {"units": UNITS}, indent=2, allow_nan=False)
-    (new / "metrics.json").write_text(text + "\n")
+    text = json.dumps(
+        metrics | {"units": {name: unit for name, unit in UNITS.items() if name in metrics}}, indent=2, allow_nan=False
+    )
+    (new / "metrics.json").write_text(text + "\n", encoding="utf-8")
     np.savez(
         new / "predictions.npz",
         labels=np.asarray(labels, np.int32),
@@ -111,7 +114,7 @@ def write(
         if figure is not None:
             figure.savefig(path, dpi=figure.dpi if name in ("confusion_matrix", "class_accuracy") else 150)
         shown.append((title, caption if path or name == "mistakes" else "nothing was logged.", path))
-    (new / "index.html").write_text(page.render(metrics, facts, shown))
+    (new / "index.html").write_text(printable(page.render(metrics, facts, shown)), encoding="utf-8")
     _replace(directory, new)
 
 
