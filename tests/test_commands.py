@@ -3,9 +3,12 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -34,6 +37,7 @@ def run(command, arguments, capsys):
         (["--workdir=x"], "--config=FILE is missing"),
         ([DIGITS], "--workdir=DIR is missing"),
         ([DIGITS, "--workdir=x", "--wrkdir=y"], "wrkdir"),
+        ([DIGITS, "--workdir=caf\udce9"], r"the name of the workdir 'caf\xe9' is not UTF-8"),
         ([DIGITS, "--workdir=x", "extra"], "'extra' is not a flag"),
         (["--config=configs/nothing.py", "--workdir=x"], "configs/nothing.py"),
         ([DIGITS, "--workdir=x", "--config.batch_sise=3"], "did you mean 'batch_size'?"),
@@ -226,6 +230,37 @@ def test_the_installed_script_knows_the_verbs(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vitcls", "predict", "--workdir=nowhere", "x.png"])
     assert cli.main() == 2
     assert "nowhere is not the workdir of a run" in capsys.readouterr().err
+
+
+def test_the_help_of_training_names_every_flag(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vitcls", "train", "--help"])
+    assert cli.main() == 0
+    out = capsys.readouterr().out
+    flags = main.define_flags()
+    for name in flags:
+        if name != "h":
+            (line,) = [line for line in out.splitlines() if re.search(rf"  (-h, )?--{name}(=| )", line)]
+            assert flags[name].help in line
+    assert "--config.KEY=VALUE" in out
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_the_command_of_a_report_can_be_given_again():
+    arguments = ["train", "--config=a.py", "--workdir=my run", "--config.total=5 epochs"]
+    code = f"""
+import sys
+from vitcls import overview
+sys.argv = ["/usr/bin/vitcls", *{arguments!r}]
+print(overview.command_line())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert shlex.split(done.stdout) == ["vitcls", *arguments]
+
+
+def test_parsing_leaves_the_arguments_of_the_process_alone(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vitcls", "train", DIGITS, "--workdir=x"])
+    main.parse(sys.argv[2:])
+    assert sys.argv == ["vitcls", "train", DIGITS, "--workdir=x"]
 
 
 @pytest.mark.parametrize("module", ["vitcls.models", "vitcls.steps"])

@@ -95,6 +95,9 @@ def test_a_killed_run_ends_bit_equal_to_an_uninterrupted_one(tiny_config, tmp_pa
     tiny_config.schedule.patience = 1
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(start(tiny_config, whole))
+    assert f"python -m vitcls.main --config={tmp_path / 'whole.py'} --workdir={whole}<" in (
+        whole / "report" / "index.html"
+    ).read_text(encoding="utf-8")
 
     process = start(tiny_config, killed)
     wait_for(lambda: len(checkpoint.steps(killed / "checkpoints")) >= 2, process)
