@@ -206,6 +206,48 @@ def test_predict_labels_files_and_names_those_it_cannot_read(trained, capsys, tm
     assert "%" in out.splitlines()[1]
 
 
+def test_predict_moves_the_weights_to_the_device_once(trained, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    files = [tmp_path / f"{i}.png" for i in range(70)]
+    for file in files:
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(file)
+    files[3].write_text("not an image")
+    moved, device_put = [], jax.device_put
+
+    def watched(tree, *arguments, **options):
+        moved.append(sum(leaf.size for leaf in jax.tree.leaves(tree)))
+        return device_put(tree, *arguments, **options)
+
+    monkeypatch.setattr(jax, "device_put", watched)
+    opened = workdir.open_workdir(trained)
+    rows = predict.predict(opened, files)
+    outcomes = [next(rows)]
+    with jax.transfer_guard_host_to_device("disallow"):  # of what is not given to device_put
+        outcomes += rows
+    shapes = evaluate.experiment.variable_shapes(
+        evaluate.experiment.make_model(opened.config, opened.info), opened.info
+    )
+    batch = 32 * (8 * 8 * 3 + 2)  # image, label, mask
+    assert moved == [sum(leaf.size for leaf in jax.tree.leaves(shapes)), batch, batch, batch]
+    assert [file for file, _ in outcomes] == files
+    assert [i for i, (_, outcome) in enumerate(outcomes) if isinstance(outcome, str)] == [3]
+    alone = dict(predict.predict(opened, [files[69]]))
+    np.testing.assert_allclose(outcomes[69][1], alone[files[69]], rtol=1e-5)
+
+
+def test_a_report_is_timed_where_the_config_asks_for_it(trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    given = json.loads((copy / "config.json").read_text())
+    del given["report"]["timing"]  # as before there was such a key
+    (copy / "config.json").write_text(json.dumps(given))
+    results = evaluate.evaluate(copy)
+    assert 0 < results["latency_ms"]["median"] <= results["latency_ms"]["p95"]
+    assert results["images_per_second"] > 0
+    page = (copy / "report" / "index.html").read_text(encoding="utf-8")
+    assert "Latency of one image" in page and "Inference on all devices" in page
+    assert "Latency of one image" not in (trained / "report" / "index.html").read_text(encoding="utf-8")
+
+
 def test_predict_agrees_with_the_report(trained):
     """The same picture gives the same probabilities from a file as from the data set."""
     opened = workdir.open_workdir(trained)

@@ -86,10 +86,14 @@ def write_report(
     examples = getattr(dataset, split)
     probabilities = np.empty((len(examples.labels), info.num_classes), np.float32)
     sums = evaluator(variables, batches, probabilities)
-    images_per_second = measure_throughput(evaluator, variables, batches)
+    timings = {}
+    if config.report.timing:
+        timings["images_per_second"] = measure_throughput(evaluator, variables, batches)
     learned = evaluator.layout.to_host(models.learned_weights(model, variables["params"]))
     if jax.process_index():
         return {}
+    if config.report.timing:
+        timings["latency_ms"] = measure_latency(config, model, info)
 
     roc = metrics.roc_curves(examples.labels, probabilities)
     history = writers.read_history(path)
@@ -99,8 +103,7 @@ def write_report(
     results |= {
         "parameters": overview.count_parameters(experiment.variable_shapes(model, info)["params"]),
         "flops_per_image": overview.flops_per_image(model, info),
-        "latency_ms": measure_latency(config, model, info),
-        "images_per_second": images_per_second,
+        **timings,
         "learned_weights": {name: float(weight) for name, weight in learned.items()},
         "train_seconds": next((e["train/seconds"] for e in reversed(history) if "train/seconds" in e), 0.0),
     }
