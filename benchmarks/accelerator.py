@@ -101,7 +101,7 @@ class Trainings:
     def __init__(self, out: pathlib.Path):
         self._out = out
         table = out / "trainings.json"
-        rows = json.loads(table.read_text())["rows"] if table.is_file() else []
+        rows = json.loads(table.read_text(encoding="utf-8"))["rows"] if table.is_file() else []
         self._rows = [row for row in rows if isinstance(row["seed"], int)]  # and not 'mean of 3'
 
     def __contains__(self, part: Part) -> bool:
@@ -115,8 +115,8 @@ class Trainings:
 
 def trained_row(part: Part, wall_seconds: float | None) -> harness.Row:
     """What a training that has ended came to; `wall_seconds` is None where it was stopped and went on."""
-    results = json.loads((part.workdir / "report" / "metrics.json").read_text())
-    seed = json.loads((part.workdir / "config.json").read_text())["seed"]
+    results = json.loads((part.workdir / "report" / "metrics.json").read_text(encoding="utf-8"))
+    seed = json.loads((part.workdir / "config.json").read_text(encoding="utf-8"))["seed"]
     return {
         "training": part.name,
         "seed": seed,

@@ -182,15 +182,16 @@ def publish(name: str, rows: Sequence[Row], out: str, *, about: dict[str, str] |
         return
     directory = pathlib.Path(out)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{name}.json").write_text(json.dumps({"about": about, "rows": list(rows)}, indent=2) + "\n")
-    with (directory / f"{name}.csv").open("w", newline="") as file:
+    table = json.dumps({"about": about, "rows": list(rows)}, indent=2) + "\n"
+    (directory / f"{name}.json").write_text(table, encoding="utf-8")
+    with (directory / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, dict.fromkeys([*columns, "run"]))
         writer.writeheader()
         writer.writerows({"run": RUN} | row for row in rows)
     lines = [f"| {' | '.join(line)} |" for line in cells]
     lines.insert(1, "| --- " * len(columns) + "|")
     lines += ["", *(f"- {key}: `{value}`" for key, value in about.items())]
-    (directory / f"{name}.md").write_text("\n".join(lines) + "\n")
+    (directory / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _command() -> str:

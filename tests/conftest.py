@@ -50,6 +50,7 @@ def make_tiny_config():
     config.augment.crop.probability = 1.0
     config.augment.mixup.probability = 0.5
     config.optimizer.ema_decay = 0.99
+    config.report.timing = False
     return config
 
 

@@ -3,9 +3,12 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -34,6 +37,7 @@ def run(command, arguments, capsys):
         (["--workdir=x"], "--config=FILE is missing"),
         ([DIGITS], "--workdir=DIR is missing"),
         ([DIGITS, "--workdir=x", "--wrkdir=y"], "wrkdir"),
+        ([DIGITS, "--workdir=caf\udce9"], r"the name of the workdir 'caf\xe9' is not UTF-8"),
         ([DIGITS, "--workdir=x", "extra"], "'extra' is not a flag"),
         (["--config=configs/nothing.py", "--workdir=x"], "configs/nothing.py"),
         ([DIGITS, "--workdir=x", "--config.batch_sise=3"], "did you mean 'batch_size'?"),
@@ -202,6 +206,48 @@ def test_predict_labels_files_and_names_those_it_cannot_read(trained, capsys, tm
     assert "%" in out.splitlines()[1]
 
 
+def test_predict_moves_the_weights_to_the_device_once(trained, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    files = [tmp_path / f"{i}.png" for i in range(70)]
+    for file in files:
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(file)
+    files[3].write_text("not an image")
+    moved, device_put = [], jax.device_put
+
+    def watched(tree, *arguments, **options):
+        moved.append(sum(leaf.size for leaf in jax.tree.leaves(tree)))
+        return device_put(tree, *arguments, **options)
+
+    monkeypatch.setattr(jax, "device_put", watched)
+    opened = workdir.open_workdir(trained)
+    rows = predict.predict(opened, files)
+    outcomes = [next(rows)]
+    with jax.transfer_guard_host_to_device("disallow"):  # of what is not given to device_put
+        outcomes += rows
+    shapes = evaluate.experiment.variable_shapes(
+        evaluate.experiment.make_model(opened.config, opened.info), opened.info
+    )
+    batch = 32 * (8 * 8 * 3 + 2)  # image, label, mask
+    assert moved == [sum(leaf.size for leaf in jax.tree.leaves(shapes)), batch, batch, batch]
+    assert [file for file, _ in outcomes] == files
+    assert [i for i, (_, outcome) in enumerate(outcomes) if isinstance(outcome, str)] == [3]
+    alone = dict(predict.predict(opened, [files[69]]))
+    np.testing.assert_allclose(outcomes[69][1], alone[files[69]], rtol=1e-5)
+
+
+def test_a_report_is_timed_where_the_config_asks_for_it(trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    given = json.loads((copy / "config.json").read_text())
+    del given["report"]["timing"]  # as before there was such a key
+    (copy / "config.json").write_text(json.dumps(given))
+    results = evaluate.evaluate(copy)
+    assert 0 < results["latency_ms"]["median"] <= results["latency_ms"]["p95"]
+    assert results["images_per_second"] > 0
+    page = (copy / "report" / "index.html").read_text(encoding="utf-8")
+    assert "Latency of one image" in page and "Inference on all devices" in page
+    assert "Latency of one image" not in (trained / "report" / "index.html").read_text(encoding="utf-8")
+
+
 def test_predict_agrees_with_the_report(trained):
     """The same picture gives the same probabilities from a file as from the data set."""
     opened = workdir.open_workdir(trained)
@@ -226,6 +272,37 @@ def test_the_installed_script_knows_the_verbs(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vitcls", "predict", "--workdir=nowhere", "x.png"])
     assert cli.main() == 2
     assert "nowhere is not the workdir of a run" in capsys.readouterr().err
+
+
+def test_the_help_of_training_names_every_flag(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vitcls", "train", "--help"])
+    assert cli.main() == 0
+    out = capsys.readouterr().out
+    flags = main.define_flags()
+    for name in flags:
+        if name != "h":
+            (line,) = [line for line in out.splitlines() if re.search(rf"  (-h, )?--{name}(=| )", line)]
+            assert flags[name].help in line
+    assert "--config.KEY=VALUE" in out
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_the_command_of_a_report_can_be_given_again():
+    arguments = ["train", "--config=a.py", "--workdir=my run", "--config.total=5 epochs"]
+    code = f"""
+import sys
+from vitcls import overview
+sys.argv = ["/usr/bin/vitcls", *{arguments!r}]
+print(overview.command_line())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert shlex.split(done.stdout) == ["vitcls", *arguments]
+
+
+def test_parsing_leaves_the_arguments_of_the_process_alone(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vitcls", "train", DIGITS, "--workdir=x"])
+    main.parse(sys.argv[2:])
+    assert sys.argv == ["vitcls", "train", DIGITS, "--workdir=x"]
 
 
 @pytest.mark.parametrize("module", ["vitcls.models", "vitcls.steps"])

@@ -43,6 +43,11 @@ def names(num_classes):
     return [f"class {k}" for k in range(num_classes)]
 
 
+def measure(labels, probabilities, class_names):
+    roc = metrics.roc_curves(labels, probabilities)
+    return metrics.classification_report(labels, probabilities, class_names, roc)
+
+
 @pytest.mark.parametrize("num_classes", [2, 3, 5, 7, 30])
 def test_the_sums_are_those_of_sklearn_on_what_is_not_masked(num_classes):
     logits, labels, mask = examples(num_classes)
@@ -81,7 +86,7 @@ def test_of_equal_logits_the_first_is_the_prediction():
     sums = jax.device_get(evaluation_sums(np.zeros((5, 7), np.float32), labels, np.ones(5, np.float32)))
     assert (sums["correct"], sums["correct_top5"]) == (2, 3)
     np.testing.assert_array_equal(sums["confusion"].sum(axis=0), [5, 0, 0, 0, 0, 0, 0])
-    report = metrics.classification_report(labels, np.full((5, 7), 1 / 7, np.float32), names(7))
+    report = measure(labels, np.full((5, 7), 1 / 7, np.float32), names(7))
     assert (report["accuracy"], report["top5_accuracy"]) == (2 / 5, 3 / 5)
 
 
@@ -136,7 +141,7 @@ def test_summarize_refuses_an_empty_evaluation():
 @pytest.mark.parametrize("num_classes", [3, 12])
 def test_the_report_agrees_with_sklearn(num_classes):
     labels, probabilities = predictions(num_classes, 400)
-    report = metrics.classification_report(labels, probabilities, names(num_classes))
+    report = measure(labels, probabilities, names(num_classes))
     predicted = probabilities.argmax(1)
     oracle = sklearn.metrics.classification_report(labels, predicted, output_dict=True)
     hard = np.eye(num_classes)[predicted]
@@ -166,7 +171,7 @@ def test_the_report_agrees_with_sklearn(num_classes):
 def test_on_a_balanced_split_macro_recall_is_accuracy():
     labels = np.repeat(np.arange(10), 30)
     _, probabilities = predictions(10, 300)
-    report = metrics.classification_report(labels, probabilities, names(10))
+    report = measure(labels, probabilities, names(10))
     assert report["recall_macro"] == pytest.approx(report["accuracy"], abs=1e-12)
     assert report["precision_macro"] != pytest.approx(report["accuracy"], abs=1e-3)
 
@@ -176,9 +181,7 @@ def test_hard_auc_of_balanced_errors_has_a_closed_form():
     num_classes, right = 5, 12
     labels = np.repeat(np.arange(num_classes), right + num_classes - 1)
     one_class = [np.r_[np.full(right, k), np.setdiff1d(np.arange(num_classes), k)] for k in range(num_classes)]
-    report = metrics.classification_report(
-        labels, np.eye(num_classes, dtype=np.float32)[np.concatenate(one_class)], names(num_classes)
-    )
+    report = measure(labels, np.eye(num_classes, dtype=np.float32)[np.concatenate(one_class)], names(num_classes))
     accuracy = right / (right + num_classes - 1)
     assert report["accuracy"] == pytest.approx(accuracy)
     assert report["auc_ovr_macro_hard"] == pytest.approx((accuracy + 1 - (1 - accuracy) / (num_classes - 1)) / 2)
@@ -187,7 +190,7 @@ def test_hard_auc_of_balanced_errors_has_a_closed_form():
 def test_classes_that_do_not_occur_are_left_out_of_the_means():
     present = np.array([1, 4, 6])
     labels, probabilities = predictions(8, 200, present=present)
-    report = metrics.classification_report(labels, probabilities, names(8))
+    report = measure(labels, probabilities, names(8))
     predicted = probabilities.argmax(1)
     assert not np.isin(predicted, present).all()  # some are taken for a class that does not occur
     precision, recall, f1, _ = sklearn.metrics.precision_recall_fscore_support(labels, predicted, labels=present)
@@ -203,7 +206,7 @@ def test_classes_that_do_not_occur_are_left_out_of_the_means():
 def test_a_class_that_is_never_predicted_has_precision_zero():
     labels = np.array([0, 0, 1, 1])
     probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]], np.float32)
-    report = metrics.classification_report(labels, probabilities, names(2))
+    report = measure(labels, probabilities, names(2))
     assert report["precision_macro"] == 0.25  # half of what is called 0 is 0; nothing is called 1
     assert (report["per_class"][1]["precision"], report["per_class"][1]["f1"]) == (0, 0)
     assert report["auc_ovr_macro"] == 1.0
@@ -212,22 +215,22 @@ def test_a_class_that_is_never_predicted_has_precision_zero():
 
 def test_labels_of_one_class_leave_every_number_finite():
     _, probabilities = predictions(3, 20)
-    report = metrics.classification_report(np.full(20, 2), probabilities, names(3))
+    report = measure(np.full(20, 2), probabilities, names(3))
     assert all(np.isfinite(value) for name, value in report.items() if name != "per_class")
     assert [row["auc"] for row in report["per_class"]] == [None] * 3
     assert metrics.roc_curves(np.full(20, 2), probabilities) is None
 
 
 def test_a_certain_mistake_has_a_finite_loss():
-    report = metrics.classification_report(np.array([0, 1]), np.eye(2, dtype=np.float32)[[0, 0]], names(2))
+    report = measure(np.array([0, 1]), np.eye(2, dtype=np.float32)[[0, 0]], names(2))
     assert report["loss"] == pytest.approx(-np.log(np.finfo(np.float32).eps) / 2)
 
 
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(UserError, match="no example to evaluate"):
-        metrics.classification_report(np.zeros(0, int), np.zeros((0, 3), np.float32), names(3))
+        measure(np.zeros(0, int), np.zeros((0, 3), np.float32), names(3))
     with pytest.raises(RunError, match="not finite"):
-        metrics.classification_report(np.zeros(2, int), np.full((2, 3), np.nan, np.float32), names(3))
+        measure(np.zeros(2, int), np.full((2, 3), np.nan, np.float32), names(3))
 
 
 def test_calibration_error_is_that_of_a_loop_over_the_bins():
@@ -239,7 +242,7 @@ def test_calibration_error_is_that_of_a_loop_over_the_bins():
         counts.append(inside.sum())
         if inside.any():
             ece += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
-    assert metrics.classification_report(labels, probabilities, names(6))["ece"] == pytest.approx(ece, rel=1e-6)
+    assert measure(labels, probabilities, names(6))["ece"] == pytest.approx(ece, rel=1e-6)
     np.testing.assert_array_equal(metrics.reliability(labels, probabilities).count, counts)
 
 
@@ -266,6 +269,39 @@ def test_roc_curves_have_the_areas_of_sklearn():
     for x, y, _ in (curves.micro, curves.macro, *curves.worst.values()):
         assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
         assert (np.diff(x) >= 0).all() and (np.diff(y) >= 0).all()
+
+
+@pytest.mark.parametrize("decimals", [1, 2, 8])
+@pytest.mark.parametrize("num_classes", [2, 40])
+def test_areas_are_exact_whatever_the_ties(num_classes, decimals):
+    labels, probabilities = predictions(num_classes, 1500, present=np.append(np.arange(num_classes), 0))
+    probabilities = probabilities.round(decimals)
+    aucs = metrics.roc_curves(labels, probabilities).aucs
+    expected = [sklearn.metrics.roc_auc_score(labels == k, probabilities[:, k]) for k in range(num_classes)]
+    np.testing.assert_allclose(aucs, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("decimals", [1, 3, 8])
+def test_a_curve_of_many_examples_is_short_and_near_the_exact_one(decimals):
+    labels, probabilities = predictions(3, 9000)
+    probabilities = probabilities.round(decimals)
+    curves = metrics.roc_curves(labels, probabilities)
+    exact = {k: sklearn.metrics.roc_curve(labels == k, probabilities[:, k])[:2] for k in range(3)}
+    pairs = [(curves.worst[k], exact[k]) for k in range(3)]
+    pairs.append((curves.micro, sklearn.metrics.roc_curve(np.eye(3)[labels].ravel(), probabilities.ravel())[:2]))
+    for curve, (x, y) in pairs:
+        drawn = np.stack(curve[:2], axis=1)
+        assert len(drawn) <= 2004
+        assert max(distance(corner, drawn) for corner in np.stack([x, y], axis=1)[::9]) <= 1e-3
+        assert curve.auc == pytest.approx(np.trapezoid(y, x), abs=1e-4 if curve is curves.micro else 1e-12)
+
+
+def distance(point, line):
+    """Between a point [2] and a line through points [n, 2]."""
+    start, along = line[:-1], np.diff(line, axis=0)
+    share = ((point[None] - start) * along).sum(axis=1) / np.maximum((along**2).sum(axis=1), 1e-30)
+    nearest = start + np.clip(share, 0, 1)[:, None] * along
+    return np.hypot(*(nearest - point[None]).T).min()
 
 
 def test_importing_the_metrics_loads_no_heavy_library():

@@ -45,7 +45,8 @@ def pictures(indices):
 
 def write(directory, labels, probabilities, names, *, images=pictures, history=HISTORY, facts=FACTS):
     results = {"dataset": "set <&>", "split": "test", "checkpoint_step": 20}
-    results |= metrics.classification_report(labels, probabilities, names)
+    roc = metrics.roc_curves(labels, probabilities)
+    results |= metrics.classification_report(labels, probabilities, names, roc)
     results |= {
         "parameters": 1234567,
         "flops_per_image": 2.5e6,
@@ -59,6 +60,7 @@ def write(directory, labels, probabilities, names, *, images=pictures, history=H
         metrics=results,
         labels=labels,
         probabilities=probabilities,
+        roc=roc,
         class_names=names,
         images=images,
         history=history,
@@ -105,6 +107,19 @@ def test_metrics_json_holds_the_numbers_and_their_units(written):
     assert loaded == results
     numbers = {name for name, value in results.items() if isinstance(value, (int, float, dict))}
     assert numbers <= units.keys()
+
+
+def test_the_predictions_are_kept(written):
+    labels, probabilities = predictions()
+    with np.load(written[0] / "predictions.npz") as kept:
+        assert {name: str(kept[name].dtype) for name in kept} == {
+            "labels": "int32",
+            "probabilities": "float32",
+            "ids": "int64",
+        }
+        np.testing.assert_array_equal(kept["labels"], labels)
+        np.testing.assert_array_equal(kept["probabilities"], probabilities)
+        np.testing.assert_array_equal(kept["ids"], np.arange(200))
 
 
 def test_the_pictures_are_valid_and_of_sane_size(written):
@@ -210,6 +225,7 @@ def test_a_number_that_is_not_finite_is_refused(tmp_path):
             metrics={"loss": float("nan")},
             labels=labels,
             probabilities=probabilities,
+            roc=metrics.roc_curves(labels, probabilities),
             class_names=["a", "b"],
             images=pictures,
             history=[],
@@ -241,7 +257,7 @@ def test_the_confusion_matrix_shows_shares_of_the_true_class():
     assert [text.get_text() for text in figure.axes[0].texts] == ["75", "25", "100"]
 
 
-@pytest.mark.parametrize("num_classes", [2, 60, 300])
+@pytest.mark.parametrize("num_classes", [2, 60, 250, 1000])
 def test_the_bars_of_the_classes_are_sorted_and_complete(num_classes):
     rows = [
         {"name": str(k), "num_examples": 1, "recall": (k * 7 % num_classes) / num_classes} for k in range(num_classes)
@@ -249,7 +265,11 @@ def test_the_bars_of_the_classes_are_sorted_and_complete(num_classes):
     rows.append({"name": "absent", "num_examples": 0, "recall": None})
     figure = plots.class_accuracy(rows)
     bars = [patch.get_width() for axes in figure.axes for patch in axes.patches]
-    np.testing.assert_allclose(bars, 100 * np.arange(num_classes)[::-1] / num_classes)
+    expected = 100 * np.arange(num_classes)[::-1] / num_classes
+    if num_classes > 250:
+        expected = np.append(expected[:125], expected[-125:])
+        assert "the 125 best and the 125 worst of 1,000" in figure.get_suptitle()
+    np.testing.assert_allclose(bars, expected)
     assert max(figure.get_size_inches() * figure.dpi) < 2**15
 
 

@@ -96,7 +96,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             return
         (folder,) = self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
         text = json.dumps(_digests(folder), indent=1, sort_keys=True)
-        with open(folder / MANIFEST, "w") as file:
+        with open(folder / MANIFEST, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -111,7 +111,7 @@ def steps(directory: os.PathLike | str) -> list[int]:
 def damage(folder: pathlib.Path) -> str | None:
     """What is wrong with the checkpoint in `folder`, or None where every file is as it was written."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"{MANIFEST} is missing or unreadable"
     digests = _digests(folder)
@@ -187,7 +187,7 @@ def has(directory: os.PathLike | str, step: int, *path: str) -> bool:
 
 
 def _record(folder: pathlib.Path) -> dict:
-    return json.loads((folder / "record" / "metadata").read_text())
+    return json.loads((folder / "record" / "metadata").read_text(encoding="utf-8"))
 
 
 def _digests(folder: pathlib.Path) -> dict[str, str]:

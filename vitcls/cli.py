@@ -6,11 +6,10 @@ Exit codes: 0 done; 1 failure; 2 bad config, flags or input (one line on stderr)
 import argparse
 import importlib
 import logging
-import os
 import sys
 from collections.abc import Callable
 
-from vitcls import cluster, errors
+from vitcls import cluster, errors, terminal
 from vitcls.cache import cache_dir
 from vitcls.errors import RunError, Stopped, UserError
 
@@ -32,6 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 def run(command: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Runs a command on its arguments (sys.argv[1:]) and returns its exit code."""
+    terminal.print_anything()
     quiet_libraries()
     try:
         return command(sys.argv[1:] if argv is None else argv) or 0
@@ -48,7 +48,7 @@ def run(command: Callable[[list[str]], int | None], argv: list[str] | None = Non
 
 def quiet_libraries() -> None:
     """Sends the words of vitcls to stderr, one plain line each, and only the complaints of the libraries."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    terminal.quiet_tensorflow()
     handler = _CurrentStderr()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("vitcls")

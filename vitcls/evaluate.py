@@ -30,14 +30,28 @@ class Evaluator:
     layout: Partition
     eval_step: Callable
 
-    def __call__(self, variables, batches: Iterable[dict]) -> tuple[dict[str, np.ndarray], list]:
-        """metrics.evaluation_sums over all batches, on the host, and each batch's probabilities, on the devices."""
-        total, probabilities = None, []
+    def __call__(self, variables, batches: Iterable[dict], probabilities: np.ndarray | None = None) -> metrics.Sums:
+        """metrics.evaluation_sums over all batches, on the host.
+
+        With `probabilities`, float32 [N, K], those of the first N examples are written there. Each batch's are fetched
+        while the devices work on the next, and none stay there.
+        """
+        total, rows, start = None, None, 0
         for batch in batches:
-            sums, rows = self.eval_step(variables, batch)
+            sums, new_rows = self.eval_step(variables, batch)
             total = sums if total is None else metrics.merge(total, sums)
-            probabilities.append(rows)
-        return self.layout.to_host(total), probabilities
+            if probabilities is not None:
+                start += 0 if rows is None else self._fetch(rows, probabilities[start:])
+                rows = new_rows
+        if rows is not None:
+            self._fetch(rows, probabilities[start:])
+        return self.layout.to_host(total)
+
+    def _fetch(self, rows: jax.Array, place: np.ndarray) -> int:
+        """Writes a batch's probabilities at the start of `place`, which may be too short for its padding."""
+        host = self.layout.to_host(rows)[: len(place)]
+        place[: len(host)] = host
+        return len(host)
 
 
 def make_evaluator(config, model, info: DatasetInfo, layout: Partition) -> Evaluator:
@@ -69,24 +83,27 @@ def write_report(
 ) -> dict:
     """Evaluates `variables` on a split, writes report/ in the workdir `path` and returns the metrics."""
     batches = split_batches(dataset, split, evaluator.layout, config.batch_size)
-    sums, rows = evaluator(variables, batches)
-    probabilities = np.concatenate([evaluator.layout.to_host(part) for part in rows])
-    images_per_second = measure_throughput(evaluator, variables, batches)
+    examples = getattr(dataset, split)
+    probabilities = np.empty((len(examples.labels), info.num_classes), np.float32)
+    sums = evaluator(variables, batches, probabilities)
+    timings = {}
+    if config.report.timing:
+        timings["images_per_second"] = measure_throughput(evaluator, variables, batches)
     learned = evaluator.layout.to_host(models.learned_weights(model, variables["params"]))
     if jax.process_index():
         return {}
+    if config.report.timing:
+        timings["latency_ms"] = measure_latency(config, model, info)
 
-    examples = getattr(dataset, split)
-    probabilities = probabilities[: len(examples.labels)]
+    roc = metrics.roc_curves(examples.labels, probabilities)
     history = writers.read_history(path)
     results = {"dataset": info.name, "split": split, "checkpoint_step": step}
-    results |= metrics.classification_report(examples.labels, probabilities, info.class_names)
+    results |= metrics.classification_report(examples.labels, probabilities, info.class_names, roc)
     results |= metrics.summarize(sums)
     results |= {
         "parameters": overview.count_parameters(experiment.variable_shapes(model, info)["params"]),
         "flops_per_image": overview.flops_per_image(model, info),
-        "latency_ms": measure_latency(config, model, info),
-        "images_per_second": images_per_second,
+        **timings,
         "learned_weights": {name: float(weight) for name, weight in learned.items()},
         "train_seconds": next((e["train/seconds"] for e in reversed(history) if "train/seconds" in e), 0.0),
     }
@@ -95,6 +112,7 @@ def write_report(
         metrics=results,
         labels=examples.labels,
         probabilities=probabilities,
+        roc=roc,
         class_names=info.class_names,
         images=lambda indices: np.stack([data.read_image(examples, int(i), info.image_shape) for i in indices]),
         history=history,

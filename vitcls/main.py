@@ -11,7 +11,7 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from vitcls import cli, errors, overview
+from vitcls import cli, errors, overview, workdir
 from vitcls.errors import UserError
 from vitcls.profiling import parse_steps
 from vitcls.train import train_and_evaluate
@@ -40,8 +40,28 @@ def define_flags() -> flags.FlagValues:
     return values
 
 
+def help_text(values: flags.FlagValues) -> str:
+    """The usage and every flag with its help."""
+    lines = [__doc__.strip(), ""]
+    for name in values:
+        flag = values[name]
+        if name == flag.name:  # and not its short form
+            form = f"-{flag.short_name}, " * bool(flag.short_name) + f"--{name}" + "=VALUE" * (not flag.boolean)
+            lines.append(f"  {form:<22} {flag.help}")
+    lines.append(f"  {'--config.KEY=VALUE':<22} Another value for a key of the config; vitcls/config.py has all keys.")
+    return "\n".join(lines)
+
+
 def parse(argv: list[str]) -> flags.FlagValues:
     """Parses the flags and loads the config; raises UserError with one line for whatever is wrong."""
+    arguments = sys.argv
+    try:
+        return _parse(argv)
+    finally:
+        sys.argv = arguments  # as the command was started, for the report
+
+
+def _parse(argv: list[str]) -> flags.FlagValues:
     values = define_flags()
     overrides = [argument for argument in argv if argument.lstrip("-").startswith("config.")]
     others = [argument for argument in argv if argument not in overrides]
@@ -99,10 +119,11 @@ def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
 def main(argv: list[str]) -> None:
     values = parse(argv)
     if values.help:
-        print(__doc__.strip(), values.main_module_help(), sep="\n")
+        print(help_text(values))
         return
     if not values.workdir and not values.dry_run:
         raise UserError("--workdir=DIR is missing: where the run is to live")
+    workdir.local(values.workdir or "")
     profile_steps = parse_steps(values.profile_steps)
     cli.start_jax(values.coordinator, values.num_processes, values.process_id)
     results = train_and_evaluate(

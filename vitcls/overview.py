@@ -3,8 +3,10 @@
 import datetime
 import importlib.metadata
 import logging
+import os
 import platform
 import re
+import shlex
 import sys
 from typing import Any
 
@@ -137,10 +139,18 @@ def facts(config, info: DatasetInfo, *, step: int) -> dict[str, Any]:
         "Seed": str(config.seed),
         "Devices": devices_line(),
         "Machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {versions}",
-        "Command": " ".join(["python -m vitcls." + sys.argv[0].rsplit("/", 1)[-1].removesuffix(".py"), *sys.argv[1:]]),
+        "Command": command_line(),
         "Date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
         "Skipped files": [f"{file.path}: {file.reason}" for file in info.skipped],
     }
+
+
+def command_line() -> str:
+    """This process's command as it can be given to a shell again: `vitcls VERB ...` or `python -m vitcls.VERB ...`."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+    name = os.path.basename(sys.argv[0])
+    program = ["python", "-m", module.name.removesuffix(".__main__")] if module else [name]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def headline(results: dict, workdir) -> str:

@@ -7,9 +7,11 @@ is then 2, after all others are done.
 """
 
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -28,28 +30,46 @@ def predict(
     """Yields (file, probabilities float32 [K]) for each file in order, or (file, why it cannot be read)."""
     config, info = trained.config, trained.info
     model = experiment.make_model(config, info)
-    variables = trained.restore_variables(model, trained.find_step(checkpoint or config.report.checkpoint))
+    step = trained.find_step(checkpoint or config.report.checkpoint)
+    variables = jax.device_put(trained.restore_variables(model, step))
     eval_step = jax.jit(experiment.make_eval_step(config, model, info))
     batch_size = min(_BATCH, len(files))
-    for start in range(0, len(files), batch_size):
-        results: dict[int, np.ndarray | str] = {}
+    for group, images in _read_ahead(files, batch_size, info.image_shape):
+        if all(isinstance(image, str) for image in images):
+            yield from zip(group, images, strict=True)
+            continue
         batch = {
             "image": np.zeros((batch_size, *info.image_shape), np.uint8),
             "label": np.zeros(batch_size, np.int32),
             "mask": np.zeros(batch_size, np.float32),
         }
-        group = files[start : start + batch_size]
-        for i, file in enumerate(group):
-            try:
-                batch["image"][i] = read(file, info.image_shape)
-            except OSError as error:
-                results[i] = error.strerror or str(error)
-            except image_files.BadImage as error:
-                results[i] = str(error)
-        if len(results) < len(group):
-            probabilities = jax.device_get(eval_step(variables, batch)[1])
-            results = {i: probabilities[i] for i in range(len(group))} | results
-        yield from ((file, results[i]) for i, file in enumerate(group))
+        for i, image in enumerate(images):
+            if not isinstance(image, str):
+                batch["image"][i] = image
+        probabilities = jax.device_get(eval_step(variables, jax.device_put(batch))[1])
+        for file, image, row in zip(group, images, probabilities, strict=False):
+            yield file, image if isinstance(image, str) else row
+
+
+def _read_ahead(
+    files: list[pathlib.Path], batch_size: int, image_shape: tuple[int, int, int]
+) -> Iterator[tuple[list[pathlib.Path], list[np.ndarray | str]]]:
+    """Yields so many files at a time and their images, or why not; threads read the next ones meanwhile."""
+
+    def outcome(file: pathlib.Path) -> np.ndarray | str:
+        try:
+            return read(file, image_shape)
+        except OSError as error:
+            return error.strerror or str(error)
+        except image_files.BadImage as error:
+            return str(error)
+
+    groups = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting = pool.map(outcome, groups[0])
+        for group, following in zip(groups, [*groups[1:], []], strict=True):
+            images, waiting = waiting, pool.map(outcome, following)
+            yield group, list(images)
 
 
 def read(file: pathlib.Path, image_shape: tuple[int, int, int]) -> np.ndarray:

@@ -176,7 +176,7 @@ def fit(
                 sums, progress = new_sums(layout), progress.next_interval()
             scores = None
             if eval_due:
-                totals, _ = evaluator(state.variables, validation)
+                totals = evaluator(state.variables, validation)
                 scores = {f"eval/{name}": value for name, value in metrics.summarize(totals).items()}
                 writer.write(step, scores)
                 bar.report(step, scores)

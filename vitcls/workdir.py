@@ -16,6 +16,7 @@ from vitcls import checkpoint, experiment
 from vitcls import config as configs
 from vitcls.data import DatasetInfo
 from vitcls.errors import UserError
+from vitcls.terminal import printable
 
 CONFIG_FILE, DATASET_FILE, CHECKPOINTS, PROFILE = "config.json", "dataset.json", "checkpoints", "profile"
 
@@ -65,8 +66,8 @@ def open_workdir(path: os.PathLike | str) -> Workdir:
     """Reads a workdir back; raises UserError where there is no run in it."""
     path = local(path)
     try:
-        config = configs.from_json((path / CONFIG_FILE).read_text())
-        info = DatasetInfo.from_json((path / DATASET_FILE).read_text())
+        config = configs.from_json((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        info = DatasetInfo.from_json((path / DATASET_FILE).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} is not the workdir of a run: {error.filename} cannot be read") from None
     except (ValueError, TypeError, KeyError) as error:
@@ -75,11 +76,16 @@ def open_workdir(path: os.PathLike | str) -> Workdir:
 
 
 def local(path: os.PathLike | str) -> pathlib.Path:
-    """The path of a workdir; raises UserError for a URL, which pathlib would take for a directory called `gs:`."""
-    if re.match(r"[A-Za-z][\w+.-]+:/", os.fspath(path)):
-        raise UserError(
-            f"--workdir={os.fspath(path)} is a URL; a workdir must be a local directory, so train in one and copy it"
-        )
+    """The path of a workdir.
+
+    Raises UserError for a URL, which pathlib would take for a directory called `gs:`, and for a name that is not
+    UTF-8, to which Orbax and TensorBoard could not write.
+    """
+    name = os.fspath(path)
+    if re.match(r"[A-Za-z][\w+.-]+:/", name):
+        raise UserError(f"--workdir={name} is a URL; a workdir must be a local directory, so train in one and copy it")
+    if printable(name) != name:
+        raise UserError(f"the name of the workdir '{name}' is not UTF-8; choose another --workdir")
     return pathlib.Path(path)
 
 
@@ -124,7 +130,7 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     """Writes a small file so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

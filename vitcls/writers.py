@@ -8,6 +8,8 @@ import os
 import pathlib
 from collections.abc import Mapping
 
+from vitcls.terminal import quiet_tensorflow
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -22,7 +24,7 @@ class MetricWriter(contextlib.AbstractContextManager):
         path = pathlib.Path(workdir) / METRICS_FILE
         if active:
             _rewind(path, rewind_to)
-        self._file = open(path, "a") if active else None  # noqa: SIM115 (closed by __exit__)
+        self._file = open(path, "a", encoding="utf-8") if active else None  # noqa: SIM115 (closed by __exit__)
         self._tensorboard = _tensorboard_writer(workdir) if active else None
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -55,7 +57,7 @@ def read_history(workdir: os.PathLike | str) -> list[dict]:
     """The events of metrics.jsonl, oldest first; [] where there is none. A last line cut short is left out."""
     path = pathlib.Path(workdir) / METRICS_FILE
     events = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             events.append(json.loads(line))
         except json.JSONDecodeError:
@@ -67,7 +69,7 @@ def _rewind(path: pathlib.Path, step: int) -> None:
     """Keeps the events up to `step`; the file is replaced in one move, so that a kill loses nothing."""
     events = [event for event in read_history(path.parent) if event["step"] <= step]
     replacement = path.with_suffix(".tmp")
-    with open(replacement, "w") as file:
+    with open(replacement, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(event) + "\n" for event in events)
         file.flush()
         os.fsync(file.fileno())
@@ -77,7 +79,7 @@ def _rewind(path: pathlib.Path, step: int) -> None:
 def _tensorboard_writer(workdir: os.PathLike | str):
     if importlib.util.find_spec("tensorflow") is None or importlib.util.find_spec("tensorboard") is None:
         return None
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    quiet_tensorflow()
     from clu import metric_writers
 
     return metric_writers.SummaryWriter(os.fspath(workdir))

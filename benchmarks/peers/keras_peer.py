@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"  # as TensorFlow has it; vitcls turns it off, since it computes nothing there
 import keras
 import tensorflow as tf
 

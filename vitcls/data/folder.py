@@ -127,11 +127,11 @@ class _Verdicts:
     """
 
     def __init__(self, root: pathlib.Path):
-        name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]
+        name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]
         self._path = cache_dir() / "folders" / f"{name}.json"
         self._known: dict[str, list] = {}
         with contextlib.suppress(OSError, ValueError):
-            known = json.loads(self._path.read_text())
+            known = json.loads(self._path.read_text(encoding="utf-8"))
             self._known = known if isinstance(known, dict) else {}
         self._current: dict[str, list] = {}
 
@@ -157,5 +157,5 @@ class _Verdicts:
         temporary = self._path.with_name(f"{self._path.stem}.{os.getpid()}.tmp")
         with contextlib.suppress(OSError):  # as on a full disk: the files are looked at again next time
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self._current))
+            temporary.write_text(json.dumps(self._current), encoding="utf-8")
             os.replace(temporary, self._path)

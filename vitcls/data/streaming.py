@@ -7,7 +7,6 @@ function of (seed, position in the run), so the stream can be entered at any ste
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from vitcls.data import images as image_files
 from vitcls.data.dataset import Split
 from vitcls.data.order import epoch_order
 from vitcls.partition import Partition
+from vitcls.terminal import quiet_tensorflow
 
 _CHUNK = 32  # examples per task: large enough to hide the cost of calling Python, small enough to spread a batch
 
@@ -178,7 +178,7 @@ def _host_epoch_order(
 @functools.cache
 def _tensorflow():
     """TensorFlow, quiet and kept off the accelerators."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    quiet_tensorflow()
     import tensorflow as tf
 
     for kind in ("GPU", "TPU"):

@@ -20,6 +20,7 @@ _DETAILS = (
     ("auc_ovr_macro_hard", "AUC of one-hot predictions, macro", "{:.4f} (fraction)"),
     ("parameters", "Parameters", "{:,}"),
     ("flops_per_image", "Cost of one image, forward", "{:,.0f} FLOPs (2 per multiply-add)"),
+    ("latency_ms", "Latency of one image", "{0[median]:.2f} ms median, {0[p95]:.2f} ms p95"),
     ("images_per_second", "Inference on all devices", "{:,.0f} images/s"),
     ("train_seconds", "Training", "{:,.1f} s (without compilation, evaluation and saving)"),
 )
@@ -136,9 +137,7 @@ def _figure(title: str, caption: str, path: pathlib.Path) -> str:
 
 
 def _details(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    latency = metrics["latency_ms"]
-    rows = [(label, form.format(metrics[key])) for key, label, form in _DETAILS]
-    rows.insert(5, ("Latency of one image", f"{latency['median']:.2f} ms median, {latency['p95']:.2f} ms p95"))
+    rows = [(label, form.format(metrics[key])) for key, label, form in _DETAILS if key in metrics]
     return rows + [(name, f"{weight:.4f} (learned)") for name, weight in metrics["learned_weights"].items()]
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from vitcls import metrics
+from vitcls.terminal import printable
 
 # Okabe & Ito's colours, which people with any colour vision can tell apart; lines differ in their dashes besides.
 BLUE, ORANGE, RED, SKY = "#0072B2", "#E69F00", "#D55E00", "#56B4E9"
@@ -41,6 +42,7 @@ _STYLE = {
     "legend.fontsize": 9,
 }
 _MISTAKES = 24
+_MOST_NAMED = 250  # classes; of more a plot names only some, or it would be larger than anyone looks at
 _KINDS = {"train": (BLUE, "training"), "eval": (ORANGE, "validation")}
 History = list[dict[str, Any]]
 
@@ -103,13 +105,14 @@ def confusion_matrix(labels: np.ndarray, probabilities: np.ndarray, class_names:
     counts = count(labels, probabilities.argmax(axis=1), labels=np.arange(num_classes))
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     few = num_classes <= 20
-    side = float(np.clip((0.55 if few else 0.15) * num_classes + 1.8, 4.2, 40))
+    many = num_classes > _MOST_NAMED
+    side = 20.0 if many else float(np.clip((0.55 if few else 0.15) * num_classes + 1.8, 4.2, 40))
     figure = Figure(figsize=(side + 1.2, side), layout="compressed", dpi=None if few else 110)
     axes = figure.subplots()
     picture = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100), interpolation="nearest")
     axes.grid(False)
     axes.spines[:].set_visible(False)
-    ticks = np.arange(0, num_classes, -(-num_classes // 250))
+    ticks = np.arange(0, num_classes, -(-num_classes // (100 if many else num_classes)))
     names = [shorten(class_names[k], 20) for k in ticks]
     size = 9 if few else 6.5
     axes.set_xticks(ticks, names, rotation=45 if few else 90, ha="right" if few else "center", fontsize=size)
@@ -130,12 +133,11 @@ def confusion_matrix(labels: np.ndarray, probabilities: np.ndarray, class_names:
     return figure
 
 
-def roc(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> Figure:
+def roc(curves: metrics.RocCurves | None, class_names: Sequence[str]) -> Figure:
     """ROC curves: all decisions pooled (micro), the mean over classes (macro), and the classes with the least area."""
     figure = Figure(figsize=(6.2, 5.6), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 100], [0, 100], color="#9CA3AF", lw=1, ls=(0, (1, 3)))
-    curves = metrics.roc_curves(labels, probabilities)
     if curves is None:
         axes.text(50, 56, "not defined: all images are of one class", ha="center", color=GRAY)
     else:
@@ -190,15 +192,22 @@ def reliability(labels: np.ndarray, probabilities: np.ndarray) -> Figure:
 
 
 def class_accuracy(per_class: list[dict[str, Any]]) -> Figure:
-    """Accuracy of every class that occurs, best first; more than 50 classes are spread over several panels."""
-    rows = sorted((row for row in per_class if row["num_examples"]), key=lambda row: -row["recall"])
+    """Accuracy of the classes that occur, best first; more than 50 are spread over several panels.
+
+    Of more than 250 the best half of 250 and the worst are shown; the page's table has them all.
+    """
+    every = sorted((row for row in per_class if row["num_examples"]), key=lambda row: -row["recall"])
+    half = _MOST_NAMED // 2
+    rows, which = every, ""
+    if len(every) > _MOST_NAMED:
+        rows, which = every[:half] + every[-half:], f", the {half} best and the {half} worst of {len(every):,}"
     panels = 1 if len(rows) <= 50 else 2 if len(rows) <= 200 else 4
     height = -(-len(rows) // panels)
     few = len(rows) <= 20
     figure = Figure(
         figsize=(10, float(np.clip((0.3 if few else 0.185) * height + 1.1, 2.0, 60))), layout="constrained", dpi=110
     )
-    mean = 100 * np.mean([row["recall"] for row in rows])
+    mean = 100 * np.mean([row["recall"] for row in every])
     for panel, axes in enumerate(figure.subplots(1, panels, squeeze=False)[0]):
         part = rows[panel * height : (panel + 1) * height]
         accuracy = np.array([100 * row["recall"] for row in part])
@@ -211,7 +220,8 @@ def class_accuracy(per_class: list[dict[str, Any]]) -> Figure:
         axes.set(xlabel="accuracy [%]", xlim=(0, 100), ylim=(height - 0.4, -0.6))
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
-    figure.axes[0].set_title(f"Accuracy by class, best first; dashed: the mean, {mean:.1f} %")
+    title = f"Accuracy by class, best first{which}; dashed: the mean, {mean:.1f} %"
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
     return figure
 
 
@@ -245,7 +255,7 @@ def mistakes(
 
 def shorten(name: str, length: int = 24) -> str:
     """A class name that fits on an axis: one line, no formula, and a box for what the font cannot draw."""
-    name = " ".join(name.split())
+    name = " ".join(printable(name).split())
     name = name if len(name) <= length else f"{name[: length - 1]}…"
     return "".join(c if ord(c) in _drawable() else "□" for c in name).replace("$", r"\$")
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from vitcls.metrics import RocCurves
+from vitcls.terminal import printable
+
 UNITS = {
     "loss": "nats (cross-entropy)",
     "accuracy": "fraction",
@@ -36,16 +39,17 @@ def write(
     metrics: dict[str, Any],
     labels: np.ndarray,
     probabilities: np.ndarray,
+    roc: RocCurves | None,
     class_names: Sequence[str],
     images: Callable[[np.ndarray], np.ndarray],
     history: list[dict[str, Any]],
     facts: dict[str, Any],
 ) -> None:
-    """Writes metrics.json, the plots and index.html; a report that was there is replaced in one move.
+    """Writes metrics.json, predictions.npz, the plots and index.html; a report that was there is replaced in one move.
 
     Args:
       metrics: what metrics.json will hold; every number finite, its unit in UNITS.
-      labels: int [N]; probabilities: float32 [N, K].
+      labels: int [N]; probabilities: float32 [N, K]; roc: what metrics.roc_curves makes of them.
       images: gives uint8 [n, H, W, C] for indices [n] of the split.
       history: the events of metrics.jsonl; facts: rows for the page, see `page.render`.
     """
@@ -55,8 +59,16 @@ def write(
     new = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    text = json.dumps(metrics | {"units": UNITS}, indent=2, allow_nan=False)
-    (new / "metrics.json").write_text(text + "\n")
+    text = json.dumps(
+        metrics | {"units": {name: unit for name, unit in UNITS.items() if name in metrics}}, indent=2, allow_nan=False
+    )
+    (new / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    np.savez(
+        new / "predictions.npz",
+        labels=np.asarray(labels, np.int32),
+        probabilities=np.asarray(probabilities, np.float32),
+        ids=np.arange(len(labels), dtype=np.int64),  # places in the split
+    )
 
     drawings = {
         "curves": (
@@ -87,7 +99,7 @@ def write(
         "roc": (
             "ROC curves",
             "Micro pools all decisions, macro averages the classes; in grey the classes with the least area.",
-            lambda: plots.roc(labels, probabilities, class_names),
+            lambda: plots.roc(roc, class_names),
         ),
         "reliability": (
             "Reliability",
@@ -102,7 +114,7 @@ def write(
         if figure is not None:
             figure.savefig(path, dpi=figure.dpi if name in ("confusion_matrix", "class_accuracy") else 150)
         shown.append((title, caption if path or name == "mistakes" else "nothing was logged.", path))
-    (new / "index.html").write_text(page.render(metrics, facts, shown))
+    (new / "index.html").write_text(printable(page.render(metrics, facts, shown)), encoding="utf-8")
     _replace(directory, new)
 
 
