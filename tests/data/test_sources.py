@@ -74,6 +74,18 @@ def test_folds_take_the_place_of_the_validation_split_and_leave_test_alone():
     np.testing.assert_array_equal(np.unique(held, axis=0), np.unique(plain.train.images.reshape(-1, 64), axis=0))
 
 
+def test_folds_say_that_the_own_validation_split_is_not_used(npz, caplog):
+    block = npz(**GOOD, x_val=IMAGES[:7], y_val=LABELS[:7])
+    assert len(load(block).validation.labels) == 7 and not caplog.messages
+    block.update(num_folds=5)
+    dataset = load(block)
+    assert [len(split.labels) for split in (dataset.train, dataset.validation, dataset.test)] == [16, 4, 6]
+    (line,) = caplog.messages
+    assert "num_folds=5" in line and "the 7 images of the validation split that comes with 'set' are not used" in line
+    load(config(name="digits", num_folds=5))
+    assert len(caplog.messages) == 1
+
+
 def test_images_in_memory_are_resized():
     assert load(config(name="digits", image_size=12)).train.images.shape[1:] == (12, 12, 1)
 
@@ -332,8 +344,21 @@ def test_folders_that_cannot_be_used(tmp_path):
         write_image(tmp_path / "cat" / f"{number}.png")
     (tmp_path / "dog" / "0.png").touch()
     refused(r"class 'dog' of .* has no training image.*\(1 file was skipped; dog/0\.png is empty\)")
+    for number in range(1, 3):
+        (tmp_path / "cat" / f"{number}.png").unlink()
     write_image(tmp_path / "dog" / "1.png")
-    refused("class 'dog' has a single example")
+    refused("no class has two examples, so no test split can be carved; give the data set a test split of its own")
+
+
+def test_a_class_of_one_image_does_not_stop_a_folder(folder, caplog):
+    write_image(folder / "bird" / "0.png")
+    dataset = load(folder_config(folder, validation=0.25))
+    assert dataset.class_names == ("bird", "cat", "dog")
+    counts = [np.bincount(split.labels, minlength=3) for split in (dataset.train, dataset.validation, dataset.test)]
+    np.testing.assert_array_equal(counts, [[1, 6, 6], [0, 2, 2], [0, 2, 2]])
+    assert [line.split("; ")[0] for line in caplog.messages] == [
+        "class 'bird' has a single example, which stays in training"
+    ] * 2
 
 
 def test_folder_links_that_lead_nowhere_or_in_circles(folder):
