@@ -1,3 +1,5 @@
+import tracemalloc
+
 import jax
 import numpy as np
 import pytest
@@ -129,6 +131,23 @@ def test_mean_and_std_are_those_of_the_training_split(tmp_path):
         Dataset("test", ("a", "b"), train, None, test, SHAPE), config(mean=(0.5,) * 3, std=(1.0,) * 3)
     )
     assert (given.mean, given.std) == ((0.5,) * 3, (1.0,) * 3)
+
+
+@pytest.mark.parametrize("shape", [(3000, 32, 32, 3), (1797, 8, 8, 1), (3, 1024, 700, 3)])
+def test_mean_and_std_stay_to_the_bit_what_0_1_0_computed_and_take_little_memory(shape):
+    """dataset.json of an old run is compared with them."""
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    counts = np.stack([np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(shape[-1])])
+    weights, values = counts / images[..., 0].size, np.arange(256) / 255
+    mean = weights @ values
+    split = Split(images, np.arange(len(images)) % 2)
+    tracemalloc.start()
+    measured = data.describe(Dataset("test", ("a", "b"), split, None, split, shape[1:]), config())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert measured.mean == tuple(mean.tolist())
+    assert measured.std == tuple(np.sqrt(weights @ values**2 - mean**2).tolist())
+    assert peak < 2**23 + images[0].nbytes * 4
 
 
 def test_auto_goes_by_what_fits(monkeypatch):

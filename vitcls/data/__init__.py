@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 _STATISTICS_SAMPLE = 5_000  # encoded images decoded to estimate the mean and std of a split that is streamed
+_BLOCK_BYTES = 2**20  # of images that are counted at a time
 _RESIDENT_SHARE = 0.25  # of a device's memory that the training split may take
 
 
@@ -104,13 +105,24 @@ def _mean_and_std(dataset: Dataset) -> tuple[tuple[float, ...], tuple[float, ...
             chosen = np.sort(np.random.default_rng(0).choice(len(images), _STATISTICS_SAMPLE, replace=False))
         size, _, channels = dataset.image_shape
         images = image_files.decode_all(images.take(chosen), size=size, channels=channels)
-    # Exact and small: uint8 has 256 values, so a histogram per channel holds all that is needed.
-    histograms = [np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(images.shape[-1])]
     values = np.arange(256) / 255
-    weights = np.stack(histograms) / images[..., 0].size
+    weights = _histograms(images) / images[..., 0].size
     mean = weights @ values
     std = np.sqrt(weights @ values**2 - mean**2)
     return tuple(mean.tolist()), tuple(np.maximum(std, 1e-3).tolist())
+
+
+def _histograms(images: np.ndarray) -> np.ndarray:
+    """How often each channel of uint8 [N, H, W, C] has each value: int64 [C, 256]; exact, and all that is needed.
+
+    A few images at a time, since bincount makes every byte of its input eight.
+    """
+    histograms = np.zeros((images.shape[-1], 256), np.int64)
+    rows = max(1, _BLOCK_BYTES // images[0].size)
+    for start in range(0, len(images), rows):
+        for channel, histogram in enumerate(histograms):
+            histogram += np.bincount(images[start : start + rows, ..., channel].ravel(), minlength=256)
+    return histograms
 
 
 def choose_pipeline(dataset: Dataset, config) -> str:
