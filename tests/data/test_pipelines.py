@@ -1,4 +1,7 @@
+import threading
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -7,6 +10,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vitcls import data, partition
+from vitcls.data import streaming
 from vitcls.data.dataset import Dataset, Split
 from vitcls.data.folder import FileImages
 from vitcls.errors import UserError
@@ -79,6 +83,25 @@ def test_a_run_can_be_entered_at_any_step(pipeline):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[[3, 1]], b), whole, late)
     other = read(dataset(), config(pipeline=pipeline), [0], seed=1)
     assert not np.array_equal(whole["image"][0], other["image"][0])
+
+
+def test_an_order_is_computed_once_for_all_threads_and_before_it_is_needed():
+    computed, begun = [], [threading.Event() for _ in range(5)]
+
+    def compute(epoch):
+        computed.append(epoch)
+        begun[epoch].set()
+        time.sleep(0.05)  # long enough for all the threads to ask
+        return np.random.default_rng(epoch).permutation(10)
+
+    order = streaming._once_and_ahead(compute)
+    with ThreadPoolExecutor(8) as threads:
+        for epoch in range(4):
+            for found in threads.map(order, [epoch] * 8):
+                np.testing.assert_array_equal(found, np.random.default_rng(epoch).permutation(10))
+            assert begun[epoch + 1].wait(10)
+    assert computed == [0, 1, 2, 3, 4]
+    assert order(0).tolist() == np.random.default_rng(0).permutation(10).tolist()  # a run that is entered again
 
 
 def test_random_resized_crops_are_a_function_of_the_place_in_the_run(tmp_path):

@@ -8,7 +8,9 @@ import dataclasses
 import functools
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ from vitcls.data.order import epoch_order
 from vitcls.partition import Partition
 
 _CHUNK = 32  # examples per task: large enough to hide the cost of calling Python, small enough to spread a batch
+_KEPT_EPOCHS = 4  # orders in memory: the one before, this one, the next, and one to spare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,19 +163,39 @@ def _parallel_batches(
 def _host_epoch_order(
     seed: int, labels: np.ndarray, *, num_classes: int, balanced: bool
 ) -> Callable[[int], np.ndarray]:
-    """epoch -> the order that the resident pipeline would use, computed on the host and kept for two epochs."""
+    """epoch -> the order that the resident pipeline would use, computed on the host."""
     try:
         host = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
         host = jax.local_devices()[0]
     order = jax.jit(functools.partial(epoch_order, seed, num_classes=num_classes, balanced=balanced))
 
-    @functools.lru_cache(maxsize=2)
     def compute(epoch: int) -> np.ndarray:
         with jax.default_device(host), jax.transfer_guard("allow"):
             return np.asarray(order(epoch, labels))
 
-    return compute
+    return _once_and_ahead(compute)
+
+
+def _once_and_ahead(compute: Callable[[int], np.ndarray]) -> Callable[[int], np.ndarray]:
+    """`compute` of an epoch for many threads: once, and that of the next epoch before it is asked for.
+
+    The threads that read are at most a few epochs apart, so the newest are kept.
+    """
+    worker, lock = ThreadPoolExecutor(1), threading.Lock()
+    orders: dict[int, Future] = {}
+
+    def order(epoch: int) -> np.ndarray:
+        with lock:
+            for wanted in (epoch, epoch + 1):
+                if wanted not in orders:
+                    orders[wanted] = worker.submit(compute, wanted)
+            found = orders[epoch]
+            while len(orders) > _KEPT_EPOCHS:
+                del orders[next(iter(orders))]
+        return found.result()
+
+    return order
 
 
 @functools.cache
