@@ -34,6 +34,7 @@ class Evaluator:
         """metrics.evaluation_sums over all batches, on the host, and each batch's probabilities, on the devices."""
         total, probabilities = None, []
         for batch in batches:
+            jax.block_until_ready(probabilities[-2:-1])  # else all batches of a fast source would wait on the devices
             sums, rows = self.eval_step(variables, batch)
             total = sums if total is None else metrics.merge(total, sums)
             probabilities.append(rows)
@@ -45,13 +46,20 @@ def make_evaluator(config, model, info: DatasetInfo, layout: Partition) -> Evalu
     return Evaluator(layout, layout.compile_evaluation(experiment.make_eval_step(config, model, info)))
 
 
-def split_batches(dataset: data.Dataset, split: str, layout: Partition, batch_size: int) -> data.EvaluationBatches:
-    """The batches of a split by name; raises UserError where the data set has no such split."""
+def split_batches(dataset: data.Dataset, split: str, layout: Partition, config) -> data.EvaluationBatches:
+    """The batches of a split by name; raises UserError where the data set has no such split.
+
+    They stay on the devices if the pipeline of the config is 'resident'.
+    """
     examples = getattr(dataset, split)
     if examples is None:
         raise UserError(f"the data set '{dataset.name}' has no {split} split; set config.dataset.validation above 0")
     return data.EvaluationBatches(
-        examples, image_shape=dataset.image_shape, partition=layout, batch_size=layout.round_up(batch_size)
+        examples,
+        image_shape=dataset.image_shape,
+        partition=layout,
+        batch_size=layout.round_up(config.batch_size),
+        keep=data.choose_pipeline(dataset, config.dataset) == "resident",
     )
 
 
@@ -68,7 +76,7 @@ def write_report(
     step: int,
 ) -> dict:
     """Evaluates `variables` on a split, writes report/ in the workdir `path` and returns the metrics."""
-    batches = split_batches(dataset, split, evaluator.layout, config.batch_size)
+    batches = split_batches(dataset, split, evaluator.layout, config)
     sums, rows = evaluator(variables, batches)
     probabilities = np.concatenate([evaluator.layout.to_host(part) for part in rows])
     images_per_second = measure_throughput(evaluator, variables, batches)

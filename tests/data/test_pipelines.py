@@ -1,6 +1,9 @@
+import gc
+import os
 import threading
 import time
 import tracemalloc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -13,6 +16,7 @@ from vitcls import data, partition
 from vitcls.data import streaming
 from vitcls.data.dataset import Dataset, Split
 from vitcls.data.folder import FileImages
+from vitcls.data.memory import host_memory_bytes
 from vitcls.errors import UserError
 
 SHAPE = (6, 6, 3)
@@ -173,10 +177,73 @@ def test_mean_and_std_stay_to_the_bit_what_0_1_0_computed_and_take_little_memory
     assert peak < 2**23 + images[0].nbytes * 4
 
 
-def test_auto_goes_by_what_fits(monkeypatch):
+@pytest.mark.eight_devices
+def test_auto_counts_all_that_the_devices_would_keep(monkeypatch):
     assert data.choose_pipeline(dataset(), config(pipeline="auto")) == "resident"
-    monkeypatch.setattr(data, "_device_memory_bytes", lambda: 4 * 40 * 6 * 6 * 3 - 1)
-    assert data.choose_pipeline(dataset(), config(pipeline="auto")) == "streaming"
+    rows = 40 + 5 + 5  # all of train, and an eighth of validation and of test
+    for memory, pipeline in ((4 * rows * 6 * 6 * 3, "resident"), (4 * rows * 6 * 6 * 3 - 1, "streaming")):
+        monkeypatch.setattr(data, "_device_memory_bytes", lambda memory=memory: memory)
+        assert data.choose_pipeline(dataset(), config(pipeline="auto")) == pipeline
+
+
+def test_auto_does_not_decode_more_than_the_host_holds(tmp_path, monkeypatch):
+    files = dataset(encoded_in=tmp_path)
+    for memory, pipeline in ((2 * 120 * 6 * 6 * 3, "resident"), (2 * 120 * 6 * 6 * 3 - 1, "streaming")):
+        monkeypatch.setattr(data, "_device_memory_bytes", lambda: 2**30)
+        monkeypatch.setattr(data, "host_memory_bytes", lambda memory=memory: memory)
+        assert data.choose_pipeline(files, config(pipeline="auto")) == pipeline
+        assert data.choose_pipeline(dataset(), config(pipeline="auto")) == "resident"  # it is in the host already
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"sys/fs/cgroup/memory.max": "max"}, None),
+        ({"sys/fs/cgroup/memory.max": "4096"}, 4096),
+        ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "4096"}, 4096),
+        (
+            {"proc/self/cgroup": "0::/job/step", "sys/fs/cgroup/job/memory.max": "4096"}
+            | {"sys/fs/cgroup/job/step/memory.max": "max", "sys/fs/cgroup/other/memory.max": "1"},
+            4096,
+        ),
+        (
+            {"proc/self/cgroup": "0::/job/step", "sys/fs/cgroup/job/memory.max": "8192"}
+            | {"sys/fs/cgroup/job/step/memory.max": "4096"},
+            4096,
+        ),
+        ({"proc/self/cgroup": "0::/outside", "sys/fs/cgroup/memory.max": "4096"}, 4096),
+        (
+            {"proc/self/cgroup": "4:cpu,memory:/a:b\n1:name=systemd:/init.scope\n0::/"}
+            | {"sys/fs/cgroup/memory/a:b/memory.limit_in_bytes": "4096"}
+            | {"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712"},
+            4096,
+        ),
+        ({"proc/self/cgroup": "damaged", "sys/fs/cgroup/memory/memory.limit_in_bytes": "4096"}, 4096),
+    ],
+)
+def test_the_memory_of_the_host_is_what_its_cgroup_leaves(tmp_path, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert host_memory_bytes(tmp_path) == (expected or physical)
+
+
+def test_a_split_that_is_streamed_does_not_stay_on_the_devices():
+    layout = partition.all_devices("data")
+    kept, streamed = (
+        data.EvaluationBatches(dataset().test, image_shape=SHAPE, partition=layout, batch_size=16, keep=keep)
+        for keep in (True, False)
+    )
+    for _ in range(2):
+        jax.tree.map(
+            np.testing.assert_array_equal, list(map(jax.device_get, kept)), list(map(jax.device_get, streamed))
+        )
+    assert next(iter(kept))["image"] is next(iter(kept))["image"]
+    first = weakref.ref(next(batch["image"] for batch in streamed))
+    gc.collect()
+    assert first() is None
 
 
 def test_the_order_of_an_epoch_is_made_once():
