@@ -33,8 +33,13 @@ def dataset(num_examples=40, encoded_in=None):
         paths = tuple(encoded_in / f"{i:03d}.png" for i in range(num_examples))
         for path, image in zip(paths, images, strict=True):
             Image.fromarray(image).save(path)
-        split = Split(FileImages(paths), labels)
+        split = Split(image_files(paths), labels)
     return Dataset("test", ("no", "yes"), split, split, split, SHAPE)
+
+
+def image_files(paths):
+    """Images in files of one directory."""
+    return FileImages(str(paths[0].parent), np.array([path.name.encode() for path in paths]))
 
 
 def config(**values):
@@ -108,12 +113,31 @@ def test_an_order_is_computed_once_for_all_threads_and_before_it_is_needed():
     assert order(0).tolist() == np.random.default_rng(0).permutation(10).tolist()  # a run that is entered again
 
 
+def test_a_damaged_file_is_black_in_both_pipelines_and_ends_no_run(tmp_path, caplog):
+    encoded = dataset(encoded_in=tmp_path)
+    path = tmp_path / "007.png"
+    data_chunk = path.read_bytes().index(b"IDAT") + 4
+    path.write_bytes(path.read_bytes()[:data_chunk] + b"\xff" * 8 + path.read_bytes()[data_chunk + 8 :])
+    clean = read(dataset(), config(), [0, 2, 4])
+    clean["image"][clean["image"] == 7] = 0
+    for pipeline in ("resident", "streaming"):
+        jax.tree.map(np.testing.assert_array_equal, clean, read(encoded, config(pipeline=pipeline), [0, 2, 4]))
+    crop = read(encoded, config(pipeline="streaming", random_resized_crop=True), [0, 2, 4])
+    assert not np.any(crop["image"] == 7)
+    layout = partition.all_devices("data")
+    batches = data.EvaluationBatches(encoded.test, image_shape=SHAPE, partition=layout, batch_size=16)
+    seen = np.concatenate([jax.device_get(batch)["image"][:, 0, 0, 0] for batch in batches])[:40]
+    np.testing.assert_array_equal(seen, np.where(np.arange(40) == 7, 0, np.arange(40)))
+    (line,) = caplog.messages
+    assert line.startswith(f"{path} cannot be decoded (") and "it is taken as a black image" in line
+
+
 def test_random_resized_crops_are_a_function_of_the_place_in_the_run(tmp_path):
     rng = np.random.default_rng(0)
     paths = tuple(tmp_path / f"{i}.png" for i in range(8))
     for path in paths:
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(path)
-    split = Split(FileImages(paths), np.arange(8, dtype=np.int32) % 2)
+    split = Split(image_files(paths), np.arange(8, dtype=np.int32) % 2)
     files = Dataset("test", ("a", "b"), split, None, split, (12, 12, 3))
     cropping = config(pipeline="auto", random_resized_crop=True)
     assert data.choose_pipeline(files, cropping) == "streaming"

@@ -18,6 +18,7 @@ import numpy as np
 
 from vitcls.data import images as image_files
 from vitcls.data.dataset import Split
+from vitcls.data.images import BadImage
 from vitcls.data.order import epoch_order
 from vitcls.partition import Partition
 
@@ -117,10 +118,21 @@ def read_image(
     crop: Crop | None = None,
     seed: tuple[int, ...] = (),
 ) -> np.ndarray:
-    """Image `index` of a split as uint8 [H, W, C] of `image_shape`; with `crop`, a random resized crop by `seed`."""
+    """Image `index` of a split as uint8 [H, W, C] of `image_shape`; with `crop`, a random resized crop by `seed`.
+
+    An image that cannot be decoded is black, see `images.warn_black`.
+    """
     encoded = split.images[index] if isinstance(split.images, np.ndarray) else split.images.read(index)
     if isinstance(encoded, np.ndarray):
         return encoded
+    try:
+        return _decode(encoded, image_shape, crop, seed)
+    except BadImage as error:
+        image_files.warn_black(split.images.name(index), error)
+        return np.zeros(image_shape, np.uint8)
+
+
+def _decode(encoded: bytes, image_shape: tuple[int, int, int], crop: Crop | None, seed: tuple[int, ...]) -> np.ndarray:
     size, _, channels = image_shape
     if crop is None:
         return image_files.decode(encoded, size=size, channels=channels)
