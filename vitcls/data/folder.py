@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 import pathlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -56,32 +57,27 @@ def folder(config) -> Source:
     for path in itertools.chain(*map(_directories, roots.values())):
         if path.name not in class_names:
             raise UserError(f"{path} is a class that {roots['train']} does not have")
-    skipped: list[SkippedFile] = []
-    places = [(split, label) for split in roots for label in range(len(class_names))]
-    directories = [roots[split] / class_names[label] for split, label in places]
-    with ThreadPoolExecutor() as pool:
-        listing = pool.map(lambda directory: _list_files(str(directory), str(root)), directories)
-        listings = list(show_progress(listing, len(places), "listing the directories of classes"))
-    names = np.concatenate([files.names for files in listings])
-    keys, stamps = (np.concatenate([getattr(files, part) for files in listings]) for part in ("keys", "stamps"))
+    listings = _list_classes(root, roots, class_names)
+    names, keys, stamps = (
+        np.concatenate([getattr(files, part) for files in listings]) for part in ("names", "keys", "stamps")
+    )
     shapes, reasons = verdicts(root, names, keys, stamps)
 
+    splits, skipped, end = {}, [], 0
     usable = shapes[:, 2] > 0
-    ends = np.cumsum([len(files.names) for files in listings])
-    chosen = {split: [] for split in roots}
-    for (split, label), files, end in zip(places, listings, ends.tolist(), strict=True):
-        rows = np.arange(end - len(files.names), end)
-        if label == 0:
-            skipped += _linked_directories(roots[split], root)
-        skipped += files.skipped
-        skipped += [SkippedFile(os.fsdecode(names[row]), reasons[row]) for row in rows[~usable[rows]].tolist()]
-        chosen[split].append(rows[usable[rows]])
-    splits = {}
-    for split, by_class in chosen.items():
-        labels = np.repeat(np.arange(len(class_names), dtype=np.int32), list(map(len, by_class)))
-        splits[split] = Split(FileImages(str(root), names[np.concatenate(by_class)]), labels)
-    distinct = np.unique(shapes[usable][:, [1, 0, 2]], axis=0)
-    return Source(root.name, class_names, splits, tuple(map(tuple, distinct.tolist())), tuple(skipped))
+    for number, split in enumerate(roots):
+        skipped += _linked_directories(roots[split], root)
+        chosen = []
+        for files in listings[number * len(class_names) : (number + 1) * len(class_names)]:
+            rows = np.arange(end, end := end + len(files.names))
+            skipped += files.skipped
+            skipped += [SkippedFile(os.fsdecode(names[row]), reasons[row]) for row in rows[~usable[rows]].tolist()]
+            chosen.append(rows[usable[rows]])
+        labels = np.repeat(np.arange(len(class_names), dtype=np.int32), list(map(len, chosen)))
+        splits[split] = Split(FileImages(str(root), names[np.concatenate(chosen)]), labels)
+    widths, heights, channels = shapes[usable].T.tolist()
+    distinct = set(zip(heights, widths, channels, strict=True))
+    return Source(root.name, class_names, splits, tuple(distinct), tuple(skipped))
 
 
 def _split_roots(root: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -120,6 +116,14 @@ class _Listing:
     keys: np.ndarray
     stamps: np.ndarray
     skipped: list[SkippedFile]
+
+
+def _list_classes(root: pathlib.Path, roots: dict[str, pathlib.Path], class_names: Sequence[str]) -> list[_Listing]:
+    """One listing for each class of each split, in threads, for file systems that take long to answer."""
+    directories = [split_root / name for split_root in roots.values() for name in class_names]
+    with ThreadPoolExecutor() as pool:
+        listings = pool.map(lambda directory: _list_files(str(directory), str(root)), directories)
+        return list(show_progress(listings, len(directories), "listing the directories of classes"))
 
 
 def _list_files(directory: str, root: str) -> _Listing:

@@ -102,7 +102,8 @@ def write(
         if figure is not None:
             figure.savefig(path, dpi=figure.dpi if name in ("confusion_matrix", "class_accuracy") else 150)
         shown.append((title, caption if path or name == "mistakes" else "nothing was logged.", path))
-    (new / "index.html").write_text(page.render(metrics, facts, shown))
+    text = page.render(metrics, facts, shown)
+    (new / "index.html").write_text(text, "utf-8", "backslashreplace")  # names of files need not be UTF-8
     _replace(directory, new)
 
 
