@@ -43,10 +43,12 @@ def default_config(model_name: str) -> ConfigDict:
     config.dataset.data_dir = ""  # folder: its root; npz: the file; TFDS: data directory ('' = TFDS's own default)
     config.dataset.pipeline = "auto"  # 'resident', 'streaming' or 'auto' (by size)
     config.dataset.image_size = 0  # pixels; 0 keeps the native size, which all images must then share
-    config.dataset.validation = 0.1  # fraction of train carved off, stratified; 0 for none
+    config.dataset.validation = 0.1  # of train, carved off where the source has no validation split; 0 for none
     config.dataset.test = 0.2  # fraction carved off for test where the source has no test split
     config.dataset.split_seed = 0
-    config.dataset.num_folds = 0  # k-fold cross-validation: with k > 1, fold `fold` of train is the validation split
+    # k-fold cross-validation: with k > 1, fold `fold` of train is the validation split; one that comes with the data
+    # set is not used, and a line of the log says so.
+    config.dataset.num_folds = 0
     config.dataset.fold = 0
     config.dataset.sampling = "uniform"  # 'uniform' or 'balanced' (every class equally often)
     config.dataset.mean = ()  # per channel, in [0, 1]; () computes it from the training split

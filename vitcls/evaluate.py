@@ -36,8 +36,10 @@ class Evaluator:
         With `probabilities`, float32 [N, K], those of the first N examples are written there. Each batch's are fetched
         while the devices work on the next, and none stay there.
         """
-        total, rows, start = None, None, 0
+        total, before, rows, start = None, None, None, 0
         for batch in batches:
+            jax.block_until_ready(before)  # else all batches of a fast source would wait on the devices
+            before = total
             sums, new_rows = self.eval_step(variables, batch)
             total = sums if total is None else metrics.merge(total, sums)
             if probabilities is not None:
@@ -59,13 +61,20 @@ def make_evaluator(config, model, info: DatasetInfo, layout: Partition) -> Evalu
     return Evaluator(layout, layout.compile_evaluation(experiment.make_eval_step(config, model, info)))
 
 
-def split_batches(dataset: data.Dataset, split: str, layout: Partition, batch_size: int) -> data.EvaluationBatches:
-    """The batches of a split by name; raises UserError where the data set has no such split."""
+def split_batches(dataset: data.Dataset, split: str, layout: Partition, config) -> data.EvaluationBatches:
+    """The batches of a split by name; raises UserError where the data set has no such split.
+
+    They stay on the devices if the pipeline of the config is 'resident'.
+    """
     examples = getattr(dataset, split)
     if examples is None:
         raise UserError(f"the data set '{dataset.name}' has no {split} split; set config.dataset.validation above 0")
     return data.EvaluationBatches(
-        examples, image_shape=dataset.image_shape, partition=layout, batch_size=layout.round_up(batch_size)
+        examples,
+        image_shape=dataset.image_shape,
+        partition=layout,
+        batch_size=layout.round_up(config.batch_size),
+        keep=data.choose_pipeline(dataset, config.dataset) == "resident",
     )
 
 
@@ -82,7 +91,7 @@ def write_report(
     step: int,
 ) -> dict:
     """Evaluates `variables` on a split, writes report/ in the workdir `path` and returns the metrics."""
-    batches = split_batches(dataset, split, evaluator.layout, config.batch_size)
+    batches = split_batches(dataset, split, evaluator.layout, config)
     examples = getattr(dataset, split)
     probabilities = np.empty((len(examples.labels), info.num_classes), np.float32)
     sums = evaluator(variables, batches, probabilities)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from vitcls import experiment, flops
-from vitcls.data import DatasetInfo
+from vitcls.data import DatasetInfo, resident_bytes
 from vitcls.experiment import Plan, Training
 from vitcls.partition import Partition
 
@@ -50,7 +50,7 @@ def _flops_by_part(model: nn.Module, info: DatasetInfo, *, products_only: bool =
 def log_start(config, info: DatasetInfo, plan: Plan, training: Training, layout: Partition, pipeline: str) -> None:
     """Says what is about to run: devices, data, model and memory."""
     state = jax.eval_shape(training.create_state, jax.random.key(0))
-    resident = info.num_examples["train"] * int(np.prod(info.image_shape)) if pipeline == "resident" else 0
+    resident = resident_bytes(info.num_examples, info.image_shape) if pipeline == "resident" else 0
     epochs = plan.total / plan.steps_per_epoch
     lines = [
         f"devices   {devices_line()}, partition '{config.partition.strategy}'",

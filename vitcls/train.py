@@ -68,7 +68,7 @@ def train_and_evaluate(
         )
         validation = None
         if dataset.validation is not None:
-            validation = evaluate.split_batches(dataset, "validation", layout, config.batch_size)
+            validation = evaluate.split_batches(dataset, "validation", layout, config)
         state, step = fit(config, path, plan, training, layout, batches, evaluator, validation, profile_steps, lock)
 
         variables = state.variables

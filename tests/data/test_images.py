@@ -44,6 +44,9 @@ class Encoded:
     def read(self, index):
         return self.files[index]
 
+    def name(self, index):
+        return f"{id(self)}/{index}"
+
 
 @pytest.mark.parametrize(
     "file",
@@ -289,11 +292,21 @@ def test_decode_all_is_decode_of_each():
 
 
 @pytest.mark.parametrize("side", [8, 80])
-def test_decode_all_names_the_image_that_fails(side):
+def test_decode_all_takes_what_cannot_be_decoded_as_black_and_names_it(side, caplog):
     good = encode(RNG.integers(0, 256, (side, side, 3), np.uint8), "PNG")
     other = encode(RNG.integers(0, 256, (side, side + 1, 3), np.uint8), "PNG")
-    with pytest.raises(UserError, match="image 2 of the data set: cannot be decoded"):
-        images.decode_all(Encoded([good, good, good[: len(good) // 2], good]), size=4, channels=3)
+    cut = good[: len(good) // 2]
+    for size in (0, 4):
+        files = Encoded([cut, good, cut, good])
+        expected = images.decode(good, size=size, channels=3)
+        for _ in range(2):  # told once
+            decoded = images.decode_all(files, size=size, channels=3)
+            np.testing.assert_array_equal(decoded, [expected * 0, expected, expected * 0, expected])
+        told = [line.split(";")[0] for line in caplog.messages]
+        assert [line.split(" cannot be decoded")[0] for line in told] == [files.name(0), files.name(2)]
+        caplog.clear()
+    with pytest.raises(UserError, match="none of 2 images can be decoded"):
+        images.decode_all(Encoded([cut, cut]), size=4, channels=3)
     with pytest.raises(UserError, match=r"differ in size.*\(image 1\); set config.dataset.image_size"):
         images.decode_all(Encoded([good, other]), size=0, channels=3)
 

@@ -1,3 +1,11 @@
+import gc
+import os
+import threading
+import time
+import tracemalloc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import numpy as np
 import pytest
@@ -5,8 +13,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vitcls import data, partition
+from vitcls.data import streaming
 from vitcls.data.dataset import Dataset, Split
 from vitcls.data.folder import FileImages
+from vitcls.data.memory import host_memory_bytes
 from vitcls.errors import UserError
 
 SHAPE = (6, 6, 3)
@@ -23,8 +33,13 @@ def dataset(num_examples=40, encoded_in=None):
         paths = tuple(encoded_in / f"{i:03d}.png" for i in range(num_examples))
         for path, image in zip(paths, images, strict=True):
             Image.fromarray(image).save(path)
-        split = Split(FileImages(paths), labels)
+        split = Split(image_files(paths), labels)
     return Dataset("test", ("no", "yes"), split, split, split, SHAPE)
+
+
+def image_files(paths):
+    """Images in files of one directory."""
+    return FileImages(str(paths[0].parent), np.array([path.name.encode() for path in paths]))
 
 
 def config(**values):
@@ -79,12 +94,50 @@ def test_a_run_can_be_entered_at_any_step(pipeline):
     assert not np.array_equal(whole["image"][0], other["image"][0])
 
 
+def test_an_order_is_computed_once_for_all_threads_and_before_it_is_needed():
+    computed, begun = [], [threading.Event() for _ in range(5)]
+
+    def compute(epoch):
+        computed.append(epoch)
+        begun[epoch].set()
+        time.sleep(0.05)  # long enough for all the threads to ask
+        return np.random.default_rng(epoch).permutation(10)
+
+    order = streaming._once_and_ahead(compute)
+    with ThreadPoolExecutor(8) as threads:
+        for epoch in range(4):
+            for found in threads.map(order, [epoch] * 8):
+                np.testing.assert_array_equal(found, np.random.default_rng(epoch).permutation(10))
+            assert begun[epoch + 1].wait(10)
+    assert computed == [0, 1, 2, 3, 4]
+    assert order(0).tolist() == np.random.default_rng(0).permutation(10).tolist()  # a run that is entered again
+
+
+def test_a_damaged_file_is_black_in_both_pipelines_and_ends_no_run(tmp_path, caplog):
+    encoded = dataset(encoded_in=tmp_path)
+    path = tmp_path / "007.png"
+    data_chunk = path.read_bytes().index(b"IDAT") + 4
+    path.write_bytes(path.read_bytes()[:data_chunk] + b"\xff" * 8 + path.read_bytes()[data_chunk + 8 :])
+    clean = read(dataset(), config(), [0, 2, 4])
+    clean["image"][clean["image"] == 7] = 0
+    for pipeline in ("resident", "streaming"):
+        jax.tree.map(np.testing.assert_array_equal, clean, read(encoded, config(pipeline=pipeline), [0, 2, 4]))
+    crop = read(encoded, config(pipeline="streaming", random_resized_crop=True), [0, 2, 4])
+    assert not np.any(crop["image"] == 7)
+    layout = partition.all_devices("data")
+    batches = data.EvaluationBatches(encoded.test, image_shape=SHAPE, partition=layout, batch_size=16)
+    seen = np.concatenate([jax.device_get(batch)["image"][:, 0, 0, 0] for batch in batches])[:40]
+    np.testing.assert_array_equal(seen, np.where(np.arange(40) == 7, 0, np.arange(40)))
+    (line,) = caplog.messages
+    assert line.startswith(f"{path} cannot be decoded (") and "it is taken as a black image" in line
+
+
 def test_random_resized_crops_are_a_function_of_the_place_in_the_run(tmp_path):
     rng = np.random.default_rng(0)
     paths = tuple(tmp_path / f"{i}.png" for i in range(8))
     for path in paths:
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(path)
-    split = Split(FileImages(paths), np.arange(8, dtype=np.int32) % 2)
+    split = Split(image_files(paths), np.arange(8, dtype=np.int32) % 2)
     files = Dataset("test", ("a", "b"), split, None, split, (12, 12, 3))
     cropping = config(pipeline="auto", random_resized_crop=True)
     assert data.choose_pipeline(files, cropping) == "streaming"
@@ -131,10 +184,90 @@ def test_mean_and_std_are_those_of_the_training_split(tmp_path):
     assert (given.mean, given.std) == ((0.5,) * 3, (1.0,) * 3)
 
 
-def test_auto_goes_by_what_fits(monkeypatch):
+@pytest.mark.parametrize("shape", [(3000, 32, 32, 3), (1797, 8, 8, 1), (3, 1024, 700, 3)])
+def test_mean_and_std_stay_to_the_bit_what_0_1_0_computed_and_take_little_memory(shape):
+    """dataset.json of an old run is compared with them."""
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    counts = np.stack([np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(shape[-1])])
+    weights, values = counts / images[..., 0].size, np.arange(256) / 255
+    mean = weights @ values
+    split = Split(images, np.arange(len(images)) % 2)
+    tracemalloc.start()
+    measured = data.describe(Dataset("test", ("a", "b"), split, None, split, shape[1:]), config())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert measured.mean == tuple(mean.tolist())
+    assert measured.std == tuple(np.sqrt(weights @ values**2 - mean**2).tolist())
+    assert peak < 2**23 + images[0].nbytes * 4
+
+
+@pytest.mark.eight_devices
+def test_auto_counts_all_that_the_devices_would_keep(monkeypatch):
     assert data.choose_pipeline(dataset(), config(pipeline="auto")) == "resident"
-    monkeypatch.setattr(data, "_device_memory_bytes", lambda: 4 * 40 * 6 * 6 * 3 - 1)
-    assert data.choose_pipeline(dataset(), config(pipeline="auto")) == "streaming"
+    rows = 40 + 5 + 5  # all of train, and an eighth of validation and of test
+    for memory, pipeline in ((4 * rows * 6 * 6 * 3, "resident"), (4 * rows * 6 * 6 * 3 - 1, "streaming")):
+        monkeypatch.setattr(data, "_device_memory_bytes", lambda memory=memory: memory)
+        assert data.choose_pipeline(dataset(), config(pipeline="auto")) == pipeline
+
+
+def test_auto_does_not_decode_more_than_the_host_holds(tmp_path, monkeypatch):
+    files = dataset(encoded_in=tmp_path)
+    for memory, pipeline in ((2 * 120 * 6 * 6 * 3, "resident"), (2 * 120 * 6 * 6 * 3 - 1, "streaming")):
+        monkeypatch.setattr(data, "_device_memory_bytes", lambda: 2**30)
+        monkeypatch.setattr(data, "host_memory_bytes", lambda memory=memory: memory)
+        assert data.choose_pipeline(files, config(pipeline="auto")) == pipeline
+        assert data.choose_pipeline(dataset(), config(pipeline="auto")) == "resident"  # it is in the host already
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"sys/fs/cgroup/memory.max": "max"}, None),
+        ({"sys/fs/cgroup/memory.max": "4096"}, 4096),
+        ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "4096"}, 4096),
+        (
+            {"proc/self/cgroup": "0::/job/step", "sys/fs/cgroup/job/memory.max": "4096"}
+            | {"sys/fs/cgroup/job/step/memory.max": "max", "sys/fs/cgroup/other/memory.max": "1"},
+            4096,
+        ),
+        (
+            {"proc/self/cgroup": "0::/job/step", "sys/fs/cgroup/job/memory.max": "8192"}
+            | {"sys/fs/cgroup/job/step/memory.max": "4096"},
+            4096,
+        ),
+        ({"proc/self/cgroup": "0::/outside", "sys/fs/cgroup/memory.max": "4096"}, 4096),
+        (
+            {"proc/self/cgroup": "4:cpu,memory:/a:b\n1:name=systemd:/init.scope\n0::/"}
+            | {"sys/fs/cgroup/memory/a:b/memory.limit_in_bytes": "4096"}
+            | {"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712"},
+            4096,
+        ),
+        ({"proc/self/cgroup": "damaged", "sys/fs/cgroup/memory/memory.limit_in_bytes": "4096"}, 4096),
+    ],
+)
+def test_the_memory_of_the_host_is_what_its_cgroup_leaves(tmp_path, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert host_memory_bytes(tmp_path) == (expected or physical)
+
+
+def test_a_split_that_is_streamed_does_not_stay_on_the_devices():
+    layout = partition.all_devices("data")
+    kept, streamed = (
+        data.EvaluationBatches(dataset().test, image_shape=SHAPE, partition=layout, batch_size=16, keep=keep)
+        for keep in (True, False)
+    )
+    for _ in range(2):
+        jax.tree.map(
+            np.testing.assert_array_equal, list(map(jax.device_get, kept)), list(map(jax.device_get, streamed))
+        )
+    assert next(iter(kept))["image"] is next(iter(kept))["image"]
+    first = weakref.ref(next(batch["image"] for batch in streamed))
+    gc.collect()
+    assert first() is None
 
 
 def test_the_order_of_an_epoch_is_made_once():

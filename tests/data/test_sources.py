@@ -26,6 +26,10 @@ def config(**values):
     return block
 
 
+def paths(split):
+    return [pathlib.Path(split.images.name(index)) for index in range(len(split.images))]
+
+
 def decoded(split, dataset):
     return decode_all(split.images, size=dataset.image_shape[0], channels=dataset.image_shape[2])
 
@@ -72,6 +76,18 @@ def test_folds_take_the_place_of_the_validation_split_and_leave_test_alone():
         assert len(dataset.train.labels) + len(dataset.validation.labels) == len(plain.train.labels)
     held = np.concatenate([dataset.validation.images for dataset in datasets]).reshape(-1, 64)
     np.testing.assert_array_equal(np.unique(held, axis=0), np.unique(plain.train.images.reshape(-1, 64), axis=0))
+
+
+def test_folds_say_that_the_own_validation_split_is_not_used(npz, caplog):
+    block = npz(**GOOD, x_val=IMAGES[:7], y_val=LABELS[:7])
+    assert len(load(block).validation.labels) == 7 and not caplog.messages
+    block.update(num_folds=5)
+    dataset = load(block)
+    assert [len(split.labels) for split in (dataset.train, dataset.validation, dataset.test)] == [16, 4, 6]
+    (line,) = caplog.messages
+    assert "num_folds=5" in line and "the 7 images of the validation split that comes with 'set' are not used" in line
+    load(config(name="digits", num_folds=5))
+    assert len(caplog.messages) == 1
 
 
 def test_images_in_memory_are_resized():
@@ -221,12 +237,11 @@ def test_folder_without_splits_is_split_the_same_way_every_time(folder):
     assert dataset.name == "pets" and dataset.class_names == ("cat", "dog") and dataset.image_shape == (8, 8, 3)
     sizes = [len(split.labels) for split in (dataset.train, dataset.validation, dataset.test)]
     assert sizes == [12, 4, 4] and dataset.skipped == ()
-    paths = [path for split in (dataset.train, dataset.validation, dataset.test) for path in split.images.paths]
-    assert len(set(paths)) == 20
+    assert len({path for split in (dataset.train, dataset.validation, dataset.test) for path in paths(split)}) == 20
     for split, same in ((dataset.train, again.train), (dataset.test, again.test)):
-        assert split.images.paths == same.images.paths
-        assert [path.parent.name for path in split.images.paths] == [dataset.class_names[k] for k in split.labels]
-    expected = [np.asarray(Image.open(path)) for path in dataset.train.images.paths]
+        assert paths(split) == paths(same)
+        assert [path.parent.name for path in paths(split)] == [dataset.class_names[k] for k in split.labels]
+    expected = [np.asarray(Image.open(path)) for path in paths(dataset.train)]
     np.testing.assert_array_equal(decoded(dataset.train, dataset), expected)
 
 
@@ -273,7 +288,7 @@ def test_folder_skips_what_cannot_be_used_and_says_why(folder, tmp_path):
             "cat/page.jpg": "is an HTML page",
             "cat/more/notes.txt": "is not an image",
         }
-        used = {path.name for split in (dataset.train, dataset.test) for path in split.images.paths}
+        used = {path.name for split in (dataset.train, dataset.test) for path in paths(split)}
         assert {"inside.png", "wrong name.jpg"} < used and "secret.png" not in used
         assert len(dataset.train.labels) + len(dataset.test.labels) == 22
 
@@ -291,9 +306,108 @@ def test_a_damaged_cache_of_verdicts_is_made_anew(folder):
     (folder / "cat" / "empty.jpg").touch()
     expected = load(folder_config(folder)).skipped
     for path in (cache_dir() / "folders").iterdir():
-        for content in (b"", b"{", b"[]", b"\xff\xfe", b"not json"):
+        for content in (b"", b"{", b"[]", b"\xff\xfe", b"not json", b"PK\x05\x06" + bytes(18)):
             path.write_bytes(content)
             assert load(folder_config(folder)).skipped == expected
+
+
+def jpeg_with_comments(path: pathlib.Path, size, comments: int) -> bytes:
+    """A JPEG file whose header has so many comments of 60 kB."""
+    write_image(path, size=size)
+    data = path.read_bytes()
+    comment = b"\xff\xfe" + struct.pack(">H", 60_002) + bytes(60_000)
+    path.write_bytes(data[:2] + comments * comment + data[2:])
+    return path.read_bytes()
+
+
+def test_the_first_look_reads_headers_and_ends_and_decodes_what_they_leave_open(folder):
+    for comments in (0, 1, 5):
+        jpeg_with_comments(folder / "cat" / f"{comments}.jpg", (10, 20 + comments), comments)
+    whole = jpeg_with_comments(folder / "dog" / "damaged.jpg", (10, 30), 0)
+    scan = whole.index(b"\xff\xda") + 14
+    (folder / "dog" / "damaged.jpg").write_bytes(whole[:scan] + whole[-2:])  # nothing between header and end
+    (folder / "dog" / "padded.jpg").write_bytes(whole + b"\0\0")
+    (folder / "dog" / "cut.jpg").write_bytes(whole[: scan + 20])
+    (folder / "dog" / "start.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    dataset = load(folder_config(folder, image_size=8))
+    used = {path.name for split in (dataset.train, dataset.test) for path in paths(split)}
+    assert {"0.jpg", "1.jpg", "5.jpg", "padded.jpg", "damaged.jpg"} < used
+    assert [(file.path, file.reason[:21]) for file in dataset.skipped] == [
+        ("dog/cut.jpg", "cannot be decoded (im"),
+        ("dog/start.png", "is not an image"),
+    ]
+    for _ in range(2):  # the second time from the index
+        with pytest.raises(UserError, match="differ in size, from 8x8 to 30x10"):
+            load(folder_config(folder))
+
+
+def test_only_new_files_are_looked_at(folder, monkeypatch):
+    def stored():
+        return {path: path.stat().st_mtime_ns for path in (cache_dir() / "folders").iterdir()}
+
+    looked_at, opened = [], open
+
+    def count(path, *args, **kwargs):
+        if os.fsencode(path).startswith(os.fsencode(folder)):
+            looked_at.append(os.path.basename(path))
+        return opened(path, *args, **kwargs)
+
+    def load_and_count():
+        looked_at.clear()
+        with monkeypatch.context() as context:
+            context.setattr("builtins.open", count)
+            dataset = load(folder_config(folder))
+        return {path.name for split in (dataset.train, dataset.test) for path in paths(split)}
+
+    assert len(load_and_count()) == len(looked_at) == 20
+    before = stored()
+    load_and_count()
+    assert not looked_at and stored() == before
+    write_image(folder / "cat" / "new.png")
+    (folder / "dog" / "3.png").unlink()
+    names = load_and_count()
+    assert looked_at == [b"new.png"] and "new.png" in names and "3.png" not in names
+
+
+def test_names_that_are_not_utf_8(folder):
+    good = (folder / "cat" / "0.PNG").read_bytes()
+    for name, content in ((b"\xe4 good.png", good), (b"\xff bad.png", b"")):
+        with open(os.fsencode(folder / "cat") + b"/" + name, "wb") as file:
+            file.write(content)
+    for _ in range(2):  # the second time from the index
+        dataset = load(folder_config(folder))
+        assert [os.fsencode(file.path) for file in dataset.skipped] == [b"cat/\xff bad.png"]
+        found = [split for split in (dataset.train, dataset.test) for path in paths(split) if "good" in path.name]
+        names = [os.path.basename(os.fsencode(path)) for path in paths(found[0])]
+        assert found[0].images.read(names.index(b"\xe4 good.png")) == good
+
+
+def test_files_come_in_the_order_of_their_parts(folder):
+    """A workdir of 0.1.0 goes on with the same splits only if the order stays that of pathlib."""
+    for name in ("a/b.png", "a-b.png", "a.png", "a/c/d.png", "B.png", "ü.png", "\uffee.png", "\U0001f600.png"):
+        write_image(folder / "train" / "dog" / name)
+        write_image(folder / "train" / "cat" / name)
+    for name in ("cat", "dog"):
+        shutil.rmtree(folder / name)
+    write_image(folder / "test" / "cat" / "0.png")
+    dataset = load(folder_config(folder))
+    assert paths(dataset.train) == [
+        path for name in ("cat", "dog") for path in sorted((folder / "train" / name).rglob("*.png"))
+    ]
+
+
+def test_a_directory_that_cannot_be_read_is_skipped(folder, monkeypatch):
+    write_image(folder / "cat" / "closed" / "0.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.path.basename(path) == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # file modes do not stop root
+    (file,) = load(folder_config(folder)).skipped
+    assert (file.path, file.reason) == ("cat/closed", "cannot be read (Permission denied)")
 
 
 def test_folder_of_gray_and_colour_and_of_differing_sizes(folder):
@@ -332,8 +446,21 @@ def test_folders_that_cannot_be_used(tmp_path):
         write_image(tmp_path / "cat" / f"{number}.png")
     (tmp_path / "dog" / "0.png").touch()
     refused(r"class 'dog' of .* has no training image.*\(1 file was skipped; dog/0\.png is empty\)")
+    for number in range(1, 3):
+        (tmp_path / "cat" / f"{number}.png").unlink()
     write_image(tmp_path / "dog" / "1.png")
-    refused("class 'dog' has a single example")
+    refused("no class has two examples, so no test split can be carved; give the data set a test split of its own")
+
+
+def test_a_class_of_one_image_does_not_stop_a_folder(folder, caplog):
+    write_image(folder / "bird" / "0.png")
+    dataset = load(folder_config(folder, validation=0.25))
+    assert dataset.class_names == ("bird", "cat", "dog")
+    counts = [np.bincount(split.labels, minlength=3) for split in (dataset.train, dataset.validation, dataset.test)]
+    np.testing.assert_array_equal(counts, [[1, 6, 6], [0, 2, 2], [0, 2, 2]])
+    assert [line.split("; ")[0] for line in caplog.messages] == [
+        "class 'bird' has a single example, which stays in training"
+    ] * 2
 
 
 def test_folder_links_that_lead_nowhere_or_in_circles(folder):
@@ -368,15 +495,15 @@ def test_splits_of_a_folder_must_make_sense(tmp_path):
 
 def test_a_file_that_could_not_be_read_is_tried_again(folder, monkeypatch):
     denied = folder / "cat" / "0.PNG"
-    read_bytes = pathlib.Path.read_bytes
+    opened = open
 
-    def read(path):
-        if path == denied:
-            raise PermissionError(13, "Permission denied", str(path))
-        return read_bytes(path)
+    def refuse(path, *args, **kwargs):
+        if path == os.fsencode(denied):
+            raise PermissionError(13, "Permission denied", path)
+        return opened(path, *args, **kwargs)
 
     with monkeypatch.context() as context:
-        context.setattr(pathlib.Path, "read_bytes", read)  # file modes do not stop root
+        context.setattr("builtins.open", refuse)  # file modes do not stop root
         (file,) = load(folder_config(folder)).skipped
     assert (file.path, file.reason) == ("cat/0.PNG", "cannot be read (Permission denied)")
     assert load(folder_config(folder)).skipped == ()

@@ -34,15 +34,49 @@ def test_split_refuses_a_fraction_that_is_none(fraction):
         stratified_split(LABELS, fraction, seed=0)
 
 
-def test_split_refuses_classes_that_are_too_small():
-    with pytest.raises(UserError, match="class 'cat' has a single example"):
-        stratified_split(np.array([0, 0, 1, 0]), 0.5, seed=0, class_names=("dog", "cat"))
-    with pytest.raises(UserError, match="class '1' has a single example"):
-        stratified_split(np.array([0, 0, 1, 0]), 0.5, seed=0)
-    with pytest.raises(UserError, match="too few to hold out"):
-        stratified_split(np.array([0, 0, 1, 1]), 0.9, seed=0)
-    with pytest.raises(UserError, match="class '1' is too small"):
-        stratified_split(np.array([0] * 100 + [1] * 2), 0.9, seed=0)
+@pytest.mark.parametrize(
+    ("labels", "fraction", "seed", "expected"),
+    [
+        (np.repeat(np.arange(5), 3), 0.1, 0, [0, 4, 7, 10, 12]),
+        (np.repeat(np.arange(3), 2), 0.5, 1, [1, 3, 4]),
+        (np.repeat([0, 2, 5], [9, 2, 4]), 0.3, 7, [1, 4, 9, 14]),
+    ],
+)
+def test_splits_of_0_1_0_stay_what_they_were(labels, fraction, seed, expected):
+    """Old workdirs are continued with these."""
+    assert stratified_split(labels, fraction, seed)[1].tolist() == expected
+
+
+def test_a_single_example_stays_in_training_and_the_others_are_split_as_without_it(caplog):
+    singles = np.array([7, 5])
+    labels = np.insert(LABELS, [50, 120], singles)
+    others = np.flatnonzero(labels < 4)
+    rest, held = stratified_split(labels, 0.2, seed=3, class_names="abcdefgh", split="test")
+    np.testing.assert_array_equal(held, others[stratified_split(LABELS, 0.2, seed=3)[1]])
+    np.testing.assert_array_equal(np.sort(np.concatenate([rest, held])), np.arange(len(labels)))
+    assert np.all(np.diff(rest) > 0) and set(singles) < set(labels[rest])
+    (line,) = caplog.messages
+    assert line.startswith("2 classes, the first is 'f', have a single example, which stays in training; the test")
+    stratified_split(np.array([0, 0, 1, 0]), 0.5, seed=0)
+    assert caplog.messages[1].startswith("class '1' has a single example, which stays in training; the validation")
+
+
+@pytest.mark.parametrize("counts", [(2, 2), (100, 2), (50, 3, 2)])
+@pytest.mark.parametrize("fraction", [0.5, 0.9, 0.99])
+def test_a_large_fraction_leaves_training_one_example_of_every_class(counts, fraction):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    rest, held = stratified_split(labels, fraction, seed=0)
+    np.testing.assert_array_equal(np.sort(np.concatenate([rest, held])), np.arange(len(labels)))
+    assert set(labels[rest]) == set(labels) and len(held) and np.all(np.diff(held) > 0)
+
+
+@pytest.mark.parametrize("labels", [[], [0], [0, 1, 2]])
+def test_nothing_can_be_held_out_of_classes_of_one(labels):
+    labels = np.array(labels, np.int32)
+    with pytest.raises(UserError, match=r"no class has two examples.* set config.dataset.validation=0 or"):
+        stratified_split(labels, 0.5, seed=0)
+    with pytest.raises(UserError, match=r"no class has two examples.* give the data set a test split of its own"):
+        stratified_split(labels, 0.5, seed=0, split="test")
 
 
 def test_folds_are_stratified_and_each_example_is_held_out_once():
@@ -61,5 +95,7 @@ def test_folds_that_do_not_exist(num_folds, fold):
 
 
 def test_more_folds_than_examples_of_a_class():
-    with pytest.raises(UserError, match="more than the 10 training examples of class 'd'"):
+    with pytest.raises(UserError, match="more than the 10 training examples of class 'd'; set it to at most 10 or add"):
         fold_split(LABELS, 11, 0, seed=0, class_names="abcd")
+    with pytest.raises(UserError, match="more than the 1 training examples of class '1'; set it to 0 or add"):
+        fold_split(np.array([0, 0, 1]), 2, 0, seed=0)

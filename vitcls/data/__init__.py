@@ -6,7 +6,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from vitcls.data import images as image_files
 from vitcls.data import streaming
 from vitcls.data.dataset import Dataset, SkippedFile, Split
+from vitcls.data.memory import host_memory_bytes
 from vitcls.data.resident import Resident
 from vitcls.data.sources import load
 from vitcls.data.streaming import Crop, Streaming, read_image
@@ -33,11 +33,14 @@ __all__ = [
     "describe",
     "load",
     "read_image",
+    "resident_bytes",
     "train_batches",
 ]
 
 _STATISTICS_SAMPLE = 5_000  # encoded images decoded to estimate the mean and std of a split that is streamed
-_RESIDENT_SHARE = 0.25  # of a device's memory that the training split may take
+_BLOCK_BYTES = 2**20  # of images that are counted at a time
+_RESIDENT_SHARE = 0.25  # of a device's memory that images may take
+_HOST_SHARE = 0.5  # of the host's memory that images decoded for the devices may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +107,24 @@ def _mean_and_std(dataset: Dataset) -> tuple[tuple[float, ...], tuple[float, ...
             chosen = np.sort(np.random.default_rng(0).choice(len(images), _STATISTICS_SAMPLE, replace=False))
         size, _, channels = dataset.image_shape
         images = image_files.decode_all(images.take(chosen), size=size, channels=channels)
-    # Exact and small: uint8 has 256 values, so a histogram per channel holds all that is needed.
-    histograms = [np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(images.shape[-1])]
     values = np.arange(256) / 255
-    weights = np.stack(histograms) / images[..., 0].size
+    weights = _histograms(images) / images[..., 0].size
     mean = weights @ values
     std = np.sqrt(weights @ values**2 - mean**2)
     return tuple(mean.tolist()), tuple(np.maximum(std, 1e-3).tolist())
+
+
+def _histograms(images: np.ndarray) -> np.ndarray:
+    """How often each channel of uint8 [N, H, W, C] has each value: int64 [C, 256]; exact, and all that is needed.
+
+    A few images at a time, since bincount makes every byte of its input eight.
+    """
+    histograms = np.zeros((images.shape[-1], 256), np.int64)
+    rows = max(1, _BLOCK_BYTES // images[0].size)
+    for start in range(0, len(images), rows):
+        for channel, histogram in enumerate(histograms):
+            histogram += np.bincount(images[start : start + rows, ..., channel].ravel(), minlength=256)
+    return histograms
 
 
 def choose_pipeline(dataset: Dataset, config) -> str:
@@ -122,16 +136,31 @@ def choose_pipeline(dataset: Dataset, config) -> str:
         )
     if config.pipeline != "auto":
         return config.pipeline
-    size = len(dataset.train.labels) * int(np.prod(dataset.image_shape))
-    fits = size <= _RESIDENT_SHARE * _device_memory_bytes()
+    fits = _fits(dataset)
     return "resident" if fits and not config.random_resized_crop else "streaming"
+
+
+def _fits(dataset: Dataset) -> bool:
+    """Whether all splits fit on a device as the resident pipeline keeps them, and in the host on their way there."""
+    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    num_examples = {name: len(split.labels) for name, split in splits.items() if split is not None}
+    encoded = [name for name in num_examples if not isinstance(splits[name].images, np.ndarray)]
+    decoded_bytes = sum(num_examples[name] for name in encoded) * int(np.prod(dataset.image_shape))
+    return (
+        resident_bytes(num_examples, dataset.image_shape) <= _RESIDENT_SHARE * _device_memory_bytes()
+        and decoded_bytes <= _HOST_SHARE * host_memory_bytes()
+    )
+
+
+def resident_bytes(num_examples: dict[str, int], image_shape: tuple[int, int, int]) -> int:
+    """Bytes of images on each device: the whole training split and a share of every other split."""
+    evaluated = sum(-(-count // jax.device_count()) for name, count in num_examples.items() if name != "train")
+    return (num_examples["train"] + evaluated) * int(np.prod(image_shape))
 
 
 def _device_memory_bytes() -> int:
     statistics = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in statistics:
-        return statistics["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    return statistics.get("bytes_limit") or host_memory_bytes() // jax.local_device_count()
 
 
 def decode(dataset: Dataset, splits: tuple[str, ...] = ("train", "validation", "test")) -> Dataset:
@@ -169,10 +198,22 @@ def train_batches(dataset: Dataset, config, *, partition: Partition, batch_size:
 
 
 class EvaluationBatches:
-    """The batches of a split in order, on the devices; a split in memory is moved there once and stays."""
+    """The batches of a split in order, on the devices.
 
-    def __init__(self, split: Split, *, image_shape: tuple[int, int, int], partition: Partition, batch_size: int):
+    With `keep`, a split in memory is moved there once and stays; else every pass moves it again, batch by batch.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        image_shape: tuple[int, int, int],
+        partition: Partition,
+        batch_size: int,
+        keep: bool = True,
+    ):
         self._split = split
+        self._keep = keep and isinstance(split.images, np.ndarray)
         self._image_shape = image_shape
         self._partition = partition
         self._batch_size = batch_size
@@ -182,7 +223,7 @@ class EvaluationBatches:
         if self._kept is not None:
             return iter(self._kept)
         batches = map(self._partition.put_batch, self._host_batches())
-        if isinstance(self._split.images, np.ndarray):
+        if self._keep:
             self._kept = list(batches)
             return iter(self._kept)
         return batches

@@ -1,19 +1,17 @@
 """An image folder: one directory per class, in train/val/test directories or not."""
 
-import contextlib
 import dataclasses
-import hashlib
-import json
+import itertools
 import os
 import pathlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from vitcls.cache import cache_dir
-from vitcls.data import images as image_files
+from vitcls.console import show_progress
 from vitcls.data.dataset import SkippedFile, Source, Split
-from vitcls.data.images import BadImage
+from vitcls.data.verdicts import verdicts
 from vitcls.errors import UserError
 
 SPLIT_FOLDERS = {
@@ -27,18 +25,23 @@ SPLIT_FOLDERS = {
 
 @dataclasses.dataclass(frozen=True)
 class FileImages:
-    """Images in files; see `data.images.EncodedImages`."""
+    """Images in files; see `data.images.EncodedImages`. As bytes, names are small and need not be UTF-8."""
 
-    paths: tuple[pathlib.Path, ...]
+    root: str
+    names: np.ndarray  # [N], bytes: paths below the root
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.names[index]))
 
     def read(self, index: int) -> bytes:
-        return self.paths[index].read_bytes()
+        with open(self.name(index), "rb", buffering=0) as file:
+            return file.read()
 
     def take(self, indices: np.ndarray) -> "FileImages":
-        return FileImages(tuple(self.paths[index] for index in indices))
+        return FileImages(self.root, self.names[indices])
 
 
 def folder(config) -> Source:
@@ -46,36 +49,35 @@ def folder(config) -> Source:
     root = pathlib.Path(config.data_dir).expanduser()
     if not config.data_dir or not root.is_dir():
         raise UserError(f"config.dataset.data_dir='{config.data_dir}' is not a directory; give the root of the images")
-    skipped: list[SkippedFile] = []
     roots = _split_roots(root)
     class_names = tuple(path.name for path in _directories(roots["train"]))
     if not class_names:
         raise UserError(f"{roots['train']} has no directories; put the images of each class in a directory of its own")
 
-    splits, shapes = {}, set()
-    verdicts = _Verdicts(root)
-    for split, split_root in roots.items():
-        skipped += [
-            SkippedFile(path.relative_to(root).as_posix(), "is a linked directory; copy or move it here")
-            for path in sorted(split_root.iterdir())
-            if path.is_symlink() and path.is_dir() and not path.name.startswith(".")
-        ]
-        for path in _directories(split_root):
-            if path.name not in class_names:
-                raise UserError(f"{path} is a class that {roots['train']} does not have")
-        paths, labels = [], []
-        for label, class_name in enumerate(class_names):
-            for path, verdict in verdicts.of(_files(split_root / class_name, root, skipped)):
-                if isinstance(verdict, str):
-                    skipped.append(SkippedFile(path.relative_to(root).as_posix(), verdict))
-                    continue
-                width, height, channels = verdict
-                shapes.add((height, width, channels))
-                paths.append(path)
-                labels.append(label)
-        splits[split] = Split(FileImages(tuple(paths)), np.asarray(labels, np.int32))
-    verdicts.store()
-    return Source(root.name, class_names, splits, tuple(shapes), tuple(skipped))
+    for path in itertools.chain(*map(_directories, roots.values())):
+        if path.name not in class_names:
+            raise UserError(f"{path} is a class that {roots['train']} does not have")
+    listings = _list_classes(root, roots, class_names)
+    names, keys, stamps = (
+        np.concatenate([getattr(files, part) for files in listings]) for part in ("names", "keys", "stamps")
+    )
+    shapes, reasons = verdicts(root, names, keys, stamps)
+
+    splits, skipped, end = {}, [], 0
+    usable = shapes[:, 2] > 0
+    for number, split in enumerate(roots):
+        skipped += _linked_directories(roots[split], root)
+        chosen = []
+        for files in listings[number * len(class_names) : (number + 1) * len(class_names)]:
+            rows = np.arange(end, end := end + len(files.names))
+            skipped += files.skipped
+            skipped += [SkippedFile(os.fsdecode(names[row]), reasons[row]) for row in rows[~usable[rows]].tolist()]
+            chosen.append(rows[usable[rows]])
+        labels = np.repeat(np.arange(len(class_names), dtype=np.int32), list(map(len, chosen)))
+        splits[split] = Split(FileImages(str(root), names[np.concatenate(chosen)]), labels)
+    widths, heights, channels = shapes[usable].T.tolist()
+    distinct = set(zip(heights, widths, channels, strict=True))
+    return Source(root.name, class_names, splits, tuple(distinct), tuple(skipped))
 
 
 def _split_roots(root: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -98,64 +100,77 @@ def _directories(path: pathlib.Path) -> list[pathlib.Path]:
     return [child for child in inside if child.is_dir() and not child.is_symlink() and not child.name.startswith(".")]
 
 
-def _files(path: pathlib.Path, root: pathlib.Path, skipped: list[SkippedFile]) -> list[pathlib.Path]:
-    """The visible files below a class directory, by name; links that lead out of the root are skipped."""
-    real_root = os.path.realpath(root)
-    found = []
-    for directory, subdirectories, names in os.walk(path):
-        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
-        for name in [*names, *(name for name in subdirectories if os.path.islink(os.path.join(directory, name)))]:
-            child = pathlib.Path(directory, name)
-            if name.startswith("."):
-                continue
-            if child.is_symlink():  # os.path.realpath, since Path.resolve raises for a link to itself
-                name = child.relative_to(root).as_posix()
-                if not pathlib.Path(os.path.realpath(child)).is_relative_to(real_root):
-                    skipped.append(SkippedFile(name, "is a link out of the folder"))
-                    continue
-                if not child.is_file():
-                    skipped.append(SkippedFile(name, "is a link to no file"))
-            if child.is_file():
-                found.append(child)
-    return sorted(found)
+def _linked_directories(split_root: pathlib.Path, root: pathlib.Path) -> list[SkippedFile]:
+    return [
+        SkippedFile(path.relative_to(root).as_posix(), "is a linked directory; copy or move it here")
+        for path in sorted(split_root.iterdir())
+        if path.is_symlink() and path.is_dir() and not path.name.startswith(".")
+    ]
 
 
-class _Verdicts:
-    """Whether files can be decoded to their end: (width, height, channels), or the reason why not.
+@dataclasses.dataclass(frozen=True)
+class _Listing:
+    """The visible files below a class directory, by name, as `data.verdicts` takes them."""
 
-    Verdicts are kept in the cache by path, size and time, so that only new files are looked at again.
-    """
+    names: np.ndarray
+    keys: np.ndarray
+    stamps: np.ndarray
+    skipped: list[SkippedFile]
 
-    def __init__(self, root: pathlib.Path):
-        name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]
-        self._path = cache_dir() / "folders" / f"{name}.json"
-        self._known: dict[str, list] = {}
-        with contextlib.suppress(OSError, ValueError):
-            known = json.loads(self._path.read_text(encoding="utf-8"))
-            self._known = known if isinstance(known, dict) else {}
-        self._current: dict[str, list] = {}
 
-    def of(self, paths: list[pathlib.Path]) -> list[tuple[pathlib.Path, tuple[int, int, int] | str]]:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(zip(paths, pool.map(self._verdict, paths), strict=True))
+def _list_classes(root: pathlib.Path, roots: dict[str, pathlib.Path], class_names: Sequence[str]) -> list[_Listing]:
+    """One listing for each class of each split, in threads, for file systems that take long to answer."""
+    directories = [split_root / name for split_root in roots.values() for name in class_names]
+    with ThreadPoolExecutor() as pool:
+        listings = pool.map(lambda directory: _list_files(str(directory), str(root)), directories)
+        return list(show_progress(listings, len(directories), "listing the directories of classes"))
 
-    def _verdict(self, path: pathlib.Path) -> tuple[int, int, int] | str:
+
+def _list_files(directory: str, root: str) -> _Listing:
+    """Lists a class directory, which may be missing; links that lead out of the root, or to no file, are skipped."""
+    real_root, below_root = os.path.realpath(root), len(os.path.join(root, ""))
+    rows, skipped, waiting = [], [], [directory]
+    while waiting:
+        here = waiting.pop()
         try:
-            status = path.stat()
-            key = f"{os.path.realpath(path)}|{status.st_size}|{status.st_mtime_ns}"
-            verdict = self._known.get(key)
-            if verdict is None:
-                verdict = list(image_files.verify(path))
-        except BadImage as error:
-            verdict = str(error)
-        except OSError as error:  # may pass without a change of the file: not to be kept
-            return f"cannot be read ({error.strerror})"
-        self._current[key] = verdict
-        return verdict if isinstance(verdict, str) else tuple(verdict)
+            with os.scandir(here) as entries:
+                visible = [entry for entry in entries if not entry.name.startswith(".")]
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            skipped.append(SkippedFile(here[below_root:], f"cannot be read ({error.strerror})"))
+            continue
+        waiting += sorted((entry.path for entry in visible if entry.is_dir(follow_symlinks=False)), reverse=True)
+        # Skipped files keep their order, which dataset.json of a run holds: linked directories are last, by name.
+        for entry in sorted(visible, key=lambda entry: entry.path if _is_linked_directory(entry) else ""):
+            name = key = entry.path[below_root:]
+            if entry.is_symlink():
+                target = os.path.realpath(entry.path)
+                if problem := _link_problem(target, real_root):
+                    skipped.append(SkippedFile(name, problem))
+                    continue
+                key = os.path.relpath(target, real_root)
+            if entry.is_file():
+                rows.append((name, key, *_stamp(entry)))
+    rows.sort(key=lambda row: row[0].split(os.sep))
+    names, keys = (np.array([os.fsencode(row[part]) for row in rows], "S") for part in (0, 1))
+    return _Listing(names, keys, np.array([row[2:] for row in rows], np.int64).reshape(-1, 2), skipped)
 
-    def store(self) -> None:
-        temporary = self._path.with_name(f"{self._path.stem}.{os.getpid()}.tmp")
-        with contextlib.suppress(OSError):  # as on a full disk: the files are looked at again next time
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self._current), encoding="utf-8")
-            os.replace(temporary, self._path)
+
+def _is_linked_directory(entry: os.DirEntry) -> bool:
+    return entry.is_symlink() and os.path.isdir(entry.path)
+
+
+def _link_problem(target: str, real_root: str) -> str:
+    if not pathlib.Path(target).is_relative_to(real_root):
+        return "is a link out of the folder"
+    return "" if os.path.isfile(target) else "is a link to no file"
+
+
+def _stamp(entry: os.DirEntry) -> tuple[int, int]:
+    """Size and time of change; of no file where that cannot be told, so that opening it says why."""
+    try:
+        status = entry.stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns

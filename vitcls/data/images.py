@@ -1,6 +1,7 @@
 """Image files to arrays, through Pillow: what is not an image, or not a safe one, is told apart first."""
 
 import io
+import logging
 import math
 import os
 import pathlib
@@ -12,6 +13,9 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from vitcls.errors import UserError
+
+_logger = logging.getLogger("vitcls")
+_black: set[str] = set()  # the images of which `warn_black` has told
 
 MAX_PIXELS = 2**26  # 67 megapixels; a file that claims more is not decoded
 # Only these readers see the bytes, whatever a file's name; none of them starts another program, as that of EPS does.
@@ -35,6 +39,8 @@ class EncodedImages(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> bytes: ...
+
+    def name(self, index: int) -> str: ...
 
     def take(self, indices: np.ndarray) -> "EncodedImages": ...
 
@@ -100,28 +106,35 @@ def random_resized_crop_box(
 def decode_all(images: EncodedImages, *, size: int, channels: int) -> np.ndarray:
     """Decodes a whole sequence, with one thread per core where images are large: uint8 [N, size, size, channels].
 
-    With `size` 0 the images keep their own size. Raises UserError for an image that cannot be decoded, or whose size
-    is not that of the first.
+    With `size` 0 the images keep their own size. An image that cannot be decoded is black, see `warn_black`. Raises
+    UserError where no image can be decoded, one cannot be read, or the size of one is not that of the first.
     """
 
-    def one(index: int) -> np.ndarray:
+    def one(index: int) -> np.ndarray | None:
         try:
             return decode(images.read(index), size=size, channels=channels)
-        except (BadImage, OSError) as error:
+        except BadImage as error:
+            return warn_black(images.name(index), error)
+        except OSError as error:
             raise UserError(f"image {index} of the data set: {error}") from None
 
     def place(index: int) -> None:
         image = one(index)
+        if image is None:
+            decoded[index] = 0
+            return
         if image.shape != decoded.shape[1:]:
             raise UserError(
-                f"the images differ in size, from {first.shape[0]}x{first.shape[1]} (image 0) to "
+                f"the images differ in size, from {first.shape[0]}x{first.shape[1]} to "
                 f"{image.shape[0]}x{image.shape[1]} (image {index}); set config.dataset.image_size"
             )
         decoded[index] = image
 
     if not len(images):
         return np.zeros((0, size, size, channels), np.uint8)
-    first = one(0)
+    first = next((image for image in map(one, range(len(images))) if image is not None), None)
+    if first is None:
+        raise UserError(f"none of {len(images)} images can be decoded, as {images.name(0)}")
     decoded = np.empty((len(images), *first.shape), np.uint8)
     sample = [len(images.read(index)) for index in range(min(len(images), 16))]
     if np.mean(sample) < _WORTH_A_THREAD:
@@ -132,6 +145,17 @@ def decode_all(images: EncodedImages, *, size: int, channels: int) -> np.ndarray
         for _ in pool.map(place, range(len(images))):
             pass  # brings up the first failure
     return decoded
+
+
+def warn_black(name: str, error: BadImage) -> None:
+    """Warns, once for every name, that an image which cannot be decoded is taken as black.
+
+    So a file that is damaged behind its header does not end a run after hours, and counts and order stay what they
+    are.
+    """
+    if name not in _black:
+        _black.add(name)
+        _logger.warning("%s %s; it is taken as a black image (%s so far)", name, error, f"{len(_black):,}")
 
 
 def resize_all(images: np.ndarray, size: int) -> np.ndarray:

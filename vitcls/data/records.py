@@ -1,10 +1,8 @@
 """Random access to TFRecord files, without TensorFlow: an index of where every record lies."""
 
-import contextlib
 import dataclasses
 import hashlib
 import os
-import pathlib
 import struct
 import textwrap
 from collections.abc import Callable, Sequence
@@ -12,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from vitcls.cache import cache_dir
+from vitcls.cache import cache_dir, load_arrays, store_arrays
 from vitcls.errors import UserError
 
 _HEADER, _FOOTER = 12, 4  # length uint64 and its CRC; then, after the record, its CRC
@@ -34,6 +32,9 @@ class RecordImages:
 
     def read(self, index: int) -> bytes:
         return self.parse(self._record(index))[0]
+
+    def name(self, index: int) -> str:
+        return f"the image at byte {self.offsets[index]:,} of {self.files[self.file_numbers[index]]}"
 
     def take(self, indices: np.ndarray) -> "RecordImages":
         return dataclasses.replace(
@@ -57,7 +58,7 @@ def index_records(files: Sequence[os.PathLike | str], parse: Parse) -> tuple[Rec
     """
     files = tuple(map(os.fspath, files))
     path = cache_dir() / "indexes" / f"{_fingerprint(files)}.npz"
-    arrays = _read_index(path)
+    arrays = load_arrays(path, ("file_numbers", "offsets", "lengths", "labels"))
     if arrays is None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             tables = list(pool.map(lambda name: _scan(name, parse), files))
@@ -68,7 +69,7 @@ def index_records(files: Sequence[os.PathLike | str], parse: Parse) -> tuple[Rec
             "lengths": lengths,
             "labels": labels,
         }
-        _store_index(path, arrays)
+        store_arrays(path, arrays)
     labels = arrays.pop("labels")
     return RecordImages(files, **arrays, parse=parse), labels
 
@@ -130,23 +131,3 @@ def _fingerprint(files: Sequence[str]) -> str:
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}); prepare the data set again") from None
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
-
-
-def _read_index(path: pathlib.Path) -> dict[str, np.ndarray] | None:
-    try:
-        with open(path, "rb") as file, np.load(file) as stored:  # np.load leaves open what it opened and cannot read
-            return {name: stored[name] for name in ("file_numbers", "offsets", "lengths", "labels")}
-    except Exception:  # whatever is wrong with the file, it is made anew
-        return None
-
-
-def _store_index(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Keeps the index, at once or not at all; a full disk only means that it is made again next time."""
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npz")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(temporary, **arrays)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

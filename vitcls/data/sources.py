@@ -1,6 +1,7 @@
 """Where images come from: TFDS, a folder, an .npz file, scikit-learn's digits, or made up; all checked in one place."""
 
 import collections
+import logging
 import pathlib
 import textwrap
 import zipfile
@@ -15,6 +16,8 @@ from vitcls.data.splits import fold_split, stratified_split
 from vitcls.data.tfds import tfds
 from vitcls.errors import UserError
 
+_logger = logging.getLogger("vitcls")
+
 
 def load(config) -> Dataset:
     """Loads the data set that the block `dataset` of a config names, with its splits.
@@ -26,10 +29,20 @@ def load(config) -> Dataset:
     _check(source)
     splits = dict(source.splits)
     if "test" not in splits:
-        rest, held = stratified_split(splits["train"].labels, config.test, config.split_seed, source.class_names)
+        rest, held = stratified_split(
+            splits["train"].labels, config.test, config.split_seed, source.class_names, split="test"
+        )
         splits |= {"train": splits["train"].take(rest), "test": splits["train"].take(held)}
     labels = splits["train"].labels
     if config.num_folds:
+        if "validation" in splits:
+            _logger.warning(
+                "config.dataset.num_folds=%d makes the folds of the training split alone: the %s images of the "
+                "validation split that comes with '%s' are not used",
+                config.num_folds,
+                f"{len(splits['validation'].labels):,}",
+                source.name,
+            )
         rest, held = fold_split(labels, config.num_folds, config.fold, config.split_seed, source.class_names)
         splits |= {"train": splits["train"].take(rest), "validation": splits["train"].take(held)}
     elif "validation" not in splits and config.validation:

@@ -1,40 +1,51 @@
 """Deterministic, stratified splits, through scikit-learn."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 
 from vitcls.errors import UserError
 
+_logger = logging.getLogger("vitcls")
+_WITHOUT = {  # what to do where nothing can be held out, by split
+    "validation": "set config.dataset.validation=0 or add examples",
+    "test": "give the data set a test split of its own or add examples",
+}
+
 
 def stratified_split(
-    labels: np.ndarray, fraction: float, seed: int, class_names: Sequence[str] = ()
+    labels: np.ndarray, fraction: float, seed: int, class_names: Sequence[str] = (), *, split: str = "validation"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns sorted indices (rest, held out): `fraction` of every class, as nearly as whole examples allow.
 
-    Of every class at least one example is in `rest`. Raises UserError, which calls classes by `class_names` or number,
-    where `fraction` is outside (0, 1) or a class is too small.
+    Of every class at least one example is in `rest`; a class with a single example is there alone, which a warning
+    says. Raises UserError where `fraction` is outside (0, 1) or no class has two examples. Messages call the part held
+    out `split` ('validation' or 'test') and classes by `class_names` or number.
     """
     from sklearn.model_selection import train_test_split
 
     if not 0 < fraction < 1:
         raise UserError(f"a split cannot hold out the fraction {fraction:g}; it must be above 0 and below 1")
     counts = np.bincount(labels)
-    num_classes = np.count_nonzero(counts)
-    if counts[counts > 0].min(initial=2) < 2:
-        raise UserError(
-            f"class '{_name(int(np.argmax(counts == 1)), class_names)}' has a single example and cannot be split; add "
-            "examples, give separate splits, or set config.dataset.validation=0"
-        )
-    held_out = max(round(fraction * len(labels)), num_classes)
-    if len(labels) - held_out < num_classes or not num_classes:
-        raise UserError(f"{len(labels)} examples of {num_classes} classes are too few to hold out {fraction:g} of them")
-    rest, held = train_test_split(np.arange(len(labels)), test_size=held_out, stratify=labels, random_state=seed)
-    left = np.bincount(labels[rest], minlength=len(counts))
-    if np.any((counts > 0) & (left == 0)):
-        name = _name(int(np.argmax((counts > 0) & (left == 0))), class_names)
-        raise UserError(f"class '{name}' is too small: nothing of it is left where {fraction:g} of all is held out")
-    return np.sort(rest), np.sort(held)
+    divisible = np.flatnonzero(counts[labels] > 1)
+    num_classes = np.count_nonzero(counts > 1)
+    if not num_classes:
+        raise UserError(f"no class has two examples, so no {split} split can be carved; {_WITHOUT[split]}")
+    _warn_of_singles(np.flatnonzero(counts == 1), class_names, split)
+    held_out = min(max(round(fraction * len(divisible)), num_classes), len(divisible) - num_classes)
+    _, held = train_test_split(divisible, test_size=held_out, stratify=labels[divisible], random_state=seed)
+    # A large fraction can take all of a small class: training gets its first example back.
+    wanting = np.flatnonzero((counts > 1) & (np.bincount(labels[held], minlength=len(counts)) == counts))
+    held = np.setdiff1d(held, [np.argmax(labels == label) for label in wanting])
+    return np.setdiff1d(np.arange(len(labels)), held), held
+
+
+def _warn_of_singles(singles: np.ndarray, class_names: Sequence[str], split: str) -> None:
+    if len(singles):
+        first = f"'{_name(int(singles[0]), class_names)}'"
+        which = f"class {first} has" if len(singles) == 1 else f"{len(singles)} classes, the first is {first}, have"
+        _logger.warning("%s a single example, which stays in training; the %s split has none of it", which, split)
 
 
 def fold_split(
@@ -52,9 +63,10 @@ def fold_split(
     counts = np.bincount(labels)
     smallest = int(counts[counts > 0].min(initial=len(labels)))
     if smallest < num_folds:
+        advice = f"at most {smallest}" if smallest > 1 else "0"
         raise UserError(
             f"config.dataset.num_folds={num_folds} is more than the {smallest} training examples of class "
-            f"'{_name(int(np.argmax(counts == smallest)), class_names)}'; use fewer folds or add examples"
+            f"'{_name(int(np.argmax(counts == smallest)), class_names)}'; set it to {advice} or add examples"
         )
     splitter = StratifiedKFold(num_folds, shuffle=True, random_state=seed)
     rest, held = list(splitter.split(np.zeros(len(labels)), labels))[fold]

@@ -7,7 +7,9 @@ function of (seed, position in the run), so the stream can be entered at any ste
 import dataclasses
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -15,11 +17,13 @@ import numpy as np
 
 from vitcls.data import images as image_files
 from vitcls.data.dataset import Split
+from vitcls.data.images import BadImage
 from vitcls.data.order import epoch_order
 from vitcls.partition import Partition
 from vitcls.terminal import quiet_tensorflow
 
 _CHUNK = 32  # examples per task: large enough to hide the cost of calling Python, small enough to spread a batch
+_KEPT_EPOCHS = 4  # orders in memory: the one before, this one, the next, and one to spare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +118,21 @@ def read_image(
     crop: Crop | None = None,
     seed: tuple[int, ...] = (),
 ) -> np.ndarray:
-    """Image `index` of a split as uint8 [H, W, C] of `image_shape`; with `crop`, a random resized crop by `seed`."""
+    """Image `index` of a split as uint8 [H, W, C] of `image_shape`; with `crop`, a random resized crop by `seed`.
+
+    An image that cannot be decoded is black, see `images.warn_black`.
+    """
     encoded = split.images[index] if isinstance(split.images, np.ndarray) else split.images.read(index)
     if isinstance(encoded, np.ndarray):
         return encoded
+    try:
+        return _decode(encoded, image_shape, crop, seed)
+    except BadImage as error:
+        image_files.warn_black(split.images.name(index), error)
+        return np.zeros(image_shape, np.uint8)
+
+
+def _decode(encoded: bytes, image_shape: tuple[int, int, int], crop: Crop | None, seed: tuple[int, ...]) -> np.ndarray:
     size, _, channels = image_shape
     if crop is None:
         return image_files.decode(encoded, size=size, channels=channels)
@@ -160,19 +175,39 @@ def _parallel_batches(
 def _host_epoch_order(
     seed: int, labels: np.ndarray, *, num_classes: int, balanced: bool
 ) -> Callable[[int], np.ndarray]:
-    """epoch -> the order that the resident pipeline would use, computed on the host and kept for two epochs."""
+    """epoch -> the order that the resident pipeline would use, computed on the host."""
     try:
         host = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
         host = jax.local_devices()[0]
     order = jax.jit(functools.partial(epoch_order, seed, num_classes=num_classes, balanced=balanced))
 
-    @functools.lru_cache(maxsize=2)
     def compute(epoch: int) -> np.ndarray:
         with jax.default_device(host), jax.transfer_guard("allow"):
             return np.asarray(order(epoch, labels))
 
-    return compute
+    return _once_and_ahead(compute)
+
+
+def _once_and_ahead(compute: Callable[[int], np.ndarray]) -> Callable[[int], np.ndarray]:
+    """`compute` of an epoch for many threads: once, and that of the next epoch before it is asked for.
+
+    The threads that read are at most a few epochs apart, so the newest are kept.
+    """
+    worker, lock = ThreadPoolExecutor(1), threading.Lock()
+    orders: dict[int, Future] = {}
+
+    def order(epoch: int) -> np.ndarray:
+        with lock:
+            for wanted in (epoch, epoch + 1):
+                if wanted not in orders:
+                    orders[wanted] = worker.submit(compute, wanted)
+            found = orders[epoch]
+            while len(orders) > _KEPT_EPOCHS:
+                del orders[next(iter(orders))]
+        return found.result()
+
+    return order
 
 
 @functools.cache
