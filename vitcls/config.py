@@ -36,6 +36,7 @@ def default_config(model_name: str) -> ConfigDict:
     config.dataset.data_dir = ""  # folder: its root; npz: the file; TFDS: data directory ('' = TFDS's own default)
     config.dataset.pipeline = "auto"  # 'resident', 'streaming' or 'auto' (by size)
     config.dataset.image_size = 0  # pixels; 0 keeps the native size, which all images must then share
+    config.dataset.max_value = 0.0  # what becomes white where there are more than 8 bits; 0 finds it in training images
     config.dataset.validation = 0.1  # fraction of train carved off, stratified; 0 for none
     config.dataset.test = 0.2  # fraction carved off for test where the source has no test split
     config.dataset.split_seed = 0
@@ -248,6 +249,7 @@ _RANGES = {
     "steps_per_call": (1, math.inf),
     "nonfinite_limit": (1, math.inf),
     "dataset.image_size": (0, math.inf),
+    "dataset.max_value": (0, math.inf),
     "dataset.validation": (0, 0.9),
     "dataset.test": (0.01, 0.9),
     "dataset.split_seed": (0, 2**31 - 1),

@@ -27,6 +27,7 @@ def predict(
 ) -> Iterator[tuple[pathlib.Path, np.ndarray | str]]:
     """Yields (file, probabilities float32 [K]) for each file in order, or (file, why it cannot be read)."""
     config, info = trained.config, trained.info
+    decoding = image_files.Decoding(info.max_value)
     model = experiment.make_model(config, info)
     variables = trained.restore_variables(model, trained.find_step(checkpoint or config.report.checkpoint))
     eval_step = jax.jit(experiment.make_eval_step(config, model, info))
@@ -41,7 +42,7 @@ def predict(
         group = files[start : start + batch_size]
         for i, file in enumerate(group):
             try:
-                batch["image"][i] = read(file, info.image_shape)
+                batch["image"][i] = read(file, info.image_shape, decoding)
             except OSError as error:
                 results[i] = error.strerror or str(error)
             except image_files.BadImage as error:
@@ -52,12 +53,12 @@ def predict(
         yield from ((file, results[i]) for i, file in enumerate(group))
 
 
-def read(file: pathlib.Path, image_shape: tuple[int, int, int]) -> np.ndarray:
+def read(file: pathlib.Path, image_shape: tuple[int, int, int], decoding: image_files.Decoding) -> np.ndarray:
     """One file as the model was trained to see it, uint8 [H, W, C]; raises OSError or BadImage."""
     size, _, channels = image_shape
     encoded = file.read_bytes()
     image_files.examine(encoded)
-    return image_files.decode(encoded, size=size, channels=channels)
+    return image_files.decode(encoded, size=size, channels=channels, decoding=decoding)
 
 
 def main(argv: list[str]) -> None:

@@ -40,7 +40,7 @@ def train_and_evaluate(
     path = pathlib.Path(path)
     config = configs.resolve(config)
     configs.validate(config)
-    dataset = data.load(config.dataset)
+    dataset = data.load(config.dataset, max_value=None if dry_run else workdir.max_value(path))
     pipeline = data.choose_pipeline(dataset, config.dataset)
     if pipeline == "resident":
         dataset = data.decode(dataset)

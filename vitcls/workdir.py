@@ -70,19 +70,32 @@ def open_workdir(path: os.PathLike | str) -> Workdir:
     return Workdir(path, config, info)
 
 
+def max_value(path: os.PathLike | str) -> float | None:
+    """The white of the images (`DatasetInfo.max_value`) of the run in a workdir; None where there is none yet."""
+    try:
+        return DatasetInfo.from_json((pathlib.Path(path) / DATASET_FILE).read_text()).max_value
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # `begin` says what is wrong
+        return None
+
+
 def begin(path: os.PathLike | str, config: configs.ConfigDict, info: DatasetInfo) -> None:
     """Makes the workdir of a run, or checks that the run that is in it already is the same.
 
     Raises UserError where the workdir holds a run of another config or other data: nothing of it is overwritten.
     """
     path = pathlib.Path(path)
+    complete = {  # what an older version wrote has fewer keys
+        CONFIG_FILE: lambda text: configs.to_json(configs.from_json(text)),
+        DATASET_FILE: lambda text: DatasetInfo.from_json(text).to_json(),
+    }
     for name, text in ((CONFIG_FILE, configs.to_json(config)), (DATASET_FILE, info.to_json())):
         if not (path / name).exists():
             write_atomically(path / name, text)
             continue
         try:
-            old, new = _flatten(json.loads((path / name).read_text())), _flatten(json.loads(text))
-        except ValueError:
+            old = _flatten(json.loads(complete[name]((path / name).read_text())))
+            new = _flatten(json.loads(text))
+        except (ValueError, TypeError, KeyError):
             raise UserError(f"{path / name} is damaged; restore it, or use another --workdir") from None
         changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         if changed:

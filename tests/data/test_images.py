@@ -122,6 +122,54 @@ def test_floats_are_scaled_by_their_range(top):
     assert images.decode(encode(values, "TIFF"), size=0, channels=1)[0, 0, 0] == 0
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_one_white_for_integers_of_a_data_set(kind):
+    values = np.array([[0, 1, 100, 2048], [4000, 4080, 4095, 60000]], np.uint16)
+    file = encode(values, kind)
+    assert images.is_deep(file) and images.largest_value(file) == 60000
+    decoded = images.decode(file, size=0, channels=1, decoding=images.Decoding(4095.0))
+    np.testing.assert_array_equal(decoded[..., 0], np.rint(np.minimum(values, 4095) * (255 / 4095)))
+
+
+def test_one_white_for_floats_of_a_data_set():
+    values = np.array([[0, 0.2, 1.0], [250.0, 300.0, 400.0]], np.float32)
+    bright, dark = encode(values, "TIFF"), encode(values[:1].copy(), "TIFF")
+    assert images.is_deep(dark) and images.largest_value(bright) == 400
+    for file, expected in ((bright, values), (dark, values[:1])):  # the dark one alone would have white at 1
+        decoded = images.decode(file, size=0, channels=1, decoding=images.Decoding(300.0))
+        np.testing.assert_array_equal(decoded[..., 0], np.rint(np.minimum(expected, 300) * (255 / 300)))
+    broken = encode(np.array([[np.nan, np.inf, -5.0, 7.0]], np.float32), "TIFF")
+    assert images.largest_value(broken) == 7
+
+
+def test_eight_bits_are_not_deep_and_know_no_scale():
+    for file in (encode(NOISE, "PNG"), encode(NOISE[..., 0], "PNG"), encode(NOISE, "JPEG")):
+        assert not images.is_deep(file)
+    file = encode(NOISE, "PNG")
+    decoded = images.decode(file, size=0, channels=3, decoding=images.Decoding(10.0))
+    np.testing.assert_array_equal(decoded, NOISE)
+
+
+@pytest.mark.parametrize(
+    ("largest", "expected"),
+    [
+        (0, 1),
+        (0.3, 1),
+        (1, 1),
+        (1.5, 255),
+        (2, 255),
+        (255, 255),
+        (256, 511),
+        (4080, 4095),
+        (4095, 4095),
+        (65535, 65535),
+        (310.5, 310.5),
+    ],
+)
+def test_natural_maximum(largest, expected):
+    assert images.natural_maximum(float(largest)) == expected
+
+
 def test_transparency_lies_on_white():
     palette = Image.frombytes("P", (2, 2), bytes([0, 1, 2, 3]))
     palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120])
@@ -180,6 +228,10 @@ def test_what_is_no_image_is_told_from_its_header(name, tmp_path):
     data, reason = BAD[name]
     with pytest.raises(BadImage, match=reason):
         images.examine(data)
+    with pytest.raises(BadImage, match=reason):
+        images.is_deep(data)
+    with pytest.raises(BadImage, match=reason):
+        images.largest_value(data)
     with pytest.raises(BadImage, match=reason):
         images.decode(data, size=8, channels=3)
     (tmp_path / "image.jpg").write_bytes(data)

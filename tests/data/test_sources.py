@@ -1,5 +1,6 @@
 """Every source against what was put into it, and every way in which one can be unusable."""
 
+import logging
 import os
 import pathlib
 import shutil
@@ -11,8 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vitcls import predict
 from vitcls.cache import cache_dir
 from vitcls.config import default_config
+from vitcls.data import DatasetInfo, describe, read_image
+from vitcls.data import decode as decode_splits
+from vitcls.data.folder import FileImages
 from vitcls.data.images import decode_all
 from vitcls.data.records import crc32c, index_records
 from vitcls.data.sources import load
@@ -126,6 +131,30 @@ def test_npz_images_of_other_types(npz, dtype):
     np.testing.assert_array_equal(load(npz(**GOOD | {"x_train": images})).train.images, IMAGES)
 
 
+@pytest.mark.parametrize(("dtype", "white"), [(np.uint16, 4095), (np.int64, 4095), (np.float32, 4080.5)])
+def test_npz_has_one_white_for_all_splits(npz, dtype, white, caplog):
+    logging.getLogger("vitcls").addHandler(caplog.handler)
+    train = RNG.integers(0, 4081, (20, 5, 5)).astype(dtype)
+    train[0, 0, 0] = 4080 if white == 4095 else 4080.5
+    test = train[:6] * dtype(2)  # by itself it would have another
+    dataset = load(npz(x_train=train, y_train=LABELS, x_test=test, y_test=LABELS[:6]))
+    logging.getLogger("vitcls").removeHandler(caplog.handler)
+    for split, values in ((dataset.train, train), (dataset.test, test)):
+        expected = np.rint(np.minimum(values, white) * (255 / white))
+        assert np.abs(split.images[..., 0] - expected).max() <= (dtype == np.float32)  # halves, in its own precision
+    assert dataset.train.decoding.max_value == white
+    (line,) = set(caplog.messages)  # once or twice: other tests may have stopped its propagation
+    assert f"is {white if white != 4095 else 4080}, so {white} becomes white; set config.dataset.max_value" in line
+
+
+def test_npz_with_a_given_white(npz):
+    block = npz(**GOOD | {"x_train": IMAGES.astype(np.uint16), "x_test": IMAGES[:6].astype(float)})
+    block.max_value = 51.0
+    dataset = load(block)
+    np.testing.assert_array_equal(dataset.train.images, np.minimum(IMAGES, 51) * 5)
+    np.testing.assert_array_equal(dataset.test.images, dataset.train.images[:6])
+
+
 NPZ_ERRORS = {
     "two lengths": ({"y_train": LABELS[:-1]}, "20 images and 19 labels"),
     "no labels": ({"y_test": None}, "has 'x_test' but no 'y_test'"),
@@ -144,7 +173,12 @@ NPZ_ERRORS = {
     "complex": ({"y_train": LABELS.astype(complex)}, "'y_train' .* whole numbers"),
     "one class": ({"y_train": LABELS * 0, "y_test": LABELS[:6] * 0}, "has 1 class"),
     "pickle": ({"y_train": np.array([None] * 20)}, "cannot be read as .npz without pickles"),
-    "too bright": ({"x_train": IMAGES * 2.0}, "'x_train' .* float64 from 0.0 to .* floats in 0 .. 1"),
+    "too bright": (
+        {"x_train": IMAGES / 255, "x_test": IMAGES[:6] * 2.0},
+        "'x_test' .* float64 up to 510.0, above the 1 that the training images keep to; .*config.dataset.max_value",
+    ),
+    "too bright for 8 bits": ({"x_test": IMAGES[:6] * np.int64(2)}, "'x_test' .* int64 up to 510, above the 255"),
+    "infinite image": ({"x_train": IMAGES + np.inf}, "'x_train' .* float64 from inf to inf"),
     "signed": ({"x_train": IMAGES.astype(int) - 1}, "'x_train' .* int64 from -1"),
     "nan image": ({"x_train": np.full((20, 5, 5, 3), np.nan)}, "'x_train' .* from nan to nan"),
     "boolean": ({"x_train": IMAGES > 0}, "'x_train' .* is bool"),
@@ -313,6 +347,70 @@ def test_images_that_are_not_square_need_a_size(tmp_path):
     with pytest.raises(UserError, match=r"are 6x10, not square; set config.dataset.image_size"):
         load(folder_config(tmp_path))
     assert load(folder_config(tmp_path, image_size=6)).image_shape == (6, 6, 3)
+
+
+@pytest.fixture
+def deep_folder(tmp_path):
+    """Sixteen images of 12 bits in 16; the brightest training image reaches 4080, a test image 5000."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 2)):
+        for name in "ab":
+            for number in range(count):
+                values = rng.integers(0, 100 * (number + 1), (8, 8)).astype(np.uint16)
+                values[0, 0] = 4080 if number == 5 else 5000 if split == "test" else values[0, 0]
+                path = tmp_path / split / name / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values).save(path)
+    return tmp_path
+
+
+def test_deep_images_have_one_white_found_in_the_training_images(deep_folder, caplog):
+    logging.getLogger("vitcls").addHandler(caplog.handler)
+    dataset = load(folder_config(deep_folder))
+    logging.getLogger("vitcls").removeHandler(caplog.handler)
+    (line,) = set(caplog.messages)  # once or twice: other tests may have stopped its propagation
+    assert "largest value of the training images is 4080, so 4095 becomes white; set config.dataset.max_value" in line
+    measured = describe(dataset, folder_config(deep_folder))
+    assert measured.max_value == 4095 and DatasetInfo.from_json(measured.to_json()) == measured
+    as_arrays = decode_splits(dataset)
+    for split, array in ((dataset.train, as_arrays.train), (dataset.test, as_arrays.test)):
+        for index, path in enumerate(split.images.paths):
+            values = np.asarray(Image.open(path)).astype(int)
+            expected = np.rint(np.minimum(values, 4095) * (255 / 4095))
+            np.testing.assert_array_equal(array.images[index, ..., 0], expected)
+            np.testing.assert_array_equal(read_image(split, index, dataset.image_shape)[..., 0], expected)
+            np.testing.assert_array_equal(predict.read(path, dataset.image_shape, split.decoding)[..., 0], expected)
+
+
+def test_the_white_of_deep_images_can_be_given_or_kept(deep_folder):
+    assert load(folder_config(deep_folder, max_value=1000.0)).test.decoding.max_value == 1000
+    for kept in (0.0, 700.0):  # of a run, even one of version 0.1, that is evaluated
+        assert load(folder_config(deep_folder), max_value=kept).test.decoding.max_value == kept
+
+
+def test_a_deep_image_among_others_is_enough(folder):
+    values = np.full((8, 8), 300, np.uint16)
+    for name in ("cat", "dog"):
+        Image.fromarray(values).save(folder / name / "deep.png")
+    dataset = load(folder_config(folder))
+    assert dataset.train.decoding.max_value == 511
+    paths = [path for path in dataset.train.images.paths if path.name != "deep.png"]
+    np.testing.assert_array_equal(
+        read_image(dataset.train, dataset.train.images.paths.index(paths[0]), (8, 8, 3)),
+        np.asarray(Image.open(paths[0])),
+    )
+
+
+def test_images_of_8_bits_cost_no_pass_for_a_white(tmp_path, monkeypatch):
+    for name in "ab":
+        for number in range(50):
+            write_image(tmp_path / "train" / name / f"{number}.png")
+            write_image(tmp_path / "test" / name / f"{number}.png")
+    reads = []
+    read = FileImages.read
+    monkeypatch.setattr(FileImages, "read", lambda self, index: reads.append(index) or read(self, index))
+    assert load(folder_config(tmp_path)).train.decoding.max_value == 0
+    assert len(reads) == len(set(reads)) == 64 and {0, 99} <= set(reads)
 
 
 def test_folders_that_cannot_be_used(tmp_path):

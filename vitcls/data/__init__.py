@@ -52,6 +52,7 @@ class DatasetInfo:
     num_examples: dict[str, int]  # by split
     class_counts: tuple[int, ...]  # of the training split
     skipped: tuple[SkippedFile, ...]
+    max_value: float = 0.0  # the white of images of more than 8 bits; see `images.Decoding`
 
     @property
     def num_classes(self) -> int:
@@ -92,6 +93,7 @@ def describe(dataset: Dataset, config) -> DatasetInfo:
         num_examples={name: len(split.labels) for name, split in splits.items() if split is not None},
         class_counts=tuple(np.bincount(dataset.train.labels, minlength=dataset.num_classes).tolist()),
         skipped=dataset.skipped,
+        max_value=dataset.train.decoding.max_value,
     )
 
 
@@ -103,7 +105,9 @@ def _mean_and_std(dataset: Dataset) -> tuple[tuple[float, ...], tuple[float, ...
         if len(images) > _STATISTICS_SAMPLE:
             chosen = np.sort(np.random.default_rng(0).choice(len(images), _STATISTICS_SAMPLE, replace=False))
         size, _, channels = dataset.image_shape
-        images = image_files.decode_all(images.take(chosen), size=size, channels=channels)
+        images = image_files.decode_all(
+            images.take(chosen), size=size, channels=channels, decoding=dataset.train.decoding
+        )
     # Exact and small: uint8 has 256 values, so a histogram per channel holds all that is needed.
     histograms = [np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(images.shape[-1])]
     values = np.arange(256) / 255
@@ -141,8 +145,8 @@ def decode(dataset: Dataset, splits: tuple[str, ...] = ("train", "validation", "
     for name in splits:
         split = getattr(dataset, name)
         if split is not None and not isinstance(split.images, np.ndarray):
-            images = image_files.decode_all(split.images, size=size, channels=channels)
-            arrays[name] = Split(images, split.labels)
+            images = image_files.decode_all(split.images, size=size, channels=channels, decoding=split.decoding)
+            arrays[name] = dataclasses.replace(split, images=images)
     return dataclasses.replace(dataset, **arrays)
 
 

@@ -1,5 +1,6 @@
 """Image files to arrays, through Pillow: what is not an image, or not a safe one, is told apart first."""
 
+import dataclasses
 import io
 import math
 import os
@@ -16,7 +17,8 @@ from vitcls.errors import UserError
 MAX_PIXELS = 2**26  # 67 megapixels; a file that claims more is not decoded
 # Only these readers see the bytes, whatever a file's name; none of them starts another program, as that of EPS does.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000")
-_GRAY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+_DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # integers of 16 or 32 bits, floats; all gray
+_GRAY_MODES = ("1", "L", "LA", "La", *_DEEP_MODES)
 _WORTH_A_THREAD = 8_192  # bytes; Python holds its lock for most of the time that a smaller file takes
 # Bombs are refused here, and broken metadata of a good picture is of no interest. Set once: Pillow runs in threads, and
 # `warnings.catch_warnings` is for one thread only.
@@ -27,6 +29,21 @@ Box = tuple[float, float, float, float]  # left, top, width, height in pixels
 
 class BadImage(ValueError):
     """The bytes are not an image that can be used; the message says why, in a few words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """What decoding needs to know of a data set, so that every image of it is treated alike, at prediction too.
+
+    `max_value` is the value that becomes white (255) in images of more than 8 bits; larger ones are clipped. 0.0, where
+    no training image is one, and in workdirs of version 0.1: integers have 16 bits, and floats lie in the first of
+    0 .. 1, 0 .. 255, 0 .. 65535 that holds them.
+    """
+
+    max_value: float = 0.0
+
+
+BY_FORMAT = Decoding()
 
 
 class EncodedImages(Protocol):
@@ -51,7 +68,42 @@ def examine(data: bytes) -> tuple[int, int, int]:
         return width, height, 1 if image.mode in _GRAY_MODES else 3
 
 
-def decode(data: bytes, *, size: int, channels: int, box: Box | None = None) -> np.ndarray:
+def is_deep(data: bytes) -> bool:
+    """Whether an encoded image has integers of more than 8 bits or floats, by its header alone; raises BadImage.
+
+    16 bits in colour are no matter of ours: Pillow reads their upper 8.
+    """
+    with _opened(data) as image:
+        return image.mode in _DEEP_MODES
+
+
+def largest_value(data: bytes) -> float:
+    """The largest finite value of an encoded image, at least 0; decodes it. Raises BadImage."""
+    with _opened(data) as image:
+        try:
+            values = np.asarray(image)
+        except Exception as error:  # as in `decode`
+            raise BadImage(f"cannot be decoded ({error})") from None
+    return float(values.max(where=np.isfinite(values), initial=0))
+
+
+def natural_maximum(largest: float) -> float:
+    """The white of a data set, by its largest value: 1 or 255 if they hold it; else, of a whole number, the next
+    2^n - 1 (4095 for 12 bits that reach 4080), and any other number itself.
+    """
+    if largest <= 255:
+        return 1.0 if largest <= 1 else 255.0
+    return float(2 ** int(largest).bit_length() - 1) if largest.is_integer() else largest
+
+
+def to_8_bits(values: np.ndarray, max_value: float) -> np.ndarray:
+    """Values in 0 .. max_value, of any type, to uint8; what is outside is clipped, NaN becomes 0."""
+    return np.rint(np.clip(np.nan_to_num(values) / max_value, 0, 1) * 255).astype(np.uint8)
+
+
+def decode(
+    data: bytes, *, size: int, channels: int, box: Box | None = None, decoding: Decoding = BY_FORMAT
+) -> np.ndarray:
     """Decodes an image to uint8 [size, size, channels], or with `size` 0 at its own size.
 
     The first frame, upright, is taken; CMYK, palettes and 16 bits are converted, transparency lies on white. It is
@@ -67,7 +119,7 @@ def decode(data: bytes, *, size: int, channels: int, box: Box | None = None) -> 
                 scale = drafted[1][2] / width if drafted else 1.0  # 1, 1/2, 1/4 or 1/8, though sides are rounded up
             upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
             upright.load()
-            picture = _to_channels(upright, channels)
+            picture = _to_channels(upright, channels, decoding.max_value)
             if size:
                 picture = _fit(picture, size, None if box is None else tuple(value * scale for value in box))
         except Exception as error:  # Pillow's readers fail in too many ways on damaged bytes to be listed
@@ -97,7 +149,7 @@ def random_resized_crop_box(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def decode_all(images: EncodedImages, *, size: int, channels: int) -> np.ndarray:
+def decode_all(images: EncodedImages, *, size: int, channels: int, decoding: Decoding = BY_FORMAT) -> np.ndarray:
     """Decodes a whole sequence, with one thread per core where images are large: uint8 [N, size, size, channels].
 
     With `size` 0 the images keep their own size. Raises UserError for an image that cannot be decoded, or whose size
@@ -106,7 +158,7 @@ def decode_all(images: EncodedImages, *, size: int, channels: int) -> np.ndarray
 
     def one(index: int) -> np.ndarray:
         try:
-            return decode(images.read(index), size=size, channels=channels)
+            return decode(images.read(index), size=size, channels=channels, decoding=decoding)
         except (BadImage, OSError) as error:
             raise UserError(f"image {index} of the data set: {error}") from None
 
@@ -193,23 +245,22 @@ def _fit(picture: Image.Image, size: int, box: Box | None) -> Image.Image:
     return picture.resize((size, size), Image.Resampling.BILINEAR, box=corners, reducing_gap=3.0)
 
 
-def _to_channels(image: Image.Image, channels: int) -> Image.Image:
+def _to_channels(image: Image.Image, channels: int, max_value: float) -> Image.Image:
     """The image in mode 'L' (1 channel) or 'RGB' (3)."""
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    if image.mode in _DEEP_MODES:  # Pillow's own way would clip
+        values = np.asarray(image)
+        image = Image.fromarray(to_8_bits(values, max_value or _own_maximum(values)))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Gray integers of 16 bits, or floats in 0 .. 1, 0 .. 255 or 0 .. 65535, to uint8; Pillow's own way would clip."""
-    top = 65535
+def _own_maximum(values: np.ndarray) -> float:
+    """The white of an image whose data set has none; see `Decoding`."""
     if values.dtype.kind == "f":
-        values = np.nan_to_num(values)
-        top = next((top for top in (1, 255) if values.max() <= top), 65535)
-    return np.rint(np.clip(values / top, 0, 1) * 255).astype(np.uint8)
+        return next((top for top in (1, 255) if np.nan_to_num(values).max() <= top), 65535)
+    return 65535
 
 
 def _to_array(image: Image.Image) -> np.ndarray:

@@ -120,10 +120,10 @@ def read_image(
         return encoded
     size, _, channels = image_shape
     if crop is None:
-        return image_files.decode(encoded, size=size, channels=channels)
+        return image_files.decode(encoded, size=size, channels=channels, decoding=split.decoding)
     width, height, _ = image_files.examine(encoded)
     box = image_files.random_resized_crop_box(np.random.default_rng(seed), width, height, crop.area, crop.ratio)
-    return image_files.decode(encoded, size=size, channels=channels, box=box)
+    return image_files.decode(encoded, size=size, channels=channels, box=box, decoding=split.decoding)
 
 
 def _parallel_batches(
