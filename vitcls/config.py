@@ -7,7 +7,7 @@ import json
 import math
 import os
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from vitcls import durations, errors, losses, models, optim
 from vitcls.data.augment import TEST_TIME, make_augment
@@ -35,7 +35,8 @@ def default_config(model_name: str) -> ConfigDict:
     config.dataset.name = "digits"  # 'digits', 'synthetic', 'folder', 'npz' or any TFDS classification set
     config.dataset.data_dir = ""  # folder: its root; npz: the file; TFDS: data directory ('' = TFDS's own default)
     config.dataset.pipeline = "auto"  # 'resident', 'streaming' or 'auto' (by size)
-    config.dataset.image_size = 0  # pixels; 0 keeps the native size, which all images must then share
+    # Pixels: one number, or (height, width); 0 keeps the native size, which all images must then share.
+    config.dataset.image_size = FieldReference(0, field_type=object)
     config.dataset.max_value = 0.0  # what becomes white where there are more than 8 bits; 0 finds it in training images
     config.dataset.validation = 0.1  # fraction of train carved off, stratified; 0 for none
     config.dataset.test = 0.2  # fraction carved off for test where the source has no test split
@@ -167,6 +168,12 @@ def validate(config: ConfigDict) -> None:
                 durations.to_steps(duration, batch_size=config.batch_size, num_examples=1, total_steps=1)
             except UserError as error:
                 raise UserError(f"config.{key}: {error}") from None
+    size = config.dataset.image_size
+    sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
+    if size != 0 and not all(type(side) is int and side > 0 for side in sides):
+        raise UserError(
+            f"config.dataset.image_size={size!r} is impossible; it must be 0, a number of pixels, or (height, width)"
+        )
     if config.batch_size % config.optimizer.accumulate:
         raise UserError(
             f"config.batch_size={config.batch_size} cannot be divided into "
@@ -248,7 +255,6 @@ _RANGES = {
     "batch_size": (1, math.inf),
     "steps_per_call": (1, math.inf),
     "nonfinite_limit": (1, math.inf),
-    "dataset.image_size": (0, math.inf),
     "dataset.max_value": (0, math.inf),
     "dataset.validation": (0, 0.9),
     "dataset.test": (0.01, 0.9),

@@ -55,7 +55,7 @@ def predict(
 
 def read(file: pathlib.Path, image_shape: tuple[int, int, int], decoding: image_files.Decoding) -> np.ndarray:
     """One file as the model was trained to see it, uint8 [H, W, C]; raises OSError or BadImage."""
-    size, _, channels = image_shape
+    size, channels = image_shape[:2], image_shape[2]
     encoded = file.read_bytes()
     image_files.examine(encoded)
     return image_files.decode(encoded, size=size, channels=channels, decoding=decoding)

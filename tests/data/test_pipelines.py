@@ -79,18 +79,19 @@ def test_a_run_can_be_entered_at_any_step(pipeline):
     assert not np.array_equal(whole["image"][0], other["image"][0])
 
 
-def test_random_resized_crops_are_a_function_of_the_place_in_the_run(tmp_path):
+@pytest.mark.parametrize("height_and_width", [(12, 12), (8, 14)])
+def test_random_resized_crops_are_a_function_of_the_place_in_the_run(tmp_path, height_and_width):
     rng = np.random.default_rng(0)
     paths = tuple(tmp_path / f"{i}.png" for i in range(8))
     for path in paths:
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(path)
     split = Split(FileImages(paths), np.arange(8, dtype=np.int32) % 2)
-    files = Dataset("test", ("a", "b"), split, None, split, (12, 12, 3))
+    files = Dataset("test", ("a", "b"), split, None, split, (*height_and_width, 3))
     cropping = config(pipeline="auto", random_resized_crop=True)
     assert data.choose_pipeline(files, cropping) == "streaming"
     first, again = (read(files, cropping, steps, batch_size=8, length=1) for steps in ([0, 1], [1]))
     np.testing.assert_array_equal(first["image"][1], again["image"][0])
-    assert first["image"].shape == (2, 1, 8, 12, 12, 3)
+    assert first["image"].shape == (2, 1, 8, *height_and_width, 3)
     assert not np.array_equal(np.sort(first["image"][0], axis=None), np.sort(first["image"][1], axis=None))
 
 

@@ -32,7 +32,7 @@ def config(**values):
 
 
 def decoded(split, dataset):
-    return decode_all(split.images, size=dataset.image_shape[0], channels=dataset.image_shape[2])
+    return decode_all(split.images, size=dataset.image_shape[:2], channels=dataset.image_shape[2])
 
 
 # Digits and synthetic
@@ -66,6 +66,8 @@ def test_synthetic_is_deterministic_balanced_and_learnable():
     block.split_seed = 1
     assert not np.array_equal(load(block).train.images, first.train.images)
     assert load(config(name="synthetic", num_examples=30, num_classes=2)).image_shape == (32, 32, 3)
+    wide = load(config(name="synthetic", num_examples=30, num_classes=2, image_size=(6, 10)))
+    assert wide.image_shape == wide.train.images.shape[1:] == (6, 10, 3)
 
 
 def test_folds_take_the_place_of_the_validation_split_and_leave_test_alone():
@@ -81,6 +83,7 @@ def test_folds_take_the_place_of_the_validation_split_and_leave_test_alone():
 
 def test_images_in_memory_are_resized():
     assert load(config(name="digits", image_size=12)).train.images.shape[1:] == (12, 12, 1)
+    assert load(config(name="digits", image_size=(12, 6))).train.images.shape[1:] == (12, 6, 1)
 
 
 # npz
@@ -340,13 +343,19 @@ def test_folder_of_gray_and_colour_and_of_differing_sizes(folder):
     assert dataset.image_shape == (16, 16, 3) and decoded(dataset.train, dataset).shape[1:] == (16, 16, 3)
 
 
-def test_images_that_are_not_square_need_a_size(tmp_path):
+def test_images_need_not_be_square(tmp_path):
     for name in "ab":
         for number in range(4):
             write_image(tmp_path / name / f"{number}.png", size=(10, 6))
-    with pytest.raises(UserError, match=r"are 6x10, not square; set config.dataset.image_size"):
-        load(folder_config(tmp_path))
+    dataset = load(folder_config(tmp_path))
+    assert dataset.image_shape == (6, 10, 3)
+    pixels = np.stack([np.asarray(Image.open(path)) for path in dataset.train.images.paths])
+    np.testing.assert_array_equal(decode_splits(dataset).train.images, pixels)
     assert load(folder_config(tmp_path, image_size=6)).image_shape == (6, 6, 3)
+    wide = load(folder_config(tmp_path, image_size=(2, 10)))
+    path = wide.train.images.paths[0]
+    for image in (decoded(wide.train, wide)[0], predict.read(path, wide.image_shape, wide.train.decoding)):
+        np.testing.assert_array_equal(image, pixels[0, 2:4])
 
 
 @pytest.fixture
@@ -585,9 +594,8 @@ def test_labels_that_are_not_public_make_validation_the_test_split(prepared):
 
 
 def test_tfds_without_a_test_split_is_split(prepared):
-    with pytest.raises(UserError, match="not square"):
-        load(tfds_config(prepared, name="binary_alpha_digits", test=0.5))
-    dataset = load(tfds_config(prepared, name="binary_alpha_digits", test=0.5, image_size=16))
+    dataset = load(tfds_config(prepared, name="binary_alpha_digits", test=0.5))
+    assert dataset.image_shape == (20, 16, 1)
     np.testing.assert_array_equal(np.bincount(dataset.train.labels), np.ones(36))
     np.testing.assert_array_equal(np.bincount(dataset.test.labels), np.ones(36))
     values = decoded(dataset.train, dataset)[:, 0, 0, 0]  # each image is filled with its number

@@ -104,7 +104,7 @@ def _mean_and_std(dataset: Dataset) -> tuple[tuple[float, ...], tuple[float, ...
         chosen = np.arange(len(images))
         if len(images) > _STATISTICS_SAMPLE:
             chosen = np.sort(np.random.default_rng(0).choice(len(images), _STATISTICS_SAMPLE, replace=False))
-        size, _, channels = dataset.image_shape
+        size, channels = dataset.image_shape[:2], dataset.image_shape[2]
         images = image_files.decode_all(
             images.take(chosen), size=size, channels=channels, decoding=dataset.train.decoding
         )
@@ -140,7 +140,7 @@ def _device_memory_bytes() -> int:
 
 def decode(dataset: Dataset, splits: tuple[str, ...] = ("train", "validation", "test")) -> Dataset:
     """The data set with the images of these splits as arrays uint8 [N, H, W, C], for the resident pipeline."""
-    size, _, channels = dataset.image_shape
+    size, channels = dataset.image_shape[:2], dataset.image_shape[2]
     arrays = {}
     for name in splits:
         split = getattr(dataset, name)

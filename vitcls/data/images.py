@@ -18,6 +18,7 @@ MAX_PIXELS = 2**26  # 67 megapixels; a file that claims more is not decoded
 # Only these readers see the bytes, whatever a file's name; none of them starts another program, as that of EPS does.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000")
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # integers of 16 or 32 bits, floats; all gray
+_QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _GRAY_MODES = ("1", "L", "LA", "La", *_DEEP_MODES)
 _WORTH_A_THREAD = 8_192  # bytes; Python holds its lock for most of the time that a smaller file takes
 # Bombs are refused here, and broken metadata of a good picture is of no interest. Set once: Pillow runs in threads, and
@@ -25,6 +26,7 @@ _WORTH_A_THREAD = 8_192  # bytes; Python holds its lock for most of the time tha
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 Box = tuple[float, float, float, float]  # left, top, width, height in pixels
+Size = tuple[int, int]  # height, width in pixels
 
 
 class BadImage(ValueError):
@@ -63,7 +65,7 @@ def examine(data: bytes) -> tuple[int, int, int]:
     """
     with _opened(data) as image:
         width, height = image.size
-        if _orientation(image) in (5, 6, 7, 8):  # turned by a quarter
+        if _orientation(image) in _QUARTER_TURNS:
             width, height = height, width
         return width, height, 1 if image.mode in _GRAY_MODES else 3
 
@@ -102,22 +104,25 @@ def to_8_bits(values: np.ndarray, max_value: float) -> np.ndarray:
 
 
 def decode(
-    data: bytes, *, size: int, channels: int, box: Box | None = None, decoding: Decoding = BY_FORMAT
+    data: bytes, *, size: Size | None, channels: int, box: Box | None = None, decoding: Decoding = BY_FORMAT
 ) -> np.ndarray:
-    """Decodes an image to uint8 [size, size, channels], or with `size` 0 at its own size.
+    """Decodes an image to uint8 [*size, channels], or without `size` at its own.
 
     The first frame, upright, is taken; CMYK, palettes and 16 bits are converted, transparency lies on white. It is
-    cropped to its central square, or to `box` of the upright image, and resized with antialiasing. Raises BadImage.
+    cropped to the largest central box of the shape of `size`, or to `box` of the upright image, and resized with
+    antialiasing. Raises BadImage.
     """
     with _opened(data) as image:
         try:
-            scale = 1.0
+            scale, orientation = 1.0, _orientation(image)
             if size and image.format == "JPEG":  # decode no more pixels than the resizing needs
-                enough = 2 * size / min(image.size if box is None else box[2:])
+                upright_size = image.size[::-1] if orientation in _QUARTER_TURNS else image.size
+                _, _, box_width, box_height = box or central_box(*upright_size, size)
+                enough = 2 * max(size[0] / box_height, size[1] / box_width)
                 width = image.width
                 drafted = image.draft(None, tuple(math.ceil(side * enough) for side in image.size))
                 scale = drafted[1][2] / width if drafted else 1.0  # 1, 1/2, 1/4 or 1/8, though sides are rounded up
-            upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+            upright = ImageOps.exif_transpose(image) if orientation != 1 else image
             upright.load()
             picture = _to_channels(upright, channels, decoding.max_value)
             if size:
@@ -125,6 +130,16 @@ def decode(
         except Exception as error:  # Pillow's readers fail in too many ways on damaged bytes to be listed
             raise BadImage(f"cannot be decoded ({error})") from None
     return _to_array(picture)
+
+
+def central_box(width: int, height: int, size: Size) -> Box:
+    """The largest box in the centre of an image that has the shape of `size`."""
+    target_height, target_width = size
+    if width * target_height <= height * target_width:  # the image is the narrower one
+        box_width, box_height = float(width), width * target_height / target_width
+    else:
+        box_width, box_height = height * target_width / target_height, float(height)
+    return (width - box_width) / 2, (height - box_height) / 2, box_width, box_height
 
 
 def random_resized_crop_box(
@@ -149,10 +164,12 @@ def random_resized_crop_box(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def decode_all(images: EncodedImages, *, size: int, channels: int, decoding: Decoding = BY_FORMAT) -> np.ndarray:
-    """Decodes a whole sequence, with one thread per core where images are large: uint8 [N, size, size, channels].
+def decode_all(
+    images: EncodedImages, *, size: Size | None, channels: int, decoding: Decoding = BY_FORMAT
+) -> np.ndarray:
+    """Decodes a whole sequence, with one thread per core where images are large: uint8 [N, *size, channels].
 
-    With `size` 0 the images keep their own size. Raises UserError for an image that cannot be decoded, or whose size
+    Without `size` the images keep their own. Raises UserError for an image that cannot be decoded, or whose size
     is not that of the first.
     """
 
@@ -172,7 +189,7 @@ def decode_all(images: EncodedImages, *, size: int, channels: int, decoding: Dec
         decoded[index] = image
 
     if not len(images):
-        return np.zeros((0, size, size, channels), np.uint8)
+        return np.zeros((0, *(size or (0, 0)), channels), np.uint8)
     first = one(0)
     decoded = np.empty((len(images), *first.shape), np.uint8)
     sample = [len(images.read(index)) for index in range(min(len(images), 16))]
@@ -186,8 +203,8 @@ def decode_all(images: EncodedImages, *, size: int, channels: int, decoding: Dec
     return decoded
 
 
-def resize_all(images: np.ndarray, size: int) -> np.ndarray:
-    """Resizes images in memory, uint8 [N, H, W, C], as `decode` does: uint8 [N, size, size, C]."""
+def resize_all(images: np.ndarray, size: Size) -> np.ndarray:
+    """Resizes images in memory, uint8 [N, H, W, C], as `decode` does: uint8 [N, *size, C]."""
 
     def one(image: np.ndarray) -> np.ndarray:
         return _to_array(_fit(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), size, None))
@@ -202,7 +219,7 @@ def verify(path: pathlib.Path) -> tuple[int, int, int]:
         raise BadImage("is too large for an image")
     data = path.read_bytes()
     found = examine(data)
-    decode(data, size=0, channels=found[2])
+    decode(data, size=None, channels=found[2])
     return found
 
 
@@ -233,16 +250,14 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _fit(picture: Image.Image, size: int, box: Box | None) -> Image.Image:
-    """Resizes `box` of a picture, or its central square, to [size, size]."""
-    if box is None:
-        side = min(picture.size)
-        box = ((picture.width - side) / 2, (picture.height - side) / 2, side, side)
-    left, top, width, height = box
+def _fit(picture: Image.Image, size: Size, box: Box | None) -> Image.Image:
+    """Resizes `box` of a picture, or its `central_box`, to `size`."""
+    left, top, width, height = box or central_box(*picture.size, size)
     corners = (left, top, min(left + width, picture.width), min(top + height, picture.height))
-    if corners == (0, 0, size, size) and picture.size == (size, size):
+    width_and_height = size[::-1]
+    if corners == (0, 0, *width_and_height) and picture.size == width_and_height:
         return picture
-    return picture.resize((size, size), Image.Resampling.BILINEAR, box=corners, reducing_gap=3.0)
+    return picture.resize(width_and_height, Image.Resampling.BILINEAR, box=corners, reducing_gap=3.0)
 
 
 def _to_channels(image: Image.Image, channels: int, max_value: float) -> Image.Image:

@@ -103,33 +103,33 @@ def _told_of_skipped(source: Source) -> str:
     return f" ({count} file{'s were' if count > 1 else ' was'} skipped; {first.path} {first.reason})"
 
 
-def _image_shape(source: Source, image_size: int) -> tuple[int, int, int]:
+def _height_and_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """`config.dataset.image_size`, one number or two."""
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+
+
+def _image_shape(source: Source, image_size: int | tuple[int, int]) -> tuple[int, int, int]:
     """H, W, C as the model will see the images; those in files may be gray and in colour, which makes them colour."""
     channels = {shape[2] for shape in source.shapes}
     in_memory = isinstance(source.splits["train"].images, np.ndarray)
     if in_memory and len(channels) > 1:
         raise UserError(f"the splits of '{source.name}' differ in channels: {' and '.join(map(str, sorted(channels)))}")
     if image_size:
-        return image_size, image_size, max(channels)
+        return *_height_and_width(image_size), max(channels)
     sizes = sorted({shape[:2] for shape in source.shapes})
     if len(sizes) > 1:
         (h0, w0), (h1, w1) = sizes[0], sizes[-1]
         raise UserError(
             f"the images of '{source.name}' differ in size, from {h0}x{w0} to {h1}x{w1}; set config.dataset.image_size"
         )
-    height, width = sizes[0]
-    if height != width and not in_memory:  # files are decoded to squares
-        raise UserError(
-            f"the images of '{source.name}' are {height}x{width}, not square; set config.dataset.image_size"
-        )
-    return height, width, max(channels)
+    return *sizes[0], max(channels)
 
 
 def _at_size(split: Split, image_shape: tuple[int, int, int]) -> Split:
     """Images in memory are resized once; encoded ones are resized as they are decoded."""
     if not isinstance(split.images, np.ndarray) or split.images.shape[1:] == image_shape:
         return split
-    return Split(image_files.resize_all(split.images, image_shape[0]), split.labels)
+    return Split(image_files.resize_all(split.images, image_shape[:2]), split.labels)
 
 
 def _find_max_value(images: EncodedImages) -> float:
@@ -181,11 +181,12 @@ def _digits(config) -> Source:
 def _synthetic(config) -> Source:
     """A pattern per class under noise, by `split_seed`: learnable, endless, and worth nothing."""
     rng = np.random.default_rng(config.split_seed)
-    size = config.image_size or 32
-    patterns = rng.uniform(60, 195, (config.num_classes, 4, 4, 3)).repeat(-(-size // 4), 1).repeat(-(-size // 4), 2)
+    height, width = _height_and_width(config.image_size or 32)
+    patterns = rng.uniform(60, 195, (config.num_classes, 4, 4, 3))
+    patterns = patterns.repeat(-(-height // 4), 1).repeat(-(-width // 4), 2)[:, :height, :width]
     labels = rng.permutation(np.arange(config.num_examples) % config.num_classes).astype(np.int32)
-    noise = rng.normal(0, 40, (config.num_examples, size, size, 3))
-    images = np.clip(patterns[labels, :size, :size] + noise, 0, 255).astype(np.uint8)
+    noise = rng.normal(0, 40, (config.num_examples, height, width, 3))
+    images = np.clip(patterns[labels] + noise, 0, 255).astype(np.uint8)
     names = tuple(f"class {k}" for k in range(config.num_classes))
     return Source("synthetic", names, {"train": Split(images, labels)}, (images.shape[1:],))
 

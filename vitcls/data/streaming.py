@@ -118,7 +118,7 @@ def read_image(
     encoded = split.images[index] if isinstance(split.images, np.ndarray) else split.images.read(index)
     if isinstance(encoded, np.ndarray):
         return encoded
-    size, _, channels = image_shape
+    size, channels = image_shape[:2], image_shape[2]
     if crop is None:
         return image_files.decode(encoded, size=size, channels=channels, decoding=split.decoding)
     width, height, _ = image_files.examine(encoded)
