@@ -68,6 +68,8 @@ def run(command, arguments, capsys):
         ([DIGITS, "--workdir=x", "--config.loss.class_weights=(1.0,2.0)"], "class_weights"),
         ([DIGITS, "--workdir=x", "--config.dataset.mean=(1.0,2.0)"], "config.dataset.mean has 2 values"),
         ([DIGITS, "--workdir=x", "--config.dataset.max_value=-1"], "config.dataset.max_value=-1"),
+        ([DIGITS, "--workdir=x", "--config.dataset.eval_crop=0"], "config.dataset.eval_crop=0.0 is impossible"),
+        ([DIGITS, "--workdir=x", "--config.dataset.eval_crop=1.1"], "config.dataset.eval_crop=1.1 is impossible"),
         *(
             (
                 [DIGITS, "--workdir=x", f"--config.dataset.image_size={size}"],

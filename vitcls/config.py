@@ -32,7 +32,9 @@ def default_config(model_name: str) -> ConfigDict:
     config.nonfinite_limit = 10  # stop after so many skipped (non-finite) updates in a row
 
     config.dataset = ConfigDict()
-    config.dataset.name = "digits"  # 'digits', 'synthetic', 'folder', 'npz' or any TFDS classification set
+    config.dataset.name = (
+        "digits"  # 'digits', 'synthetic', 'synthetic_jpeg', 'folder', 'npz' or any TFDS set of classes
+    )
     config.dataset.data_dir = ""  # folder: its root; npz: the file; TFDS: data directory ('' = TFDS's own default)
     config.dataset.pipeline = "auto"  # 'resident', 'streaming' or 'auto' (by size)
     # Pixels: one number, or (height, width); 0 keeps the native size, which all images must then share.
@@ -46,11 +48,14 @@ def default_config(model_name: str) -> ConfigDict:
     config.dataset.sampling = "uniform"  # 'uniform' or 'balanced' (every class equally often)
     config.dataset.mean = ()  # per channel, in [0, 1]; () computes it from the training split
     config.dataset.std = ()
+    # The central crop, as a share of the image resized to image_size / eval_crop: of evaluation, prediction, and of
+    # training images too unless they are cropped at random.
+    config.dataset.eval_crop = 1.0
     config.dataset.random_resized_crop = False  # on the host; streaming only
     config.dataset.crop_area = (0.08, 1.0)  # of the image
     config.dataset.crop_ratio = (3 / 4, 4 / 3)  # width / height
-    config.dataset.num_examples = 1000  # 'synthetic' only
-    config.dataset.num_classes = 10  # 'synthetic' only
+    config.dataset.num_examples = 1000  # 'synthetic' and 'synthetic_jpeg' only
+    config.dataset.num_classes = 10  # as num_examples
 
     config.augment = ConfigDict()
     config.augment.crop = dict(probability=0.0, padding=4, fill="zero")  # pixels on each side; or 'reflect'
@@ -174,6 +179,8 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"config.dataset.image_size={size!r} is impossible; it must be 0, a number of pixels, or (height, width)"
         )
+    if not 0 < config.dataset.eval_crop <= 1:
+        raise UserError(f"config.dataset.eval_crop={config.dataset.eval_crop} is impossible; it must be in (0, 1]")
     if config.batch_size % config.optimizer.accumulate:
         raise UserError(
             f"config.batch_size={config.batch_size} cannot be divided into "

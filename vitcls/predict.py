@@ -27,7 +27,7 @@ def predict(
 ) -> Iterator[tuple[pathlib.Path, np.ndarray | str]]:
     """Yields (file, probabilities float32 [K]) for each file in order, or (file, why it cannot be read)."""
     config, info = trained.config, trained.info
-    decoding = image_files.Decoding(info.max_value)
+    decoding = image_files.Decoding(info.max_value, config.dataset.eval_crop)
     model = experiment.make_model(config, info)
     variables = trained.restore_variables(model, trained.find_step(checkpoint or config.report.checkpoint))
     eval_step = jax.jit(experiment.make_eval_step(config, model, info))

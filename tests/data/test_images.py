@@ -282,6 +282,29 @@ def test_resizing_takes_the_central_square(size):
     assert np.abs(decoded.astype(int) - np.asarray(expected)).max() <= 3
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize(("size", "shape"), [((28, 28), (32, 32)), ((28, 42), (32, 48))])
+def test_eval_crop_is_the_centre_of_a_larger_picture(kind, size, shape):
+    """The oracle resizes to size / 0.875 and crops, in two steps."""
+    file = encode(SMOOTH[:80, :120], kind, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
+    larger = np.asarray(ImageOps.fit(Image.fromarray(SMOOTH[:80, :120]), shape[::-1], Image.Resampling.BILINEAR))
+    margins = [(outer - inner) // 2 for outer, inner in zip(shape, size, strict=True)]
+    expected = larger[margins[0] : margins[0] + size[0], margins[1] : margins[1] + size[1]]
+    decoding = images.Decoding(eval_crop=0.875)
+    decoded = images.decode(file, size=size, channels=3, decoding=decoding)
+    assert np.abs(decoded.astype(int) - expected)[..., :2].max() <= 3
+    whole = images.decode(file, size=size, channels=3)
+    np.testing.assert_array_equal(
+        images.decode(file, size=size, channels=3, decoding=images.Decoding(eval_crop=1.0)), whole
+    )
+    assert np.abs(whole.astype(int) - expected)[..., :2].max() > 5
+    box = (10, 10, 50, 50)  # at random, say: it is taken as it is
+    np.testing.assert_array_equal(
+        images.decode(file, size=size, channels=3, decoding=decoding, box=box),
+        images.decode(file, size=size, channels=3, box=box),
+    )
+
+
 def test_resizing_is_antialiased():
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
@@ -396,6 +419,9 @@ def test_resizing_in_memory_is_resizing_while_decoding(channels):
     for size in ((16, 16), (200, 200), (20, 30)):
         expected = images.decode_all(Encoded(files), size=size, channels=channels)
         np.testing.assert_array_equal(images.resize_all(arrays, size), expected)
+        decoding = images.Decoding(eval_crop=0.8)
+        expected = images.decode_all(Encoded(files), size=size, channels=channels, decoding=decoding)
+        np.testing.assert_array_equal(images.resize_all(arrays, size, 0.8), expected)
 
 
 def test_a_huge_file_is_not_read(tmp_path):

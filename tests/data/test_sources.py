@@ -17,8 +17,9 @@ from vitcls.cache import cache_dir
 from vitcls.config import default_config
 from vitcls.data import DatasetInfo, describe, read_image
 from vitcls.data import decode as decode_splits
+from vitcls.data import images as image_files
 from vitcls.data.folder import FileImages
-from vitcls.data.images import decode_all
+from vitcls.data.images import decode_all, examine
 from vitcls.data.records import crc32c, index_records
 from vitcls.data.sources import load
 from vitcls.errors import UserError
@@ -68,6 +69,48 @@ def test_synthetic_is_deterministic_balanced_and_learnable():
     assert load(config(name="synthetic", num_examples=30, num_classes=2)).image_shape == (32, 32, 3)
     wide = load(config(name="synthetic", num_examples=30, num_classes=2, image_size=(6, 10)))
     assert wide.image_shape == wide.train.images.shape[1:] == (6, 10, 3)
+
+
+def test_synthetic_jpegs_are_files_of_real_sizes_and_learnable():
+    from sklearn.neighbors import NearestCentroid
+
+    block = config(name="synthetic_jpeg", num_examples=48, num_classes=3, image_size=(6, 8), test=0.25)
+    dataset, again = load(block), load(block)
+    assert dataset.image_shape == (6, 8, 3) and len(dataset.train.images) == 32
+    encoded = [dataset.train.images.read(index) for index in range(8)]
+    assert encoded == [again.train.images.read(index) for index in range(8)]
+    sizes = {examine(file)[:2] for file in encoded}
+    assert len(sizes) == 8 and all(400 <= width <= 600 and 300 <= height <= 450 for width, height in sizes)
+    assert len({load(block).test.images.read(index) for index in range(12)} - set(encoded)) == 12
+    train, test = (decoded(split, dataset).reshape(-1, 144).astype(float) for split in (dataset.train, dataset.test))
+    model = NearestCentroid().fit(train, dataset.train.labels)
+    assert model.score(test, dataset.test.labels) > 0.9
+    block.split_seed = 1
+    assert load(block).train.images.read(0) != encoded[0]
+    block.image_size = 0
+    with pytest.raises(UserError, match=r"differ in size, from 300x400 to 450x600; set config.dataset.image_size"):
+        load(block)
+
+
+def test_eval_crop_is_that_of_every_split_and_of_predict(tmp_path, npz):
+    """Nested squares: the central half of an image is white, and nothing else of it is."""
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[2:6, 2:6] = 255
+    for name in "ab":
+        for number in range(10):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    files = load(folder_config(tmp_path, validation=0.2, image_size=4, eval_crop=0.5))
+    resident = decode_splits(files)
+    for split, arrays in ((getattr(s, name) for s in (files, resident)) for name in ("train", "validation", "test")):
+        assert (read_image(split, 0, (4, 4, 1)) == 255).all() and (arrays.images == 255).all()
+    image = predict.read(tmp_path / "a" / "0.png", (4, 4, 1), image_files.Decoding(0.0, 0.5))
+    assert (image == 255).all()
+    arrays = np.tile(pixels, (20, 1, 1))
+    for image_size in (0, 8, 4):
+        block = npz(x_train=arrays, y_train=LABELS)
+        block.update(image_size=image_size, eval_crop=0.5)
+        assert (load(block).test.images == 255).mean() > 0.5  # what is white is wider; an edge is soft if enlarged
 
 
 def test_folds_take_the_place_of_the_validation_split_and_leave_test_alone():

@@ -40,9 +40,13 @@ class Decoding:
     `max_value` is the value that becomes white (255) in images of more than 8 bits; larger ones are clipped. 0.0, where
     no training image is one, and in workdirs of version 0.1: integers have 16 bits, and floats lie in the first of
     0 .. 1, 0 .. 255, 0 .. 65535 that holds them.
+
+    `eval_crop` is the share of its sides that is kept of the central box, where no other box is asked for: as if the
+    image were resized to size / eval_crop and its centre cropped, in one step.
     """
 
     max_value: float = 0.0
+    eval_crop: float = 1.0
 
 
 BY_FORMAT = Decoding()
@@ -117,7 +121,7 @@ def decode(
             scale, orientation = 1.0, _orientation(image)
             if size and image.format == "JPEG":  # decode no more pixels than the resizing needs
                 upright_size = image.size[::-1] if orientation in _QUARTER_TURNS else image.size
-                _, _, box_width, box_height = box or central_box(*upright_size, size)
+                _, _, box_width, box_height = box or central_box(*upright_size, size, decoding.eval_crop)
                 enough = 2 * max(size[0] / box_height, size[1] / box_width)
                 width = image.width
                 drafted = image.draft(None, tuple(math.ceil(side * enough) for side in image.size))
@@ -126,19 +130,21 @@ def decode(
             upright.load()
             picture = _to_channels(upright, channels, decoding.max_value)
             if size:
-                picture = _fit(picture, size, None if box is None else tuple(value * scale for value in box))
+                drafted_box = box and tuple(value * scale for value in box)
+                picture = _fit(picture, size, drafted_box or central_box(*picture.size, size, decoding.eval_crop))
         except Exception as error:  # Pillow's readers fail in too many ways on damaged bytes to be listed
             raise BadImage(f"cannot be decoded ({error})") from None
     return _to_array(picture)
 
 
-def central_box(width: int, height: int, size: Size) -> Box:
-    """The largest box in the centre of an image that has the shape of `size`."""
+def central_box(width: int, height: int, size: Size, share: float = 1.0) -> Box:
+    """The largest box in the centre of an image that has the shape of `size`, or `share` of its height and width."""
     target_height, target_width = size
     if width * target_height <= height * target_width:  # the image is the narrower one
         box_width, box_height = float(width), width * target_height / target_width
     else:
         box_width, box_height = height * target_width / target_height, float(height)
+    box_width, box_height = box_width * share, box_height * share
     return (width - box_width) / 2, (height - box_height) / 2, box_width, box_height
 
 
@@ -203,11 +209,12 @@ def decode_all(
     return decoded
 
 
-def resize_all(images: np.ndarray, size: Size) -> np.ndarray:
+def resize_all(images: np.ndarray, size: Size, eval_crop: float = 1.0) -> np.ndarray:
     """Resizes images in memory, uint8 [N, H, W, C], as `decode` does: uint8 [N, *size, C]."""
 
     def one(image: np.ndarray) -> np.ndarray:
-        return _to_array(_fit(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), size, None))
+        picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+        return _to_array(_fit(picture, size, central_box(*picture.size, size, eval_crop)))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return np.stack(list(pool.map(one, images)))
@@ -250,9 +257,9 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _fit(picture: Image.Image, size: Size, box: Box | None) -> Image.Image:
-    """Resizes `box` of a picture, or its `central_box`, to `size`."""
-    left, top, width, height = box or central_box(*picture.size, size)
+def _fit(picture: Image.Image, size: Size, box: Box) -> Image.Image:
+    """Resizes `box` of a picture to `size`."""
+    left, top, width, height = box
     corners = (left, top, min(left + width, picture.width), min(top + height, picture.height))
     width_and_height = size[::-1]
     if corners == (0, 0, *width_and_height) and picture.size == width_and_height:

@@ -16,6 +16,7 @@ from vitcls.data import images as image_files
 from vitcls.data.dataset import Dataset, Source, Split
 from vitcls.data.folder import folder
 from vitcls.data.images import BadImage, Decoding, EncodedImages
+from vitcls.data.jpegs import synthetic_jpeg
 from vitcls.data.splits import fold_split, stratified_split
 from vitcls.data.tfds import tfds
 from vitcls.errors import UserError
@@ -48,13 +49,13 @@ def load(config, *, max_value: float | None = None) -> Dataset:
         rest, held = stratified_split(labels, config.validation, config.split_seed, source.class_names)
         splits |= {"train": splits["train"].take(rest), "validation": splits["train"].take(held)}
     image_shape = _image_shape(source, config.image_size)
-    if config.image_size:
-        splits = {name: _at_size(split, image_shape) for name, split in splits.items()}
+    splits = {name: _at_size(split, image_shape, config.eval_crop) for name, split in splits.items()}
     if isinstance(splits["train"].images, np.ndarray):
         max_value = source.max_value
     elif max_value is None:
         max_value = config.max_value or _find_max_value(splits["train"].images)
-    splits = {name: dataclasses.replace(split, decoding=Decoding(max_value)) for name, split in splits.items()}
+    decoding = Decoding(max_value, config.eval_crop)
+    splits = {name: dataclasses.replace(split, decoding=decoding) for name, split in splits.items()}
     return Dataset(
         source.name,
         source.class_names,
@@ -125,11 +126,12 @@ def _image_shape(source: Source, image_size: int | tuple[int, int]) -> tuple[int
     return *sizes[0], max(channels)
 
 
-def _at_size(split: Split, image_shape: tuple[int, int, int]) -> Split:
+def _at_size(split: Split, image_shape: tuple[int, int, int], eval_crop: float) -> Split:
     """Images in memory are resized once; encoded ones are resized as they are decoded."""
-    if not isinstance(split.images, np.ndarray) or split.images.shape[1:] == image_shape:
+    images = split.images
+    if not isinstance(images, np.ndarray) or (images.shape[1:] == image_shape and eval_crop == 1):
         return split
-    return Split(image_files.resize_all(split.images, image_shape[:2]), split.labels)
+    return Split(image_files.resize_all(images, image_shape[:2], eval_crop), split.labels)
 
 
 def _find_max_value(images: EncodedImages) -> float:
@@ -297,4 +299,10 @@ def _npz_class_names(path: pathlib.Path, arrays: dict[str, np.ndarray], labels: 
     return tuple(map(str, used.tolist()))
 
 
-SOURCES: dict[str, Callable] = {"digits": _digits, "synthetic": _synthetic, "folder": folder, "npz": _npz}
+SOURCES: dict[str, Callable] = {
+    "digits": _digits,
+    "synthetic": _synthetic,
+    "synthetic_jpeg": synthetic_jpeg,
+    "folder": folder,
+    "npz": _npz,
+}
