@@ -15,6 +15,7 @@ from PIL import Image
 
 from vitcls import cli, config, evaluate, main, predict, workdir
 from vitcls.errors import UserError
+from vitcls.train import train_and_evaluate
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DIGITS = f"--config={REPOSITORY}/configs/vit_digits.py"
@@ -70,6 +71,16 @@ def run(command, arguments, capsys):
         ([DIGITS, "--workdir=x", "--config.dataset.validation=0", "--config.report.checkpoint=best"], "validation"),
         ([DIGITS, "--workdir=x", "--config.loss.class_weights=(1.0,2.0)"], "class_weights"),
         ([DIGITS, "--workdir=x", "--config.dataset.mean=(1.0,2.0)"], "config.dataset.mean has 2 values"),
+        ([DIGITS, "--workdir=x", "--config.dataset.max_value=-1"], "config.dataset.max_value=-1"),
+        ([DIGITS, "--workdir=x", "--config.dataset.eval_crop=0"], "config.dataset.eval_crop=0.0 is impossible"),
+        ([DIGITS, "--workdir=x", "--config.dataset.eval_crop=1.1"], "config.dataset.eval_crop=1.1 is impossible"),
+        *(
+            (
+                [DIGITS, "--workdir=x", f"--config.dataset.image_size={size}"],
+                "must be 0, a number of pixels, or (height",
+            )
+            for size in ("-8", "8.5", "wide", "(8,)", "(8, 0)", "(8, 8, 1)", "[8, 8]", "(8, 8.0)", "()", "true")
+        ),
         ([DIGITS, "--workdir=x", "--profile_steps=100"], "must be FIRST:LAST"),
         ([DIGITS, "--workdir=x", "--profile_steps=9:3"], "must be FIRST:LAST"),
         ([DIGITS, "--workdir=x", "--profile_steps=10000:10010"], "after the end of the run"),
@@ -118,6 +129,41 @@ def test_overrides_change_values_and_keep_types(capsys):
     assert values.config.seed == 3
     with pytest.raises((AttributeError, KeyError)):
         values.config.new_key = 1
+
+
+@pytest.mark.parametrize(("text", "size"), [("64", 64), ("(48, 64)", (48, 64)), ("48,64", (48, 64)), ("0", 0)])
+def test_an_image_size_is_one_number_or_two(text, size):
+    given = main.parse([DIGITS, "--workdir=w", f"--config.dataset.image_size={text}"]).config
+    assigned = config.default_config("improved_vit_tiny")
+    assigned.dataset.image_size = size
+    for values in (given, assigned):
+        resolved = config.resolve(values)
+        config.validate(resolved)
+        assert config.from_json(config.to_json(resolved)).dataset.image_size == resolved.dataset.image_size == size
+
+
+def test_images_that_are_not_square_are_trained_on_evaluated_and_predicted(tiny_config, tmp_path, capsys):
+    """By a folder, whose images keep their 8x12 pixels; the two classes differ at the far right alone."""
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(("dark", "light")):
+        (tmp_path / "folder" / name).mkdir(parents=True)
+        for number in range(40):
+            pixels = rng.integers(0, 256, (8, 12), np.uint8)
+            pixels[:, 9:] = 200 * k
+            Image.fromarray(pixels).save(tmp_path / "folder" / name / f"{number}.png")
+    tiny_config.dataset.update(name="folder", data_dir=str(tmp_path / "folder"), image_size=0)
+    tiny_config.total = "40 steps"
+    tiny_config.augment.crop.probability = tiny_config.augment.mixup.probability = 0.0
+    tiny_config.optimizer.update(learning_rate=1e-2, ema_decay=0.0)
+    run_directory = tmp_path / "run"
+    trained = train_and_evaluate(tiny_config, run_directory)
+    assert workdir.open_workdir(run_directory).info.image_shape == (8, 12, 1) and trained["accuracy"] == 1
+    code, _, err = run(evaluate.main, [f"--workdir={run_directory}"], capsys)
+    assert code == 0, err
+    files = [str(tmp_path / "folder" / name / "3.png") for name in ("dark", "light")]
+    code, out, err = run(predict.main, [f"--workdir={run_directory}", "--json", *files], capsys)
+    assert code == 0, err
+    assert [json.loads(line)["top"][0]["class"] for line in out.splitlines()] == ["dark", "light"]
 
 
 def test_a_resolved_config_survives_json(tiny_config):

@@ -3,10 +3,14 @@
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
 import pytest
+
+from vitcls import config as configs
+from vitcls import models
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 ARGUMENTS = {  # config -> presets that are tried
@@ -17,6 +21,7 @@ ARGUMENTS = {  # config -> presets that are tried
     "cnn_mnist": ["", ":enhanced"],
     "lenet_mnist": [""],
     "alexnet_cifar10": [""],
+    "imagenet": [":smoke", ":vit_tiny_patch16,smoke", ":mobilenet_v2,smoke"],
     "baseline": [":resnet18,synthetic", ":vgg11_bn,synthetic", ":lenet5,synthetic"],
 }
 SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -37,6 +42,25 @@ def test_a_baseline_names_a_model_and_a_data_set(argument):
     ran = run(f"baseline.py{argument}", "--workdir=never", "--dry_run")
     assert ran.returncode == 2
     assert len(ran.stderr.splitlines()) == 1, ran.stderr
+
+
+@pytest.mark.parametrize("argument", ["", ":resnet50,smok", ":resnet5O", ":,smoke"])
+def test_an_imagenet_recipe_names_a_model(argument):
+    ran = run(f"imagenet.py{argument}", "--workdir=never", "--dry_run")
+    assert ran.returncode == 2
+    assert len(ran.stderr.splitlines()) == 1, ran.stderr
+
+
+def test_every_model_has_an_imagenet_recipe():
+    get_config = runpy.run_path(str(CONFIGS / "imagenet.py"))["get_config"]
+    for name in models.names():
+        for argument in (name, f"{name},smoke"):
+            config = configs.resolve(get_config(argument))
+            configs.validate(config)
+            assert config.model.name == name
+    deit, resnet, vgg = (configs.resolve(get_config(name)) for name in ("vit_small_patch16", "resnet50", "vgg16"))
+    rates = [c.optimizer.learning_rate * c.batch_size / c.optimizer.base_batch_size for c in (deit, resnet, vgg)]
+    assert rates == pytest.approx([1e-3, 0.4, 0.04])  # 5e-4 per 512, 0.1 per 256 (and a tenth of it)
 
 
 def real_subset(name, directory):

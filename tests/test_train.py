@@ -1,5 +1,6 @@
 """A run that is killed and started again ends as if nothing had happened."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -181,6 +182,23 @@ def test_compilation_is_not_timed_as_training(tiny_config, tmp_path):
     whole = time.perf_counter() - start
     trained = read_history(tmp_path / "run")[-1]["train/seconds"]
     assert trained < whole / 5
+
+
+def test_a_run_of_an_older_version_goes_on(trained, tmp_path):
+    """Its files lack what was added since: the defaults are what it ran with."""
+    old = tmp_path / "run"
+    shutil.copytree(trained, old, ignore=shutil.ignore_patterns("checkpoints"))
+    for name, block, key in (("config.json", "dataset", "max_value"), ("dataset.json", None, "max_value")):
+        values = json.loads((old / name).read_text())
+        del (values[block] if block else values)[key]
+        (old / name).write_text(json.dumps(values))
+    opened = workdir.open_workdir(old)
+    assert workdir.max_value(old) == opened.info.max_value == 0
+    workdir.begin(old, opened.config, opened.info)
+    assert workdir.max_value(tmp_path / "none") is None
+    changed = dataclasses.replace(opened.info, max_value=4095.0)
+    with pytest.raises(UserError, match=r"another dataset.json: max_value was 0.0, is 4095.0"):
+        workdir.begin(old, opened.config, changed)
 
 
 def test_a_diverging_run_stops_and_names_the_steps(tiny_config, tmp_path):

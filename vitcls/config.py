@@ -9,7 +9,7 @@ import math
 import os
 import re
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from vitcls import durations, errors, losses, models, optim
 from vitcls.data.augment import TEST_TIME, make_augment
@@ -39,10 +39,13 @@ def default_config(model_name: str) -> ConfigDict:
     config.nonfinite_limit = 10  # stop after so many skipped (non-finite) updates in a row
 
     config.dataset = ConfigDict()
-    config.dataset.name = "digits"  # 'digits', 'synthetic', 'folder', 'npz' or any TFDS classification set
+    # 'digits', 'synthetic', 'synthetic_jpeg', 'folder', 'npz' or any TFDS classification set.
+    config.dataset.name = "digits"
     config.dataset.data_dir = ""  # folder: its root; npz: the file; TFDS: data directory ('' = TFDS's own default)
     config.dataset.pipeline = "auto"  # 'resident', 'streaming' or 'auto' (by size)
-    config.dataset.image_size = 0  # pixels; 0 keeps the native size, which all images must then share
+    # Pixels: one number, or (height, width); 0 keeps the native size, which all images must then share.
+    config.dataset.image_size = FieldReference(0, field_type=object)
+    config.dataset.max_value = 0.0  # what becomes white where there are more than 8 bits; 0 finds it in training images
     config.dataset.validation = 0.1  # of train, carved off where the source has no validation split; 0 for none
     config.dataset.test = 0.2  # fraction carved off for test where the source has no test split
     config.dataset.split_seed = 0
@@ -53,11 +56,14 @@ def default_config(model_name: str) -> ConfigDict:
     config.dataset.sampling = "uniform"  # 'uniform' or 'balanced' (every class equally often)
     config.dataset.mean = ()  # per channel, in [0, 1]; () computes it from the training split
     config.dataset.std = ()
+    # The central crop, as a share of the image resized to image_size / eval_crop: of evaluation, prediction, and of
+    # training images too unless they are cropped at random.
+    config.dataset.eval_crop = 1.0
     config.dataset.random_resized_crop = False  # on the host; streaming only
     config.dataset.crop_area = (0.08, 1.0)  # of the image
     config.dataset.crop_ratio = (3 / 4, 4 / 3)  # width / height
-    config.dataset.num_examples = 1000  # 'synthetic' only
-    config.dataset.num_classes = 10  # 'synthetic' only
+    config.dataset.num_examples = 1000  # 'synthetic' and 'synthetic_jpeg' only
+    config.dataset.num_classes = 10  # as num_examples
 
     config.augment = ConfigDict()
     config.augment.crop = dict(probability=0.0, padding=4, fill="zero")  # pixels on each side; or 'reflect'
@@ -180,6 +186,14 @@ def validate(config: ConfigDict) -> None:
                 durations.to_steps(duration, batch_size=config.batch_size, num_examples=1, total_steps=1)
             except UserError as error:
                 raise UserError(f"config.{key}: {error}") from None
+    size = config.dataset.image_size
+    sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
+    if size != 0 and not all(type(side) is int and side > 0 for side in sides):
+        raise UserError(
+            f"config.dataset.image_size={size!r} is impossible; it must be 0, a number of pixels, or (height, width)"
+        )
+    if not 0 < config.dataset.eval_crop <= 1:
+        raise UserError(f"config.dataset.eval_crop={config.dataset.eval_crop} is impossible; it must be in (0, 1]")
     if config.batch_size % config.optimizer.accumulate:
         raise UserError(
             f"config.batch_size={config.batch_size} cannot be divided into "
@@ -279,7 +293,7 @@ _RANGES = {
     "batch_size": (1, MAX_BATCH_SIZE),
     "steps_per_call": (1, math.inf),
     "nonfinite_limit": (1, math.inf),
-    "dataset.image_size": (0, math.inf),
+    "dataset.max_value": (0, math.inf),
     "dataset.validation": (0, 0.9),
     "dataset.test": (0.01, 0.9),
     "dataset.split_seed": (0, 2**31 - 1),

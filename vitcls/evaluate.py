@@ -180,7 +180,7 @@ def evaluate(path: pathlib.Path, *, split: str = "test", checkpoint: str = "", d
     step = trained.find_step(checkpoint or config.report.checkpoint)
     if data_dir:
         config.dataset.data_dir = data_dir
-    dataset = data.load(config.dataset)
+    dataset = data.load(config.dataset, max_value=trained.info.max_value)
     if (dataset.class_names, dataset.image_shape) != (trained.info.class_names, trained.info.image_shape):
         raise UserError(
             f"the data of '{config.dataset.name}' are not those of the training: "

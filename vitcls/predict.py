@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -29,12 +29,13 @@ def predict(
 ) -> Iterator[tuple[pathlib.Path, np.ndarray | str]]:
     """Yields (file, probabilities float32 [K]) for each file in order, or (file, why it cannot be read)."""
     config, info = trained.config, trained.info
+    decoding = image_files.Decoding(info.max_value, config.dataset.eval_crop)
     model = experiment.make_model(config, info)
     step = trained.find_step(checkpoint or config.report.checkpoint)
     variables = jax.device_put(trained.restore_variables(model, step))
     eval_step = jax.jit(experiment.make_eval_step(config, model, info))
     batch_size = min(_BATCH, len(files))
-    for group, images in _read_ahead(files, batch_size, info.image_shape):
+    for group, images in _read_ahead(files, batch_size, lambda file: read(file, info.image_shape, decoding)):
         if all(isinstance(image, str) for image in images):
             yield from zip(group, images, strict=True)
             continue
@@ -52,13 +53,13 @@ def predict(
 
 
 def _read_ahead(
-    files: list[pathlib.Path], batch_size: int, image_shape: tuple[int, int, int]
+    files: list[pathlib.Path], batch_size: int, read: Callable[[pathlib.Path], np.ndarray]
 ) -> Iterator[tuple[list[pathlib.Path], list[np.ndarray | str]]]:
     """Yields so many files at a time and their images, or why not; threads read the next ones meanwhile."""
 
     def outcome(file: pathlib.Path) -> np.ndarray | str:
         try:
-            return read(file, image_shape)
+            return read(file)
         except OSError as error:
             return error.strerror or str(error)
         except image_files.BadImage as error:
@@ -72,12 +73,12 @@ def _read_ahead(
             yield group, list(images)
 
 
-def read(file: pathlib.Path, image_shape: tuple[int, int, int]) -> np.ndarray:
+def read(file: pathlib.Path, image_shape: tuple[int, int, int], decoding: image_files.Decoding) -> np.ndarray:
     """One file as the model was trained to see it, uint8 [H, W, C]; raises OSError or BadImage."""
-    size, _, channels = image_shape
+    size, channels = image_shape[:2], image_shape[2]
     encoded = file.read_bytes()
     image_files.examine(encoded)
-    return image_files.decode(encoded, size=size, channels=channels)
+    return image_files.decode(encoded, size=size, channels=channels, decoding=decoding)
 
 
 def main(argv: list[str]) -> None:

@@ -44,7 +44,7 @@ def train_and_evaluate(
     the training diverges, Stopped after saving where a signal asked the run to stop.
     """
     path = workdir.local(path)
-    prepared = partition.all_or_none(lambda: prepare(config, data_dir, profile_steps))
+    prepared = partition.all_or_none(lambda: prepare(config, None if dry_run else path, data_dir, profile_steps))
     config, dataset, info, plan, layout, training = prepared
     overview.log_start(config, info, plan, training, layout, pipeline=data.choose_pipeline(dataset, config.dataset))
     if dry_run:
@@ -92,14 +92,17 @@ class Prepared(NamedTuple):
     training: Training
 
 
-def prepare(config: configs.ConfigDict, data_dir: str, profile_steps: range) -> Prepared:
-    """Checks a config, loads its data and builds the training functions; raises UserError for what cannot work."""
+def prepare(config: configs.ConfigDict, path: pathlib.Path | None, data_dir: str, profile_steps: range) -> Prepared:
+    """Checks a config, loads its data and builds the training functions; raises UserError for what cannot work.
+
+    `path` is a workdir, in which a run may have been begun.
+    """
     if data_dir:
         config = config.copy_and_resolve_references()
         config.dataset.data_dir = data_dir
     config = configs.resolve(config)
     configs.validate(config)
-    dataset = data.load(config.dataset)
+    dataset = data.load(config.dataset, max_value=None if path is None else workdir.max_value(path))
     if data.choose_pipeline(dataset, config.dataset) == "resident":
         dataset = data.decode(dataset)
     info = data.describe(dataset, config.dataset)

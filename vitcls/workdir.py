@@ -89,6 +89,14 @@ def local(path: os.PathLike | str) -> pathlib.Path:
     return pathlib.Path(path)
 
 
+def max_value(path: pathlib.Path) -> float | None:
+    """The white of the images (`DatasetInfo.max_value`) of the run in a workdir; None where there is none yet."""
+    try:
+        return DatasetInfo.from_json((path / DATASET_FILE).read_text(encoding="utf-8")).max_value
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # `begin` says what is wrong
+        return None
+
+
 def begin(path: pathlib.Path, config: configs.ConfigDict, info: DatasetInfo, *, moved: bool = False) -> None:
     """Makes the workdir of a run, or checks that the run that is in it already is the same.
 

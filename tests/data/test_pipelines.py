@@ -132,18 +132,19 @@ def test_a_damaged_file_is_black_in_both_pipelines_and_ends_no_run(tmp_path, cap
     assert line.startswith(f"{path} cannot be decoded (") and "it is taken as a black image" in line
 
 
-def test_random_resized_crops_are_a_function_of_the_place_in_the_run(tmp_path):
+@pytest.mark.parametrize("height_and_width", [(12, 12), (8, 14)])
+def test_random_resized_crops_are_a_function_of_the_place_in_the_run(tmp_path, height_and_width):
     rng = np.random.default_rng(0)
     paths = tuple(tmp_path / f"{i}.png" for i in range(8))
     for path in paths:
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(path)
     split = Split(image_files(paths), np.arange(8, dtype=np.int32) % 2)
-    files = Dataset("test", ("a", "b"), split, None, split, (12, 12, 3))
+    files = Dataset("test", ("a", "b"), split, None, split, (*height_and_width, 3))
     cropping = config(pipeline="auto", random_resized_crop=True)
     assert data.choose_pipeline(files, cropping) == "streaming"
     first, again = (read(files, cropping, steps, batch_size=8, length=1) for steps in ([0, 1], [1]))
     np.testing.assert_array_equal(first["image"][1], again["image"][0])
-    assert first["image"].shape == (2, 1, 8, 12, 12, 3)
+    assert first["image"].shape == (2, 1, 8, *height_and_width, 3)
     assert not np.array_equal(np.sort(first["image"][0], axis=None), np.sort(first["image"][1], axis=None))
 
 

@@ -1,5 +1,6 @@
 """Every source against what was put into it, and every way in which one can be unusable."""
 
+import logging
 import os
 import pathlib
 import shutil
@@ -11,9 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vitcls import predict
 from vitcls.cache import cache_dir
 from vitcls.config import default_config
-from vitcls.data.images import decode_all
+from vitcls.data import DatasetInfo, describe, read_image
+from vitcls.data import decode as decode_splits
+from vitcls.data import images as image_files
+from vitcls.data.folder import FileImages
+from vitcls.data.images import decode_all, examine
 from vitcls.data.records import crc32c, index_records
 from vitcls.data.sources import load
 from vitcls.errors import UserError
@@ -31,7 +37,7 @@ def paths(split):
 
 
 def decoded(split, dataset):
-    return decode_all(split.images, size=dataset.image_shape[0], channels=dataset.image_shape[2])
+    return decode_all(split.images, size=dataset.image_shape[:2], channels=dataset.image_shape[2])
 
 
 # Digits and synthetic
@@ -65,6 +71,50 @@ def test_synthetic_is_deterministic_balanced_and_learnable():
     block.split_seed = 1
     assert not np.array_equal(load(block).train.images, first.train.images)
     assert load(config(name="synthetic", num_examples=30, num_classes=2)).image_shape == (32, 32, 3)
+    wide = load(config(name="synthetic", num_examples=30, num_classes=2, image_size=(6, 10)))
+    assert wide.image_shape == wide.train.images.shape[1:] == (6, 10, 3)
+
+
+def test_synthetic_jpegs_are_files_of_real_sizes_and_learnable():
+    from sklearn.neighbors import NearestCentroid
+
+    block = config(name="synthetic_jpeg", num_examples=48, num_classes=3, image_size=(6, 8), test=0.25)
+    dataset, again = load(block), load(block)
+    assert dataset.image_shape == (6, 8, 3) and len(dataset.train.images) == 32
+    encoded = [dataset.train.images.read(index) for index in range(8)]
+    assert encoded == [again.train.images.read(index) for index in range(8)]
+    sizes = {examine(file)[:2] for file in encoded}
+    assert len(sizes) == 8 and all(400 <= width <= 600 and 300 <= height <= 450 for width, height in sizes)
+    assert len({load(block).test.images.read(index) for index in range(12)} - set(encoded)) == 12
+    train, test = (decoded(split, dataset).reshape(-1, 144).astype(float) for split in (dataset.train, dataset.test))
+    model = NearestCentroid().fit(train, dataset.train.labels)
+    assert model.score(test, dataset.test.labels) > 0.9
+    block.split_seed = 1
+    assert load(block).train.images.read(0) != encoded[0]
+    block.image_size = 0
+    with pytest.raises(UserError, match=r"differ in size, from 300x400 to 450x600; set config.dataset.image_size"):
+        load(block)
+
+
+def test_eval_crop_is_that_of_every_split_and_of_predict(tmp_path, npz):
+    """Nested squares: the central half of an image is white, and nothing else of it is."""
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[2:6, 2:6] = 255
+    for name in "ab":
+        for number in range(10):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    files = load(folder_config(tmp_path, validation=0.2, image_size=4, eval_crop=0.5))
+    resident = decode_splits(files)
+    for split, arrays in ((getattr(s, name) for s in (files, resident)) for name in ("train", "validation", "test")):
+        assert (read_image(split, 0, (4, 4, 1)) == 255).all() and (arrays.images == 255).all()
+    image = predict.read(tmp_path / "a" / "0.png", (4, 4, 1), image_files.Decoding(0.0, 0.5))
+    assert (image == 255).all()
+    arrays = np.tile(pixels, (20, 1, 1))
+    for image_size in (0, 8, 4):
+        block = npz(x_train=arrays, y_train=LABELS)
+        block.update(image_size=image_size, eval_crop=0.5)
+        assert (load(block).test.images == 255).mean() > 0.5  # what is white is wider; an edge is soft if enlarged
 
 
 def test_folds_take_the_place_of_the_validation_split_and_leave_test_alone():
@@ -92,6 +142,7 @@ def test_folds_say_that_the_own_validation_split_is_not_used(npz, caplog):
 
 def test_images_in_memory_are_resized():
     assert load(config(name="digits", image_size=12)).train.images.shape[1:] == (12, 12, 1)
+    assert load(config(name="digits", image_size=(12, 6))).train.images.shape[1:] == (12, 6, 1)
 
 
 # npz
@@ -142,6 +193,30 @@ def test_npz_images_of_other_types(npz, dtype):
     np.testing.assert_array_equal(load(npz(**GOOD | {"x_train": images})).train.images, IMAGES)
 
 
+@pytest.mark.parametrize(("dtype", "white"), [(np.uint16, 4095), (np.int64, 4095), (np.float32, 4080.5)])
+def test_npz_has_one_white_for_all_splits(npz, dtype, white, caplog):
+    logging.getLogger("vitcls").addHandler(caplog.handler)
+    train = RNG.integers(0, 4081, (20, 5, 5)).astype(dtype)
+    train[0, 0, 0] = 4080 if white == 4095 else 4080.5
+    test = train[:6] * dtype(2)  # by itself it would have another
+    dataset = load(npz(x_train=train, y_train=LABELS, x_test=test, y_test=LABELS[:6]))
+    logging.getLogger("vitcls").removeHandler(caplog.handler)
+    for split, values in ((dataset.train, train), (dataset.test, test)):
+        expected = np.rint(np.minimum(values, white) * (255 / white))
+        assert np.abs(split.images[..., 0] - expected).max() <= (dtype == np.float32)  # halves, in its own precision
+    assert dataset.train.decoding.max_value == white
+    (line,) = set(caplog.messages)  # once or twice: other tests may have stopped its propagation
+    assert f"is {white if white != 4095 else 4080}, so {white} becomes white; set config.dataset.max_value" in line
+
+
+def test_npz_with_a_given_white(npz):
+    block = npz(**GOOD | {"x_train": IMAGES.astype(np.uint16), "x_test": IMAGES[:6].astype(float)})
+    block.max_value = 51.0
+    dataset = load(block)
+    np.testing.assert_array_equal(dataset.train.images, np.minimum(IMAGES, 51) * 5)
+    np.testing.assert_array_equal(dataset.test.images, dataset.train.images[:6])
+
+
 NPZ_ERRORS = {
     "two lengths": ({"y_train": LABELS[:-1]}, "20 images and 19 labels"),
     "no labels": ({"y_test": None}, "has 'x_test' but no 'y_test'"),
@@ -160,7 +235,12 @@ NPZ_ERRORS = {
     "complex": ({"y_train": LABELS.astype(complex)}, "'y_train' .* whole numbers"),
     "one class": ({"y_train": LABELS * 0, "y_test": LABELS[:6] * 0}, "has 1 class"),
     "pickle": ({"y_train": np.array([None] * 20)}, "cannot be read as .npz without pickles"),
-    "too bright": ({"x_train": IMAGES * 2.0}, "'x_train' .* float64 from 0.0 to .* floats in 0 .. 1"),
+    "too bright": (
+        {"x_train": IMAGES / 255, "x_test": IMAGES[:6] * 2.0},
+        "'x_test' .* float64 up to 510.0, above the 1 that the training images keep to; .*config.dataset.max_value",
+    ),
+    "too bright for 8 bits": ({"x_test": IMAGES[:6] * np.int64(2)}, "'x_test' .* int64 up to 510, above the 255"),
+    "infinite image": ({"x_train": IMAGES + np.inf}, "'x_train' .* float64 from inf to inf"),
     "signed": ({"x_train": IMAGES.astype(int) - 1}, "'x_train' .* int64 from -1"),
     "nan image": ({"x_train": np.full((20, 5, 5, 3), np.nan)}, "'x_train' .* from nan to nan"),
     "boolean": ({"x_train": IMAGES > 0}, "'x_train' .* is bool"),
@@ -420,13 +500,83 @@ def test_folder_of_gray_and_colour_and_of_differing_sizes(folder):
     assert dataset.image_shape == (16, 16, 3) and decoded(dataset.train, dataset).shape[1:] == (16, 16, 3)
 
 
-def test_images_that_are_not_square_need_a_size(tmp_path):
+def test_images_need_not_be_square(tmp_path):
     for name in "ab":
         for number in range(4):
             write_image(tmp_path / name / f"{number}.png", size=(10, 6))
-    with pytest.raises(UserError, match=r"are 6x10, not square; set config.dataset.image_size"):
-        load(folder_config(tmp_path))
+    dataset = load(folder_config(tmp_path))
+    assert dataset.image_shape == (6, 10, 3)
+    pixels = np.stack([np.asarray(Image.open(path)) for path in dataset.train.images.paths])
+    np.testing.assert_array_equal(decode_splits(dataset).train.images, pixels)
     assert load(folder_config(tmp_path, image_size=6)).image_shape == (6, 6, 3)
+    wide = load(folder_config(tmp_path, image_size=(2, 10)))
+    path = wide.train.images.paths[0]
+    for image in (decoded(wide.train, wide)[0], predict.read(path, wide.image_shape, wide.train.decoding)):
+        np.testing.assert_array_equal(image, pixels[0, 2:4])
+
+
+@pytest.fixture
+def deep_folder(tmp_path):
+    """Sixteen images of 12 bits in 16; the brightest training image reaches 4080, a test image 5000."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 2)):
+        for name in "ab":
+            for number in range(count):
+                values = rng.integers(0, 100 * (number + 1), (8, 8)).astype(np.uint16)
+                values[0, 0] = 4080 if number == 5 else 5000 if split == "test" else values[0, 0]
+                path = tmp_path / split / name / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values).save(path)
+    return tmp_path
+
+
+def test_deep_images_have_one_white_found_in_the_training_images(deep_folder, caplog):
+    logging.getLogger("vitcls").addHandler(caplog.handler)
+    dataset = load(folder_config(deep_folder))
+    logging.getLogger("vitcls").removeHandler(caplog.handler)
+    (line,) = set(caplog.messages)  # once or twice: other tests may have stopped its propagation
+    assert "largest value of the training images is 4080, so 4095 becomes white; set config.dataset.max_value" in line
+    measured = describe(dataset, folder_config(deep_folder))
+    assert measured.max_value == 4095 and DatasetInfo.from_json(measured.to_json()) == measured
+    as_arrays = decode_splits(dataset)
+    for split, array in ((dataset.train, as_arrays.train), (dataset.test, as_arrays.test)):
+        for index, path in enumerate(split.images.paths):
+            values = np.asarray(Image.open(path)).astype(int)
+            expected = np.rint(np.minimum(values, 4095) * (255 / 4095))
+            np.testing.assert_array_equal(array.images[index, ..., 0], expected)
+            np.testing.assert_array_equal(read_image(split, index, dataset.image_shape)[..., 0], expected)
+            np.testing.assert_array_equal(predict.read(path, dataset.image_shape, split.decoding)[..., 0], expected)
+
+
+def test_the_white_of_deep_images_can_be_given_or_kept(deep_folder):
+    assert load(folder_config(deep_folder, max_value=1000.0)).test.decoding.max_value == 1000
+    for kept in (0.0, 700.0):  # of a run, even one of version 0.1, that is evaluated
+        assert load(folder_config(deep_folder), max_value=kept).test.decoding.max_value == kept
+
+
+def test_a_deep_image_among_others_is_enough(folder):
+    values = np.full((8, 8), 300, np.uint16)
+    for name in ("cat", "dog"):
+        Image.fromarray(values).save(folder / name / "deep.png")
+    dataset = load(folder_config(folder))
+    assert dataset.train.decoding.max_value == 511
+    paths = [path for path in dataset.train.images.paths if path.name != "deep.png"]
+    np.testing.assert_array_equal(
+        read_image(dataset.train, dataset.train.images.paths.index(paths[0]), (8, 8, 3)),
+        np.asarray(Image.open(paths[0])),
+    )
+
+
+def test_images_of_8_bits_cost_no_pass_for_a_white(tmp_path, monkeypatch):
+    for name in "ab":
+        for number in range(50):
+            write_image(tmp_path / "train" / name / f"{number}.png")
+            write_image(tmp_path / "test" / name / f"{number}.png")
+    reads = []
+    read = FileImages.read
+    monkeypatch.setattr(FileImages, "read", lambda self, index: reads.append(index) or read(self, index))
+    assert load(folder_config(tmp_path)).train.decoding.max_value == 0
+    assert len(reads) == len(set(reads)) == 64 and {0, 99} <= set(reads)
 
 
 def test_folders_that_cannot_be_used(tmp_path):
@@ -614,9 +764,8 @@ def test_labels_that_are_not_public_make_validation_the_test_split(prepared):
 
 
 def test_tfds_without_a_test_split_is_split(prepared):
-    with pytest.raises(UserError, match="not square"):
-        load(tfds_config(prepared, name="binary_alpha_digits", test=0.5))
-    dataset = load(tfds_config(prepared, name="binary_alpha_digits", test=0.5, image_size=16))
+    dataset = load(tfds_config(prepared, name="binary_alpha_digits", test=0.5))
+    assert dataset.image_shape == (20, 16, 1)
     np.testing.assert_array_equal(np.bincount(dataset.train.labels), np.ones(36))
     np.testing.assert_array_equal(np.bincount(dataset.test.labels), np.ones(36))
     values = decoded(dataset.train, dataset)[:, 0, 0, 0]  # each image is filled with its number

@@ -55,6 +55,7 @@ class DatasetInfo:
     num_examples: dict[str, int]  # by split
     class_counts: tuple[int, ...]  # of the training split
     skipped: tuple[SkippedFile, ...]
+    max_value: float = 0.0  # the white of images of more than 8 bits; see `images.Decoding`
 
     @property
     def num_classes(self) -> int:
@@ -95,6 +96,7 @@ def describe(dataset: Dataset, config) -> DatasetInfo:
         num_examples={name: len(split.labels) for name, split in splits.items() if split is not None},
         class_counts=tuple(np.bincount(dataset.train.labels, minlength=dataset.num_classes).tolist()),
         skipped=dataset.skipped,
+        max_value=dataset.train.decoding.max_value,
     )
 
 
@@ -105,8 +107,10 @@ def _mean_and_std(dataset: Dataset) -> tuple[tuple[float, ...], tuple[float, ...
         chosen = np.arange(len(images))
         if len(images) > _STATISTICS_SAMPLE:
             chosen = np.sort(np.random.default_rng(0).choice(len(images), _STATISTICS_SAMPLE, replace=False))
-        size, _, channels = dataset.image_shape
-        images = image_files.decode_all(images.take(chosen), size=size, channels=channels)
+        size, channels = dataset.image_shape[:2], dataset.image_shape[2]
+        images = image_files.decode_all(
+            images.take(chosen), size=size, channels=channels, decoding=dataset.train.decoding
+        )
     values = np.arange(256) / 255
     weights = _histograms(images) / images[..., 0].size
     mean = weights @ values
@@ -165,13 +169,13 @@ def _device_memory_bytes() -> int:
 
 def decode(dataset: Dataset, splits: tuple[str, ...] = ("train", "validation", "test")) -> Dataset:
     """The data set with the images of these splits as arrays uint8 [N, H, W, C], for the resident pipeline."""
-    size, _, channels = dataset.image_shape
+    size, channels = dataset.image_shape[:2], dataset.image_shape[2]
     arrays = {}
     for name in splits:
         split = getattr(dataset, name)
         if split is not None and not isinstance(split.images, np.ndarray):
-            images = image_files.decode_all(split.images, size=size, channels=channels)
-            arrays[name] = Split(images, split.labels)
+            images = image_files.decode_all(split.images, size=size, channels=channels, decoding=split.decoding)
+            arrays[name] = dataclasses.replace(split, images=images)
     return dataclasses.replace(dataset, **arrays)
 
 

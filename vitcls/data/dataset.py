@@ -4,19 +4,21 @@ import dataclasses
 
 import numpy as np
 
-from vitcls.data.images import EncodedImages
+from vitcls.data.images import BY_FORMAT, Decoding, EncodedImages
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Examples in a fixed order: images uint8 [N, H, W, C] or encoded, labels int32 [N]."""
+    """Examples in a fixed order: images uint8 [N, H, W, C] or encoded, labels int32 [N]; how images are decoded."""
 
     images: np.ndarray | EncodedImages
     labels: np.ndarray
+    decoding: Decoding = BY_FORMAT
 
     def take(self, indices: np.ndarray) -> "Split":
         in_memory = isinstance(self.images, np.ndarray)
-        return Split(self.images[indices] if in_memory else self.images.take(indices), self.labels[indices])
+        images = self.images[indices] if in_memory else self.images.take(indices)
+        return dataclasses.replace(self, images=images, labels=self.labels[indices])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,3 +55,4 @@ class Source:
     splits: dict[str, Split]
     shapes: tuple[tuple[int, int, int], ...]  # the distinct H, W, C of its images
     skipped: tuple[SkippedFile, ...] = ()
+    max_value: float = 0.0  # by which arrays of more than 8 bits were scaled; see `images.Decoding`

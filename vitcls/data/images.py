@@ -1,5 +1,6 @@
 """Image files to arrays, through Pillow: what is not an image, or not a safe one, is told apart first."""
 
+import dataclasses
 import io
 import logging
 import math
@@ -20,17 +21,39 @@ _black: set[str] = set()  # the images of which `warn_black` has told
 MAX_PIXELS = 2**26  # 67 megapixels; a file that claims more is not decoded
 # Only these readers see the bytes, whatever a file's name; none of them starts another program, as that of EPS does.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000")
-_GRAY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+_DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # integers of 16 or 32 bits, floats; all gray
+_QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_GRAY_MODES = ("1", "L", "LA", "La", *_DEEP_MODES)
 _WORTH_A_THREAD = 8_192  # bytes; Python holds its lock for most of the time that a smaller file takes
 # Bombs are refused here, and broken metadata of a good picture is of no interest. Set once: Pillow runs in threads, and
 # `warnings.catch_warnings` is for one thread only.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 Box = tuple[float, float, float, float]  # left, top, width, height in pixels
+Size = tuple[int, int]  # height, width in pixels
 
 
 class BadImage(ValueError):
     """The bytes are not an image that can be used; the message says why, in a few words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """What decoding needs to know of a data set, so that every image of it is treated alike, at prediction too.
+
+    `max_value` is the value that becomes white (255) in images of more than 8 bits; larger ones are clipped. 0.0, where
+    no training image is one, and in workdirs of version 0.1: integers have 16 bits, and floats lie in the first of
+    0 .. 1, 0 .. 255, 0 .. 65535 that holds them.
+
+    `eval_crop` is the share of its sides that is kept of the central box, where no other box is asked for: as if the
+    image were resized to size / eval_crop and its centre cropped, in one step.
+    """
+
+    max_value: float = 0.0
+    eval_crop: float = 1.0
+
+
+BY_FORMAT = Decoding()
 
 
 class EncodedImages(Protocol):
@@ -52,33 +75,83 @@ def examine(data: bytes) -> tuple[int, int, int]:
     """
     with _opened(data) as image:
         width, height = image.size
-        if _orientation(image) in (5, 6, 7, 8):  # turned by a quarter
+        if _orientation(image) in _QUARTER_TURNS:
             width, height = height, width
         return width, height, 1 if image.mode in _GRAY_MODES else 3
 
 
-def decode(data: bytes, *, size: int, channels: int, box: Box | None = None) -> np.ndarray:
-    """Decodes an image to uint8 [size, size, channels], or with `size` 0 at its own size.
+def is_deep(data: bytes) -> bool:
+    """Whether an encoded image has integers of more than 8 bits or floats, by its header alone; raises BadImage.
+
+    16 bits in colour are no matter of ours: Pillow reads their upper 8.
+    """
+    with _opened(data) as image:
+        return image.mode in _DEEP_MODES
+
+
+def largest_value(data: bytes) -> float:
+    """The largest finite value of an encoded image, at least 0; decodes it. Raises BadImage."""
+    with _opened(data) as image:
+        try:
+            values = np.asarray(image)
+        except Exception as error:  # as in `decode`
+            raise BadImage(f"cannot be decoded ({error})") from None
+    return float(values.max(where=np.isfinite(values), initial=0))
+
+
+def natural_maximum(largest: float) -> float:
+    """The white of a data set, by its largest value: 1 or 255 if they hold it; else, of a whole number, the next
+    2^n - 1 (4095 for 12 bits that reach 4080), and any other number itself.
+    """
+    if largest <= 255:
+        return 1.0 if largest <= 1 else 255.0
+    return float(2 ** int(largest).bit_length() - 1) if largest.is_integer() else largest
+
+
+def to_8_bits(values: np.ndarray, max_value: float) -> np.ndarray:
+    """Values in 0 .. max_value, of any type, to uint8; what is outside is clipped, NaN becomes 0."""
+    return np.rint(np.clip(np.nan_to_num(values) / max_value, 0, 1) * 255).astype(np.uint8)
+
+
+def decode(
+    data: bytes, *, size: Size | None, channels: int, box: Box | None = None, decoding: Decoding = BY_FORMAT
+) -> np.ndarray:
+    """Decodes an image to uint8 [*size, channels], or without `size` at its own.
 
     The first frame, upright, is taken; CMYK, palettes and 16 bits are converted, transparency lies on white. It is
-    cropped to its central square, or to `box` of the upright image, and resized with antialiasing. Raises BadImage.
+    cropped to the largest central box of the shape of `size`, or to `box` of the upright image, and resized with
+    antialiasing. Raises BadImage.
     """
     with _opened(data) as image:
         try:
-            scale = 1.0
+            scale, orientation = 1.0, _orientation(image)
             if size and image.format == "JPEG":  # decode no more pixels than the resizing needs
-                enough = 2 * size / min(image.size if box is None else box[2:])
+                upright_size = image.size[::-1] if orientation in _QUARTER_TURNS else image.size
+                _, _, box_width, box_height = box or central_box(*upright_size, size, decoding.eval_crop)
+                enough = 2 * max(size[0] / box_height, size[1] / box_width)
                 width = image.width
                 drafted = image.draft(None, tuple(math.ceil(side * enough) for side in image.size))
                 scale = drafted[1][2] / width if drafted else 1.0  # 1, 1/2, 1/4 or 1/8, though sides are rounded up
-            upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+            upright = ImageOps.exif_transpose(image) if orientation != 1 else image
             upright.load()
-            picture = _to_channels(upright, channels)
+            picture = _to_channels(upright, channels, decoding.max_value)
             if size:
-                picture = _fit(picture, size, None if box is None else tuple(value * scale for value in box))
+                drafted_box = box and tuple(value * scale for value in box)
+                picture = _fit(picture, size, drafted_box or central_box(*picture.size, size, decoding.eval_crop))
         except Exception as error:  # Pillow's readers fail in too many ways on damaged bytes to be listed
             raise BadImage(f"cannot be decoded ({error})") from None
     return _to_array(picture)
+
+
+def central_box(width: int, height: int, size: Size, share: float = 1.0) -> Box:
+    """The largest box in the centre of an image that has the shape of `size`, or `share` of its height and width."""
+    target_height, target_width = size
+    if width * target_height <= height * target_width:  # the image is the narrower one
+        box_width, box_height = float(width), width * target_height / target_width
+    else:
+        box_width, box_height = height * target_width / target_height, float(height)
+    box_width, box_height = box_width * share, box_height * share
+    return (width - box_width) / 2, (height - box_height) / 2, box_width, box_height
 
 
 def random_resized_crop_box(
@@ -103,16 +176,18 @@ def random_resized_crop_box(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def decode_all(images: EncodedImages, *, size: int, channels: int) -> np.ndarray:
-    """Decodes a whole sequence, with one thread per core where images are large: uint8 [N, size, size, channels].
+def decode_all(
+    images: EncodedImages, *, size: Size | None, channels: int, decoding: Decoding = BY_FORMAT
+) -> np.ndarray:
+    """Decodes a whole sequence, with one thread per core where images are large: uint8 [N, *size, channels].
 
-    With `size` 0 the images keep their own size. An image that cannot be decoded is black, see `warn_black`. Raises
+    Without `size` the images keep their own. An image that cannot be decoded is black, see `warn_black`. Raises
     UserError where no image can be decoded, one cannot be read, or the size of one is not that of the first.
     """
 
     def one(index: int) -> np.ndarray | None:
         try:
-            return decode(images.read(index), size=size, channels=channels)
+            return decode(images.read(index), size=size, channels=channels, decoding=decoding)
         except BadImage as error:
             return warn_black(images.name(index), error)
         except OSError as error:
@@ -131,7 +206,7 @@ def decode_all(images: EncodedImages, *, size: int, channels: int) -> np.ndarray
         decoded[index] = image
 
     if not len(images):
-        return np.zeros((0, size, size, channels), np.uint8)
+        return np.zeros((0, *(size or (0, 0)), channels), np.uint8)
     first = next((image for image in map(one, range(len(images))) if image is not None), None)
     if first is None:
         raise UserError(f"none of {len(images)} images can be decoded, as {images.name(0)}")
@@ -158,11 +233,12 @@ def warn_black(name: str, error: BadImage) -> None:
         _logger.warning("%s %s; it is taken as a black image (%s so far)", name, error, f"{len(_black):,}")
 
 
-def resize_all(images: np.ndarray, size: int) -> np.ndarray:
-    """Resizes images in memory, uint8 [N, H, W, C], as `decode` does: uint8 [N, size, size, C]."""
+def resize_all(images: np.ndarray, size: Size, eval_crop: float = 1.0) -> np.ndarray:
+    """Resizes images in memory, uint8 [N, H, W, C], as `decode` does: uint8 [N, *size, C]."""
 
     def one(image: np.ndarray) -> np.ndarray:
-        return _to_array(_fit(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), size, None))
+        picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+        return _to_array(_fit(picture, size, central_box(*picture.size, size, eval_crop)))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return np.stack(list(pool.map(one, images)))
@@ -174,7 +250,7 @@ def verify(path: pathlib.Path) -> tuple[int, int, int]:
         raise BadImage("is too large for an image")
     data = path.read_bytes()
     found = examine(data)
-    decode(data, size=0, channels=found[2])
+    decode(data, size=None, channels=found[2])
     return found
 
 
@@ -205,35 +281,32 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _fit(picture: Image.Image, size: int, box: Box | None) -> Image.Image:
-    """Resizes `box` of a picture, or its central square, to [size, size]."""
-    if box is None:
-        side = min(picture.size)
-        box = ((picture.width - side) / 2, (picture.height - side) / 2, side, side)
+def _fit(picture: Image.Image, size: Size, box: Box) -> Image.Image:
+    """Resizes `box` of a picture to `size`."""
     left, top, width, height = box
     corners = (left, top, min(left + width, picture.width), min(top + height, picture.height))
-    if corners == (0, 0, size, size) and picture.size == (size, size):
+    width_and_height = size[::-1]
+    if corners == (0, 0, *width_and_height) and picture.size == width_and_height:
         return picture
-    return picture.resize((size, size), Image.Resampling.BILINEAR, box=corners, reducing_gap=3.0)
+    return picture.resize(width_and_height, Image.Resampling.BILINEAR, box=corners, reducing_gap=3.0)
 
 
-def _to_channels(image: Image.Image, channels: int) -> Image.Image:
+def _to_channels(image: Image.Image, channels: int, max_value: float) -> Image.Image:
     """The image in mode 'L' (1 channel) or 'RGB' (3)."""
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    if image.mode in _DEEP_MODES:  # Pillow's own way would clip
+        values = np.asarray(image)
+        image = Image.fromarray(to_8_bits(values, max_value or _own_maximum(values)))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Gray integers of 16 bits, or floats in 0 .. 1, 0 .. 255 or 0 .. 65535, to uint8; Pillow's own way would clip."""
-    top = 65535
+def _own_maximum(values: np.ndarray) -> float:
+    """The white of an image whose data set has none; see `Decoding`."""
     if values.dtype.kind == "f":
-        values = np.nan_to_num(values)
-        top = next((top for top in (1, 255) if values.max() <= top), 65535)
-    return np.rint(np.clip(values / top, 0, 1) * 255).astype(np.uint8)
+        return next((top for top in (1, 255) if np.nan_to_num(values).max() <= top), 65535)
+    return 65535
 
 
 def _to_array(image: Image.Image) -> np.ndarray:

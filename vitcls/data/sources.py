@@ -1,30 +1,40 @@
 """Where images come from: TFDS, a folder, an .npz file, scikit-learn's digits, or made up; all checked in one place."""
 
 import collections
+import dataclasses
 import logging
+import os
 import pathlib
 import textwrap
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from vitcls.data import images as image_files
 from vitcls.data.dataset import Dataset, Source, Split
 from vitcls.data.folder import folder
+from vitcls.data.images import BadImage, Decoding, EncodedImages
+from vitcls.data.jpegs import synthetic_jpeg
 from vitcls.data.splits import fold_split, stratified_split
 from vitcls.data.tfds import tfds
 from vitcls.errors import UserError
 
+_DEPTH_SAMPLE = 64  # training images whose headers tell whether a data set has more than 8 bits
 _logger = logging.getLogger("vitcls")
 
 
-def load(config) -> Dataset:
+def load(config, *, max_value: float | None = None) -> Dataset:
     """Loads the data set that the block `dataset` of a config names, with its splits.
 
-    Raises UserError, one line that says what to do, where it is not there or cannot be used. Writes nothing but the
-    cache.
+    `max_value` is that of an earlier run (`DatasetInfo.max_value`), which is kept; None takes `config.max_value`, or
+    finds it. Raises UserError, one line that says what to do, where the data are not there or cannot be used. Writes
+    nothing but the cache.
     """
+    if max_value is not None:
+        config = config.copy_and_resolve_references()
+        config.max_value = max_value
     source = SOURCES.get(config.name, tfds)(config)
     _check(source)
     splits = dict(source.splits)
@@ -49,8 +59,13 @@ def load(config) -> Dataset:
         rest, held = stratified_split(labels, config.validation, config.split_seed, source.class_names)
         splits |= {"train": splits["train"].take(rest), "validation": splits["train"].take(held)}
     image_shape = _image_shape(source, config.image_size)
-    if config.image_size:
-        splits = {name: _at_size(split, image_shape) for name, split in splits.items()}
+    splits = {name: _at_size(split, image_shape, config.eval_crop) for name, split in splits.items()}
+    if isinstance(splits["train"].images, np.ndarray):
+        max_value = source.max_value
+    elif max_value is None:
+        max_value = config.max_value or _find_max_value(splits["train"].images)
+    decoding = Decoding(max_value, config.eval_crop)
+    splits = {name: dataclasses.replace(split, decoding=decoding) for name, split in splits.items()}
     return Dataset(
         source.name,
         source.class_names,
@@ -99,33 +114,70 @@ def _told_of_skipped(source: Source) -> str:
     return f" ({count} file{'s were' if count > 1 else ' was'} skipped; {first.path} {first.reason})"
 
 
-def _image_shape(source: Source, image_size: int) -> tuple[int, int, int]:
+def _height_and_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """`config.dataset.image_size`, one number or two."""
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+
+
+def _image_shape(source: Source, image_size: int | tuple[int, int]) -> tuple[int, int, int]:
     """H, W, C as the model will see the images; those in files may be gray and in colour, which makes them colour."""
     channels = {shape[2] for shape in source.shapes}
     in_memory = isinstance(source.splits["train"].images, np.ndarray)
     if in_memory and len(channels) > 1:
         raise UserError(f"the splits of '{source.name}' differ in channels: {' and '.join(map(str, sorted(channels)))}")
     if image_size:
-        return image_size, image_size, max(channels)
+        return *_height_and_width(image_size), max(channels)
     sizes = sorted({shape[:2] for shape in source.shapes})
     if len(sizes) > 1:
         (h0, w0), (h1, w1) = sizes[0], sizes[-1]
         raise UserError(
             f"the images of '{source.name}' differ in size, from {h0}x{w0} to {h1}x{w1}; set config.dataset.image_size"
         )
-    height, width = sizes[0]
-    if height != width and not in_memory:  # files are decoded to squares
-        raise UserError(
-            f"the images of '{source.name}' are {height}x{width}, not square; set config.dataset.image_size"
-        )
-    return height, width, max(channels)
+    return *sizes[0], max(channels)
 
 
-def _at_size(split: Split, image_shape: tuple[int, int, int]) -> Split:
+def _at_size(split: Split, image_shape: tuple[int, int, int], eval_crop: float) -> Split:
     """Images in memory are resized once; encoded ones are resized as they are decoded."""
-    if not isinstance(split.images, np.ndarray) or split.images.shape[1:] == image_shape:
+    images = split.images
+    if not isinstance(images, np.ndarray) or (images.shape[1:] == image_shape and eval_crop == 1):
         return split
-    return Split(image_files.resize_all(split.images, image_shape[0]), split.labels)
+    return Split(image_files.resize_all(images, image_shape[:2], eval_crop), split.labels)
+
+
+def _find_max_value(images: EncodedImages) -> float:
+    """The white of training images of more than 8 bits, by the largest value in any of them; 0.0 if none is met.
+
+    Images of 8 bits cost a look at the headers of a sample, no pass over the files.
+    """
+
+    def largest(index: int, *, decode: bool = True) -> float | None:
+        try:
+            encoded = images.read(index)
+            if image_files.is_deep(encoded):
+                return image_files.largest_value(encoded) if decode else 0.0
+            return None
+        except (BadImage, OSError) as error:
+            raise UserError(f"image {index} of the training split: {error}") from None
+
+    sample = np.unique(np.linspace(0, len(images) - 1, _DEPTH_SAMPLE).astype(int)).tolist()
+    if all(largest(index, decode=False) is None for index in sample):
+        return 0.0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = max(value for value in pool.map(largest, range(len(images))) if value is not None)
+    return _told_natural_maximum(found)
+
+
+def _told_natural_maximum(largest: float) -> float:
+    """`images.natural_maximum`, said aloud where it is not simply that of the format."""
+    white = image_files.natural_maximum(largest)
+    if white not in (1, 65535):
+        _logger.warning(
+            "images of more than 8 bits: the largest value of the training images is %.10g, so %.10g becomes white; "
+            "set config.dataset.max_value to fix it",
+            largest,
+            white,
+        )
+    return white
 
 
 def _digits(config) -> Source:
@@ -141,11 +193,12 @@ def _digits(config) -> Source:
 def _synthetic(config) -> Source:
     """A pattern per class under noise, by `split_seed`: learnable, endless, and worth nothing."""
     rng = np.random.default_rng(config.split_seed)
-    size = config.image_size or 32
-    patterns = rng.uniform(60, 195, (config.num_classes, 4, 4, 3)).repeat(-(-size // 4), 1).repeat(-(-size // 4), 2)
+    height, width = _height_and_width(config.image_size or 32)
+    patterns = rng.uniform(60, 195, (config.num_classes, 4, 4, 3))
+    patterns = patterns.repeat(-(-height // 4), 1).repeat(-(-width // 4), 2)[:, :height, :width]
     labels = rng.permutation(np.arange(config.num_examples) % config.num_classes).astype(np.int32)
-    noise = rng.normal(0, 40, (config.num_examples, size, size, 3))
-    images = np.clip(patterns[labels, :size, :size] + noise, 0, 255).astype(np.uint8)
+    noise = rng.normal(0, 40, (config.num_examples, height, width, 3))
+    images = np.clip(patterns[labels] + noise, 0, 255).astype(np.uint8)
     names = tuple(f"class {k}" for k in range(config.num_classes))
     return Source("synthetic", names, {"train": Split(images, labels)}, (images.shape[1:],))
 
@@ -163,21 +216,25 @@ def _npz(config) -> Source:
     if not config.data_dir or not path.is_file():
         raise UserError(f"config.dataset.data_dir='{config.data_dir}' is not a file; give the .npz file")
     arrays = _read_npz(path)
-    splits = {}
+    splits, max_value = {}, config.max_value
     for split, choices in _NPZ_KEYS.items():
         for images_key, labels_key in choices:
             if (images_key in arrays) != (labels_key in arrays):
                 found, missing = sorted((images_key, labels_key), key=arrays.__contains__, reverse=True)
                 raise UserError(f"{path} has '{found}' but no '{missing}'")
             if images_key in arrays:
+                images = _npz_images(path, images_key, arrays[images_key])
+                if split == "train" and not max_value and images.max() > _npz_natural(images):
+                    max_value = _told_natural_maximum(float(images.max()))
                 splits[split] = Split(
-                    _npz_images(path, images_key, arrays[images_key]),
+                    _npz_to_8_bits(path, images_key, images, max_value),
                     _npz_labels(path, labels_key, arrays[labels_key]),
                 )
     if "train" not in splits:
         raise UserError(f"{path} has no 'x_train' or 'train_images'; it has {', '.join(arrays) or 'nothing'}")
     shapes = tuple({split.images.shape[1:] for split in splits.values()})
-    return Source(path.stem, _npz_class_names(path, arrays, splits["train"].labels), splits, shapes)
+    names = _npz_class_names(path, arrays, splits["train"].labels)
+    return Source(path.stem, names, splits, shapes, max_value=max_value)
 
 
 def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -194,23 +251,34 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _npz_images(path: pathlib.Path, key: str, images: np.ndarray) -> np.ndarray:
-    """The images of one key as uint8 [N, H, W, C]."""
+    """The images of one key as [N, H, W, C] of their own type, none of them negative."""
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
         raise UserError(f"'{key}' of {path} is {images.shape}; images are [N, H, W], [N, H, W, 1] or [N, H, W, 3]")
+    if images.dtype.kind not in "iuf":
+        raise UserError(f"'{key}' of {path} is {images.dtype}; images are integers or floats")
+    low, high = images.min(), images.max()
+    if not 0 <= low <= high < np.inf:
+        raise UserError(f"'{key}' of {path} is {images.dtype} from {low} to {high}; images have no negative values")
+    return images
+
+
+def _npz_natural(images: np.ndarray) -> float:
+    return 1.0 if images.dtype.kind == "f" else 255.0
+
+
+def _npz_to_8_bits(path: pathlib.Path, key: str, images: np.ndarray, max_value: float) -> np.ndarray:
+    """Images of one key as uint8, white at `max_value`; with 0.0 at 255 for integers and at 1 for floats."""
     if images.dtype == np.uint8:
         return images
-    if images.dtype.kind in "iuf":
-        low, high = images.min(), images.max()
-        if images.dtype.kind == "f" and low >= 0 and high <= 1:
-            return np.rint(images * 255).astype(np.uint8)
-        if images.dtype.kind != "f" and low >= 0 and high <= 255:
-            return images.astype(np.uint8)
-        found = f"{images.dtype} from {low} to {high}"
-    else:
-        found = str(images.dtype)
-    raise UserError(f"'{key}' of {path} is {found}; images are uint8, integers in 0 .. 255 or floats in 0 .. 1")
+    natural = _npz_natural(images)
+    if not max_value and images.max() > natural:
+        raise UserError(
+            f"'{key}' of {path} is {images.dtype} up to {images.max()}, above the {natural:g} that the training images "
+            "keep to; scale it, or set config.dataset.max_value"
+        )
+    return np.stack([image_files.to_8_bits(image, max_value or natural) for image in images])  # one by one: less memory
 
 
 def _npz_labels(path: pathlib.Path, key: str, labels: np.ndarray) -> np.ndarray:
@@ -241,4 +309,10 @@ def _npz_class_names(path: pathlib.Path, arrays: dict[str, np.ndarray], labels: 
     return tuple(map(str, used.tolist()))
 
 
-SOURCES: dict[str, Callable] = {"digits": _digits, "synthetic": _synthetic, "folder": folder, "npz": _npz}
+SOURCES: dict[str, Callable] = {
+    "digits": _digits,
+    "synthetic": _synthetic,
+    "synthetic_jpeg": synthetic_jpeg,
+    "folder": folder,
+    "npz": _npz,
+}

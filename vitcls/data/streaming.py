@@ -126,19 +126,21 @@ def read_image(
     if isinstance(encoded, np.ndarray):
         return encoded
     try:
-        return _decode(encoded, image_shape, crop, seed)
+        return _decode(split, encoded, image_shape, crop, seed)
     except BadImage as error:
         image_files.warn_black(split.images.name(index), error)
         return np.zeros(image_shape, np.uint8)
 
 
-def _decode(encoded: bytes, image_shape: tuple[int, int, int], crop: Crop | None, seed: tuple[int, ...]) -> np.ndarray:
-    size, _, channels = image_shape
+def _decode(
+    split: Split, encoded: bytes, image_shape: tuple[int, int, int], crop: Crop | None, seed: tuple[int, ...]
+) -> np.ndarray:
+    size, channels = image_shape[:2], image_shape[2]
     if crop is None:
-        return image_files.decode(encoded, size=size, channels=channels)
+        return image_files.decode(encoded, size=size, channels=channels, decoding=split.decoding)
     width, height, _ = image_files.examine(encoded)
     box = image_files.random_resized_crop_box(np.random.default_rng(seed), width, height, crop.area, crop.ratio)
-    return image_files.decode(encoded, size=size, channels=channels, box=box)
+    return image_files.decode(encoded, size=size, channels=channels, box=box, decoding=split.decoding)
 
 
 def _parallel_batches(

@@ -11,7 +11,7 @@ from vitcls.data.dataset import Source, Split
 from vitcls.data.records import index_records
 from vitcls.errors import UserError
 
-BUILT_IN = ("digits", "synthetic", "folder", "npz")  # names that are not TFDS's
+BUILT_IN = ("digits", "synthetic", "synthetic_jpeg", "folder", "npz")  # names that are not TFDS's
 
 
 def tfds(config) -> Source:
