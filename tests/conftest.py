@@ -4,12 +4,16 @@ With VITCLS_TEST_PLATFORM=default it runs on what JAX finds (benchmarks/accelera
 """
 
 import os
+import tempfile
 
 if os.environ.get("VITCLS_TEST_PLATFORM") != "default":
     os.environ["JAX_PLATFORMS"] = "cpu"
     # LLVM's optimisation takes most of the time of tests that compile much and run little.
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# The cache of a run holds every program, however small: its workers and the commands they start compile the same ones.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
@@ -21,17 +25,18 @@ else:
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_configure(config):
+    """Keeps compiled programs and indexes of this run in one directory of its own, not in the user's."""
+    if not hasattr(config, "workerinput"):  # xdist's workers inherit the environment
+        directory = tempfile.TemporaryDirectory(prefix="vitcls-")
+        config.add_cleanup(directory.cleanup)
+        os.environ["VITCLS_CACHE_DIR"] = directory.name
+    jax.config.update("jax_compilation_cache_dir", os.path.join(os.environ["VITCLS_CACHE_DIR"], "xla"))
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("eight_devices") and jax.device_count() != 8:
         pytest.skip("needs eight devices")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def private_cache(tmp_path_factory):
-    """Keeps compiled programs and indexes of this run out of the user's cache directory."""
-    cache = tmp_path_factory.mktemp("cache")
-    os.environ["VITCLS_CACHE_DIR"] = str(cache)
-    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
 
 
 def make_tiny_config():
