@@ -36,14 +36,19 @@ def run(command: Callable[[list[str]], int | None], argv: list[str] | None = Non
     try:
         return command(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except RunError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {one_line(error)}", file=sys.stderr)
         return 1
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.code
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error, whatever values it quotes, as one line."""
+    return " ".join(str(error).split())
 
 
 def quiet_libraries() -> None:

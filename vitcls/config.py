@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
@@ -142,9 +143,13 @@ def resolve(config: ConfigDict) -> ConfigDict:
     """
     blocks = {key: value for key, value in config.to_dict().items() if key != "model"}
     resolved = ConfigDict(_complete(blocks, default_config(config.model.name).to_dict()))
-    fields = {key: value for key, value in config.model.items() if key != "name" and value is not None}
-    models.create(config.model.name, 2, **fields)
-    resolved.model = ConfigDict({"name": config.model.name, **models.fields(config.model.name), **fields})
+    name, fields = config.model.name, models.fields(config.model.name)
+    given = {key: value for key, value in config.model.items() if key != "name" and value is not None}
+    for key, value in given.items():
+        if key not in fields:
+            raise errors.unknown(f"field of {name}", key, fields)
+        given[key] = _checked(value, fields[key], f"config.model.{key}")
+    resolved.model = ConfigDict({"name": name, **fields, **given})
     if re.match(r"[A-Za-z][\w+.-]+:/", config.dataset.data_dir):
         raise UserError(
             f"config.dataset.data_dir='{config.dataset.data_dir}' is a URL; the data must be in a local directory"
@@ -155,18 +160,43 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def _complete(given: dict, defaults: dict, block: str = "config") -> dict:
-    """`given` with the keys that it lacks, in the order of `defaults`; raises UserError for one that is not there."""
+    """`given` with the keys that it lacks, in the order of `defaults`.
+
+    Raises UserError for a key that is not there and for a value of another type than its default.
+    """
     if not isinstance(given, dict):
         raise UserError(f"{block}={given!r} is impossible: it is a block of {', '.join(defaults)}")
     for key in given:
         if key not in defaults:
-            raise errors.unknown(f"key of {block}", key, defaults)
+            raise errors.unknown(f"key of {block}", str(key), defaults)
     return {
         key: _complete(given.get(key, {}), default, f"{block}.{key}")
         if isinstance(default, dict)
-        else given.get(key, default)
+        else _checked(given.get(key, default), default, f"{block}.{key}")
         for key, default in defaults.items()
     }
+
+
+_TYPES = {
+    bool: ("True or False", (bool,)),
+    int: ("a whole number", (int,)),
+    float: ("a finite number", (int, float)),
+    str: ("text", (str,)),
+    tuple: ("a tuple", (tuple, list)),
+}
+
+
+def _checked(value: Any, default: Any, key: str) -> Any:
+    """`value` if it is of the type of `default`, which a config file can get around; lists become tuples."""
+    if key == "config.dataset.image_size":  # of two types
+        return tuple(value) if isinstance(value, list) else value
+    if default is None:  # a model's field without a default is free
+        return value
+    expected, types = _TYPES[type(default)]
+    wrong = not isinstance(value, types) or (isinstance(value, bool) and bool not in types)
+    if wrong or (isinstance(value, float) and not math.isfinite(value)):
+        raise UserError(f"{key}={value!r} is impossible; it must be {expected}, such as {default!r}")
+    return tuple(value) if isinstance(value, list) else value
 
 
 def validate(config: ConfigDict) -> None:
@@ -179,6 +209,12 @@ def validate(config: ConfigDict) -> None:
         if not low <= value <= high:
             bounds = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
             raise UserError(f"config.{key}={value} is impossible; it must be {bounds}")
+    for key, (low, high, count) in _NUMBERS.items():
+        value = _get(config, key)
+        numbers = [part for part in value if isinstance(part, int | float) and low <= part <= high]
+        if len(numbers) < len(value) or (count and (len(value) != count or list(value) != sorted(value))):
+            form = f"{count} numbers in order, each" if count else "empty or numbers, each"
+            raise UserError(f"config.{key}={value} is impossible; it must be {form} in [{low:g}, {high:g}]")
     for key in _DURATIONS:
         value = _get(config, key)
         for duration in value if isinstance(value, tuple) else (value,):
@@ -188,9 +224,10 @@ def validate(config: ConfigDict) -> None:
                 raise UserError(f"config.{key}: {error}") from None
     size = config.dataset.image_size
     sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
-    if size != 0 and not all(type(side) is int and side > 0 for side in sides):
+    if size != 0 and not all(type(side) is int and 0 < side <= _LARGEST_SIDE for side in sides):
         raise UserError(
-            f"config.dataset.image_size={size!r} is impossible; it must be 0, a number of pixels, or (height, width)"
+            f"config.dataset.image_size={size!r} is impossible; it must be 0, pixels up to {_LARGEST_SIDE}, or such a "
+            "(height, width)"
         )
     if not 0 < config.dataset.eval_crop <= 1:
         raise UserError(f"config.dataset.eval_crop={config.dataset.eval_crop} is impossible; it must be in (0, 1]")
@@ -291,15 +328,15 @@ _CHOICES = {
 _RANGES = {
     "seed": (0, 2**31 - 1),
     "batch_size": (1, MAX_BATCH_SIZE),
-    "steps_per_call": (1, math.inf),
-    "nonfinite_limit": (1, math.inf),
+    "steps_per_call": (1, 10_000),
+    "nonfinite_limit": (1, 2**31 - 1),
     "dataset.max_value": (0, math.inf),
     "dataset.validation": (0, 0.9),
     "dataset.test": (0.01, 0.9),
     "dataset.split_seed": (0, 2**31 - 1),
     "dataset.num_folds": (0, math.inf),
-    "dataset.num_examples": (1, math.inf),
-    "dataset.num_classes": (2, math.inf),
+    "dataset.num_examples": (1, 10_000_000),
+    "dataset.num_classes": (2, 10_000),
     "loss.label_smoothing": (0, 0.99),
     "loss.focal_gamma": (0, math.inf),
     "loss.l2": (0, math.inf),
@@ -311,6 +348,13 @@ _RANGES = {
     "early_stopping.min_delta": (0, math.inf),
     "partition.min_shard_elements": (1, math.inf),
     "checkpoint.keep": (1, math.inf),
+}
+_LARGEST_SIDE = 8_192  # pixels
+_NUMBERS = {  # of tuples: lowest, highest, and how many, which are then in order
+    "dataset.mean": (-1e3, 1e3, 0),
+    "dataset.std": (1e-6, 1e3, 0),
+    "dataset.crop_area": (1e-6, 1, 2),
+    "dataset.crop_ratio": (1e-3, 1e3, 2),
 }
 _DURATIONS = (
     "total",

@@ -20,13 +20,13 @@ class Stopped(Exception):
         self.code = code
 
 
-def unknown(kind: str, name: str, valid: Iterable[str]) -> UserError:
+def unknown(kind: str, name: object, valid: Iterable[str]) -> UserError:
     """Builds the error for a `name` that is not one of `valid`, with the nearest name that is.
 
     >>> str(unknown("dataset", "cifar1000", ["cifar10", "cifar100"]))
     "dataset 'cifar1000' is not known; did you mean 'cifar100'? Known: cifar10, cifar100"
     """
     valid = sorted(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     hint = f"; did you mean '{close[0]}'?" if close else "."
-    return UserError(f"{kind} '{name}' is not known{hint} Known: {', '.join(valid)}")
+    return UserError(f"{kind} {str(name)!r} is not known{hint} Known: {', '.join(valid)}")

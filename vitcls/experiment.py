@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import textwrap
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -61,7 +62,16 @@ def make_model(config, info: DatasetInfo, *, axis_name: str | None = None) -> nn
     """The model of a config; raises UserError, by shapes alone, where it cannot take the images."""
     fields = {key: value for key, value in config.model.items() if key != "name"}
     model = models.create(config.model.name, info.num_classes, **fields).clone(axis_name=axis_name)
-    variable_shapes(model, info)
+    try:
+        variable_shapes(model, info)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a field that its checks do not know can do to a layer
+        size = "x".join(map(str, info.image_shape))
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
+        raise UserError(
+            f"{config.model.name} cannot be built for images of {size}: {reason}; see config.model"
+        ) from None
     return model
 
 

@@ -292,7 +292,7 @@ def _validate(config) -> None:
         for field, value in fields.items():
             require(f"{block}.{field}", isinstance(value, str) or math.isfinite(value), "finite")
         require(f"{block}.probability", 0 <= fields.probability <= 1, "in [0, 1]")
-    require("crop.padding", config.crop.padding >= 0, "at least 0")
+    require("crop.padding", 0 <= config.crop.padding <= 1_024, "in [0, 1024] pixels")
     if config.crop.fill not in PADDINGS:
         raise unknown("config.augment.crop.fill", config.crop.fill, PADDINGS)
     require("rotate.degrees", config.rotate.degrees >= 0, "at least 0")
@@ -305,7 +305,7 @@ def _validate(config) -> None:
     require("erase.max_area", config.erase.max_area < 1, "below 1")
     if config.erase.fill not in FILLS:
         raise unknown("config.augment.erase.fill", config.erase.fill, FILLS)
-    require("randaugment.num_ops", config.randaugment.num_ops >= 1, "at least 1")
+    require("randaugment.num_ops", 1 <= config.randaugment.num_ops <= 32, "in [1, 32]")
     require("randaugment.magnitude", 0 <= config.randaugment.magnitude <= 10, "in [0, 10]")
     require("mixup.alpha", config.mixup.alpha > 0, "above 0")
     require("cutmix.alpha", config.cutmix.alpha > 0, "above 0")

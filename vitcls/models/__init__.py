@@ -62,7 +62,7 @@ def create(name: str, num_classes: int, **overrides: Any) -> nn.Module:
 
 def preset(name: str) -> Preset:
     """What is known of the model `name`: its paper, native image shape and number of classes; raises UserError."""
-    if name not in _PRESETS:
+    if not isinstance(name, str) or name not in _PRESETS:
         raise errors.unknown("model", name, _PRESETS)
     return _PRESETS[name]
 
