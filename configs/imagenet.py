@@ -6,7 +6,7 @@
 TFDS needs the archives of ImageNet, which are downloaded by hand; the same images in directories are taken with
 `--config.dataset.name=folder --config.dataset.data_dir=DIR`. `configs/imagenet.py:MODEL,smoke` runs a few steps of the
 same path on made-up JPEGs of real sizes, at 64 pixels, on a CPU in a minute or so; `:smoke` does with resnet18. Only
-the smoke runs have been run. The recipes, none of whose published accuracies is ours:
+`:smoke` has been run. The recipes, none of whose published accuracies is ours:
 
 - ResNet, ResNeXt and all others not named below: SGD with Nesterov momentum, 0.1 per 256 images, L2 of 1e-4, 90 epochs,
   5 of them warm-up, no label smoothing (Goyal et al. 2017, arXiv 1706.02677; their ResNet-50: 76.4 %, with steps where

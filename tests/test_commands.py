@@ -1,5 +1,6 @@
 """The commands as a user meets them: what they print, and how they end."""
 
+import dataclasses
 import json
 import os
 import re
@@ -309,6 +310,19 @@ def test_predict_agrees_with_the_report(trained):
     images = (dataset.test.images[:1] / 255.0 - np.array(opened.info.mean)) / np.array(opened.info.std)
     logits = np.asarray(model.apply(variables, images.astype(np.float32), train=False))[0]
     np.testing.assert_allclose(probabilities, np.exp(logits) / np.exp(logits).sum(), rtol=1e-3)
+
+
+def test_predict_decodes_as_the_training_did(trained, tmp_path):
+    """With the white of the data set and the crop of the config, whatever the file has."""
+    opened = workdir.open_workdir(trained)
+    pixels = np.random.default_rng(0).integers(0, 100, (16, 16), np.uint8)
+    Image.fromarray(pixels[4:12, 4:12]).save(tmp_path / "centre.png")
+    Image.fromarray(np.rint(pixels * (4095 / 255)).astype(np.uint16)).save(tmp_path / "deep.png")
+    ((_, expected),) = predict.predict(opened, [tmp_path / "centre.png"])
+    deep = dataclasses.replace(opened, info=dataclasses.replace(opened.info, max_value=4095.0))
+    deep.config.dataset.eval_crop = 0.5
+    ((_, found),) = predict.predict(deep, [tmp_path / "deep.png"])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_the_installed_script_knows_the_verbs(capsys, monkeypatch):
