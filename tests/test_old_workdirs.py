@@ -88,7 +88,6 @@ def test_the_data_of_a_run_may_move_but_not_change(tiny_config, tmp_path):
     save("dark", 20)
     save("light", 20)
     tiny_config.dataset.update(name="folder", data_dir=str(tmp_path / "first"), validation=0.2, image_size=8)
-    tiny_config.batch_size = 8
     tiny_config.total = "4 steps"
     run = tmp_path / "run"
     train_and_evaluate(tiny_config, run)

@@ -54,6 +54,7 @@ def log_start(config, info: DatasetInfo, plan: Plan, training: Training, layout:
     epochs = plan.total / plan.steps_per_epoch
     lines = [
         f"devices   {devices_line()}, partition '{config.partition.strategy}'",
+        f"products  {products_line(config)}",
         f"data      {dataset_line(info)}; {pipeline}",
         f"          mean {_numbers(info.mean)}, std {_numbers(info.std)} of the training split",
         f"training  {plan.total:,} steps of {config.batch_size} images, {epochs:.1f} epochs; "
@@ -119,6 +120,17 @@ def devices_line() -> str:
     device = jax.devices()[0]
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"{jax.device_count()} x {device.device_kind} ({device.platform}){processes}"
+
+
+def products_line(config) -> str:
+    """How precise products of float32 are, and whether a run can be repeated to the bit."""
+    device = jax.devices()[0]
+    least = {"gpu": "TF32 on NVIDIA GPUs that have it", "tpu": "bfloat16"}.get(device.platform, "float32")
+    precision = {"default": least, "high": f"three products of {least}", "highest": "float32"}
+    used = "float32" if device.platform == "cpu" else precision[config.matmul_precision]
+    operands = "" if config.model.dtype == "float32" else f" (the model computes in {config.model.dtype})"
+    repeated = ", deterministic kernels" if config.deterministic else ""
+    return f"of float32 in {used}{operands}{repeated}"
 
 
 def dataset_line(info: DatasetInfo) -> str:
