@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from vitcls import cli, main
+
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 ARGUMENTS = {  # config -> presets that are tried
     "vit_digits": [""],
@@ -33,10 +35,11 @@ def test_every_config_is_tried():
 
 
 @pytest.mark.parametrize("argument", ["", ":resnet50", ":,cifar10", ":resnet5O,cifar10"])
-def test_a_baseline_names_a_model_and_a_data_set(argument):
-    ran = run(f"baseline.py{argument}", "--workdir=never", "--dry_run")
-    assert ran.returncode == 2
-    assert len(ran.stderr.splitlines()) == 1, ran.stderr
+def test_a_baseline_names_a_model_and_a_data_set(argument, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)  # the command sets it
+    assert cli.run(main.main, [f"--config={CONFIGS}/baseline.py{argument}", "--workdir=never", "--dry_run"]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1, err
 
 
 def real_subset(name, directory):
