@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m vitcls.main --config=configs/vit_digits.py --workdir=runs/digits
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --durations=10
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -24,9 +24,9 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e .
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[test]"
 	touch $@

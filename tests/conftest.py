@@ -3,13 +3,15 @@
 With VITCLS_TEST_PLATFORM=default it runs on what JAX finds (benchmarks/accelerator.py), its products in full precision.
 """
 
+import gc
 import os
 import tempfile
 
 if os.environ.get("VITCLS_TEST_PLATFORM") != "default":
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # LLVM's optimisation takes most of the time of tests that compile much and run little.
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    # The compiler takes most of the time of tests that compile much and run little: without LLVM's optimisation, and
+    # with the older emitters of fusions, it is done in half of it.
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # The cache of a run holds every program, however small: its workers and the commands they start compile the same ones.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -37,6 +39,21 @@ def pytest_configure(config):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("eight_devices") and jax.device_count() != 8:
         pytest.skip("needs eight devices")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_other_files_left():
+    """Is not searched for garbage again: with the traced programs of all models a single search takes seconds."""
+    gc.collect()
+    gc.freeze()
+
+
+# The files that take longest, which start first, so that no worker is left alone with one of them.
+LONGEST = ("test_train", "test_partition", "test_every_model", "test_benchmarks", "test_table", "test_prepare")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def make_tiny_config():

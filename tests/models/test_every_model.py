@@ -385,15 +385,6 @@ def digits(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(images, shape[2], axis=-1).astype(np.float32), labels[:BATCH].astype(np.int32)
 
 
-# Old emitters of XLA compile these programs in a third of the time; a jaxlib that has them no more does without.
-_FAST_COMPILE = {"xla_cpu_use_fusion_emitters": False}
-try:
-    jax.jit(lambda: 0, compiler_options=_FAST_COMPILE)()
-except jax.errors.JaxRuntimeError:
-    _FAST_COMPILE = {}
-jit = functools.partial(jax.jit, compiler_options=_FAST_COMPILE)
-
-
 class Start(NamedTuple):
     """The first variables of a model; the parameters as one vector, so that an optimizer's step compiles at once."""
 
@@ -421,7 +412,7 @@ def start(model: nn.Module, shape: tuple[int, int, int]) -> Start:
 
     random = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, *shape)), train=False), jax.random.key(0))
-    others = jit(init)(jax.random.key(0))
+    others = jax.jit(init)(jax.random.key(0))
     variables = jax.tree.map_with_path(draw, others, shapes, is_leaf=lambda leaf: leaf is None)
     leaves, tree = jax.tree.flatten(variables["params"])
     ends = np.cumsum([leaf.size for leaf in leaves])
@@ -446,7 +437,7 @@ def training(model: nn.Module, shape: tuple[int, int, int]):
     """(parameters, statistics, key) -> Trained, on the digits."""
     unravel = start(model.clone(remat=False), shape).unravel
 
-    @jit
+    @jax.jit
     def train(params, stats, images, labels, key):
         def loss(params):
             variables = {"params": unravel(params)} | stats
@@ -471,7 +462,7 @@ def evaluation(model: nn.Module, shape: tuple[int, int, int]):
     """(parameters, statistics, images) -> logits, statistics and what was sown, without any random key."""
     unravel = start(model.clone(dtype="float32"), shape).unravel
 
-    @jit
+    @jax.jit
     def evaluate(params, stats, images):
         variables = {"params": unravel(params)} | stats
         logits, changed = model.apply(variables, images, train=False, mutable=["batch_stats", "intermediates"])
@@ -674,7 +665,7 @@ def test_every_convolution_takes_the_form_of_the_trainer(name):
 def adam(learning_rate: float):
     optimizer = optax.adam(learning_rate)
 
-    @jit
+    @jax.jit
     def step(params, state, grads):
         updates, state = optimizer.update(grads, state)
         return optax.apply_updates(params, updates), state

@@ -85,7 +85,8 @@ def test_parameter_count(name):
 
 
 def count(name, num_classes):
-    model = models.create(name, num_classes)
+    form = {"grouped_conv": "xla"} if "grouped_conv" in models.fields(name) else {}  # traced the faster
+    model = models.create(name, num_classes, **form)
     images = jnp.zeros((1, *models.preset(name).image_shape))
     variables = jax.eval_shape(lambda key: model.init(key, images, train=False), jax.random.key(0))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))

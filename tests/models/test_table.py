@@ -1,5 +1,6 @@
 """The table of models: `python -m vitcls.models` and docs/models.md."""
 
+import functools
 import pathlib
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from vitcls.models import __main__ as table
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "models.md"
 
+describe = functools.cache(table.describe)  # of the presets as they are
 
 SMALLEST_OF_EACH_FAMILY = (
     *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "improved_resnext50_lite"),
@@ -30,7 +32,7 @@ def test_the_page_has_every_model_in_order():
 
 @pytest.mark.parametrize("name", SMALLEST_OF_EACH_FAMILY)
 def test_the_page_says_what_the_command_says_now(name):
-    assert rows_of(PAGE.read_text())[name] == rows_of(table.markdown_page([table.describe(name)]))[name]
+    assert rows_of(PAGE.read_text())[name] == rows_of(table.markdown_page([describe(name)]))[name]
 
 
 @pytest.mark.slow
@@ -47,19 +49,19 @@ def test_flops_are_those_the_papers_count():
         ("mobilenet_v1", 569e6),
         ("efficientnet_b0", 0.39e9),
     ):
-        assert table.describe(name).flops == pytest.approx(2 * multiply_adds, rel=0.06)
+        assert describe(name).flops == pytest.approx(2 * multiply_adds, rel=0.06)
 
 
 def test_activations_of_a_small_network_are_what_its_backward_pass_reads():
     # Of one float32 image: the padded input of each convolution, its output before the activation (whose derivative
     # needs it) and what pooling and dense layers read. Bounds, since which of two equal arrays is kept may change.
-    saved = table.describe("lenet5").activation_bytes
+    saved = describe("lenet5").activation_bytes
     outputs = 28 * 28 * 6 + 10 * 10 * 16 + 120 + 84
     assert 4 * outputs <= saved <= 4 * 5 * outputs
 
 
 def test_remat_saves_fewer_activations(monkeypatch):
-    plain = table.describe("resnet18").activation_bytes
+    plain = describe("resnet18").activation_bytes
     preset = models.preset("resnet18")
     monkeypatch.setitem(models._PRESETS, "resnet18", preset._replace(fields=preset.fields | {"remat": True}))
     assert table.describe("resnet18").activation_bytes < 0.6 * plain
