@@ -88,10 +88,10 @@ def assert_same_run(actual, expected):
 @pytest.mark.parametrize("pipeline", ["resident", "streaming"])
 def test_a_killed_run_ends_bit_equal_to_an_uninterrupted_one(tiny_config, tmp_path, pipeline):
     tiny_config.dataset.pipeline = pipeline
-    tiny_config.total = "400 steps"
+    tiny_config.total = "300 steps"
     tiny_config.log_every = "14 steps"
     tiny_config.eval_every = "50 steps"
-    tiny_config.checkpoint_every = "10 steps"
+    tiny_config.checkpoint_every = "15 steps"
     tiny_config.steps_per_call = 2
     tiny_config.schedule.name = "plateau"
     tiny_config.schedule.patience = 1
@@ -105,7 +105,7 @@ def test_a_killed_run_ends_bit_equal_to_an_uninterrupted_one(tiny_config, tmp_pa
     wait_for(lambda: len(checkpoint.steps(killed / "checkpoints")) >= 2, process)
     process.kill()
     process.communicate()
-    assert 0 < checkpoint.latest_whole(killed / "checkpoints", set_aside=False) < 400
+    assert 0 < checkpoint.latest_whole(killed / "checkpoints", set_aside=False) < 300
 
     process = start(tiny_config, killed)
     reached = checkpoint.steps(killed / "checkpoints")[-1]
@@ -114,7 +114,7 @@ def test_a_killed_run_ends_bit_equal_to_an_uninterrupted_one(tiny_config, tmp_pa
     _, err = finish(process, 128 + signal.SIGTERM)
     stopped = checkpoint.latest_whole(killed / "checkpoints", set_aside=False)
     assert f"stopped at step {stopped}, which is saved" in err
-    assert reached < stopped < 400
+    assert reached < stopped < 300
 
     _, err = finish(start(tiny_config, killed))
     assert f"resumed from step {stopped}" in err

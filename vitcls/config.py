@@ -189,7 +189,7 @@ _TYPES = {
 def _checked(value: Any, default: Any, key: str) -> Any:
     """`value` if it is of the type of `default`, which a config file can get around; lists become tuples."""
     if key == "config.dataset.image_size":  # of two types
-        return tuple(value) if isinstance(value, list) else value
+        return value
     if default is None:  # a model's field without a default is free
         return value
     expected, types = _TYPES[type(default)]
@@ -226,8 +226,8 @@ def validate(config: ConfigDict) -> None:
     sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
     if size != 0 and not all(type(side) is int and 0 < side <= _LARGEST_SIDE for side in sides):
         raise UserError(
-            f"config.dataset.image_size={size!r} is impossible; it must be 0, pixels up to {_LARGEST_SIDE}, or such a "
-            "(height, width)"
+            f"config.dataset.image_size={size!r} is impossible; it must be 0, a number of pixels, or (height, width), "
+            f"of up to {_LARGEST_SIDE}"
         )
     if not 0 < config.dataset.eval_crop <= 1:
         raise UserError(f"config.dataset.eval_crop={config.dataset.eval_crop} is impossible; it must be in (0, 1]")
