@@ -17,6 +17,7 @@ from vitcls.console import ProgressBar, StopSignal
 from vitcls.errors import RunError, Stopped, UserError
 from vitcls.experiment import Plan, Training
 from vitcls.lock import WorkdirLock
+from vitcls.models import convolutions
 from vitcls.partition import Partition
 from vitcls.profiling import Trace
 from vitcls.progress import Progress
@@ -62,7 +63,7 @@ def train_and_evaluate(
             return lock
 
         lock = partition.all_or_none(begin)
-        evaluator = evaluate.make_evaluator(config, training.model, info, layout)
+        evaluator = evaluate.make_evaluator(config, convolutions.for_training(training.model), info, layout)
         batches = data.train_batches(
             dataset, config.dataset, partition=layout, batch_size=config.batch_size, seed=config.seed
         )

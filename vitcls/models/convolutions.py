@@ -16,7 +16,7 @@ FORM_BY_PLATFORM = {"cpu": "cpu"}  # what `for_training` makes of 'auto'; elsewh
 def for_training(model: nn.Module) -> nn.Module:
     """`model` with its convolutions in the form that trains the fastest on this platform, if its own is 'auto'.
 
-    It has the same parameters and is for a training step alone: what is evaluated, exported or timed is `model` itself.
+    It has the same parameters and is for a run and its own evaluations: what is exported or timed is `model` itself.
     """
     if getattr(model, "grouped_conv", None) != "auto":
         return model
