@@ -152,7 +152,7 @@ def test_every_picture_is_described(page):
 def test_no_text_can_become_markup(page):
     text = "".join(page.text)
     for untrusted in (EVIL, FACTS["Model"], FACTS["Command"], "set <&>", *FACTS["Skipped files"]):
-        assert untrusted.encode(errors="backslashreplace").decode() in text  # a file's name need not be UTF-8
+        assert printable(untrusted) in text  # a file's name need not be UTF-8
     assert "b" not in page.tags[: page.tags.index("div")] and "i" not in page.tags
     assert page.tags.count("img") == 7
 

@@ -46,7 +46,7 @@ class Encoded:
         return self.files[index]
 
     def name(self, index):
-        return f"{id(self)}/{index}"
+        return f"{self.unique}/{index}"
 
 
 @pytest.mark.parametrize(
