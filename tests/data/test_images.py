@@ -2,6 +2,7 @@
 
 import io
 import struct
+import uuid
 import zlib
 
 import numpy as np
@@ -37,7 +38,7 @@ class Encoded:
     """The least that `decode_all` needs."""
 
     def __init__(self, files):
-        self.files = list(files)
+        self.files, self.unique = list(files), uuid.uuid4().hex
 
     def __len__(self):
         return len(self.files)
