@@ -429,7 +429,7 @@ def test_only_new_files_are_looked_at(folder, monkeypatch):
 
     def count(path, *args, **kwargs):
         if os.fsencode(path).startswith(os.fsencode(folder)):
-            looked_at.append(os.path.basename(path))
+            looked_at.append(os.fsdecode(os.path.basename(path)))
         return opened(path, *args, **kwargs)
 
     def load_and_count():
