@@ -428,8 +428,9 @@ def test_only_new_files_are_looked_at(folder, monkeypatch):
     looked_at, opened = [], open
 
     def count(path, *args, **kwargs):
-        if os.fsencode(path).startswith(os.fsencode(folder)):
-            looked_at.append(os.fsdecode(os.path.basename(path)))
+        # Names are bytes there; the training images whose depth is looked at, at every start, are read by their paths.
+        if isinstance(path, bytes) and path.startswith(os.fsencode(folder)):
+            looked_at.append(os.path.basename(path))
         return opened(path, *args, **kwargs)
 
     def load_and_count():
@@ -439,10 +440,10 @@ def test_only_new_files_are_looked_at(folder, monkeypatch):
             dataset = load(folder_config(folder))
         return {path.name for split in (dataset.train, dataset.test) for path in paths(split)}
 
-    assert len(load_and_count()) == len(set(looked_at)) == 20
+    assert len(load_and_count()) == len(looked_at) == 20
     before = stored()
     load_and_count()
-    assert len(looked_at) <= 16 and stored() == before  # the training images whose depth is looked at
+    assert not looked_at and stored() == before
     write_image(folder / "cat" / "new.png")
     (folder / "dog" / "3.png").unlink()
     names = load_and_count()
