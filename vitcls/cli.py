@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 failure; 2 bad config, flags or input (one line on stderr)
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -35,6 +36,9 @@ def run(command: Callable[[list[str]], int | None], argv: list[str] | None = Non
     quiet_libraries()
     try:
         return command(sys.argv[1:] if argv is None else argv) or 0
+    except BrokenPipeError:  # as of `| head`: nobody reads on
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (what is left is flushed there at the end)
+        return 0
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2

@@ -141,6 +141,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
     in from its preset, and the data directory no longer depends on where one stands. Raises UserError for an unknown
     model or key.
     """
+    if not isinstance(config, ConfigDict) or not isinstance(config.get("model"), ConfigDict):
+        raise UserError(
+            "a config is what `default_config(model_name)` of vitcls.config returns, with its block `model`"
+        )
     blocks = {key: value for key, value in config.to_dict().items() if key != "model"}
     resolved = ConfigDict(_complete(blocks, default_config(config.model.name).to_dict()))
     name, fields = config.model.name, models.fields(config.model.name)
@@ -180,10 +184,15 @@ def _complete(given: dict, defaults: dict, block: str = "config") -> dict:
 _TYPES = {
     bool: ("True or False", (bool,)),
     int: ("a whole number", (int,)),
-    float: ("a finite number", (int, float)),
+    float: ("a number that float32 can hold", (int, float)),
     str: ("text", (str,)),
     tuple: ("a tuple", (tuple, list)),
 }
+
+
+def _fits_float32(value: float) -> bool:
+    """Whether a number keeps its meaning on the devices: finite there, and not 0 unless it is."""
+    return value == 0 or 1e-37 <= abs(value) <= 1e37
 
 
 def _checked(value: Any, default: Any, key: str) -> Any:
@@ -194,7 +203,7 @@ def _checked(value: Any, default: Any, key: str) -> Any:
         return value
     expected, types = _TYPES[type(default)]
     wrong = not isinstance(value, types) or (isinstance(value, bool) and bool not in types)
-    if wrong or (isinstance(value, float) and not math.isfinite(value)):
+    if wrong or (isinstance(default, float) and not _fits_float32(value)):
         raise UserError(f"{key}={value!r} is impossible; it must be {expected}, such as {default!r}")
     return tuple(value) if isinstance(value, list) else value
 
@@ -207,7 +216,7 @@ def validate(config: ConfigDict) -> None:
     for key, (low, high) in _RANGES.items():
         value = _get(config, key)
         if not low <= value <= high:
-            bounds = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+            bounds = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
             raise UserError(f"config.{key}={value} is impossible; it must be {bounds}")
     for key, (low, high, count) in _NUMBERS.items():
         value = _get(config, key)
@@ -235,6 +244,12 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"config.batch_size={config.batch_size} cannot be divided into "
             f"config.optimizer.accumulate={config.optimizer.accumulate} parts"
+        )
+    pixels = math.prod(sides) if len(sides) == 2 else sides[0] ** 2
+    if config.dataset.name in ("digits", "synthetic") and pixels > _LARGEST_MADE_UP**2:
+        raise UserError(
+            f"config.dataset.image_size={size} is impossible for '{config.dataset.name}', whose images are in memory; "
+            f"it must be at most {_LARGEST_MADE_UP} pixels"
         )
     if config.deterministic and config.partition.strategy == "pmap":
         raise UserError("config.deterministic=True is not for config.partition.strategy='pmap'; use 'data' or 'fsdp'")
@@ -350,6 +365,7 @@ _RANGES = {
     "checkpoint.keep": (1, math.inf),
 }
 _LARGEST_SIDE = 8_192  # pixels
+_LARGEST_MADE_UP = 1_024
 _NUMBERS = {  # of tuples: lowest, highest, and how many, which are then in order
     "dataset.mean": (-1e3, 1e3, 0),
     "dataset.std": (1e-6, 1e3, 0),

@@ -181,11 +181,14 @@ def evaluate(path: pathlib.Path, *, split: str = "test", checkpoint: str = "", d
     if data_dir:
         config.dataset.data_dir = data_dir
     dataset = data.load(config.dataset, max_value=trained.info.max_value)
-    if (dataset.class_names, dataset.image_shape) != (trained.info.class_names, trained.info.image_shape):
+    now, then = (
+        _kind_of(dataset.class_names, dataset.image_shape, dataset.num_examples),
+        _kind_of(trained.info.class_names, trained.info.image_shape, trained.info.num_examples),
+    )
+    if now != then:
         raise UserError(
-            f"the data of '{config.dataset.name}' are not those of the training: "
-            f"{dataset.num_classes} classes of {dataset.image_shape} now, "
-            f"{trained.info.num_classes} of {trained.info.image_shape} then; give the original with --data_dir"
+            f"the data of '{config.dataset.name}' are not those of the training: {now[1]} now, {then[1]} then; "
+            "give the original with --data_dir"
         )
     if data.choose_pipeline(dataset, config.dataset) == "resident":
         dataset = data.decode(dataset, (split,))
@@ -194,6 +197,12 @@ def evaluate(path: pathlib.Path, *, split: str = "test", checkpoint: str = "", d
     variables = layout.replicate(trained.restore_variables(model, step))
     evaluator = make_evaluator(config, model, trained.info, layout)
     return write_report(path, config, trained.info, dataset, evaluator, model, variables, split=split, step=step)
+
+
+def _kind_of(names: tuple[str, ...], shape: tuple[int, ...], num_examples: dict[str, int]) -> tuple[tuple, str]:
+    """What must not change between training and evaluation: the names of the classes, and the rest in words."""
+    counts = ", ".join(f"{count:,} {split}" for split, count in num_examples.items())
+    return names, f"{len(names)} classes of {'x'.join(map(str, shape))}, {counts} images"
 
 
 def main(argv: list[str]) -> None:

@@ -41,7 +41,10 @@ class WorkdirLock(contextlib.AbstractContextManager):
         self._stop = threading.Event()
         self._beats = 0
         self._made = [path for path in (self._path.parent, *self._path.parent.parents) if not path.exists()]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--workdir={self._path.parent} cannot be made ({error.strerror}); use another") from None
         self._acquire()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
@@ -123,7 +126,9 @@ def _read(path: pathlib.Path) -> dict | None:
     """The contents of a lock file; None where there is none. One that is incomplete may be in the making."""
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
-        return {"host": str(holder["host"]), "token": str(holder["token"])} | holder
+        return {
+            key: holder[key] for key in ("host", "machine", "process_id", "process_start", "since", "token", "beats")
+        }
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):

@@ -66,6 +66,8 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     overrides = [argument for argument in argv if argument.lstrip("-").startswith("config.")]
     others = [argument for argument in argv if argument not in overrides]
     path = next((text.partition("=")[2] for text in others if text.lstrip("-").startswith("config=")), "")
+    if any(text.lstrip("-") == "config=" for text in others):
+        raise UserError("--config= names no file; give one, such as --config=configs/vit_digits.py")
     if path and not os.path.isfile(path.partition(":")[0]):
         raise UserError(f"the config file '{path.partition(':')[0]}' is not there; see the directory configs/")
     try:

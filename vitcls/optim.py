@@ -71,14 +71,14 @@ def make_schedule(
             _reduce_on_plateau(schedule_config)  # raises for impossible values
             schedule = optax.constant_schedule(rate)
         case "step":
-            _require(0 < factor < math.inf, "schedule.factor", factor, "above 0")
+            _require(0 < factor <= 1e3, "schedule.factor", factor, "above 0 and at most 1000")
             boundaries = [to_steps("boundaries", boundary) for boundary in schedule_config.boundaries]
             _check_boundaries(schedule_config.boundaries, boundaries, warmup)
             # Boundaries of a very short run may fall on the same step; each of them counts.
             scales = {boundary - warmup: factor ** boundaries.count(boundary) for boundary in boundaries}
             schedule = optax.piecewise_constant_schedule(rate, scales)
         case "exponential":
-            _require(0 < factor < math.inf, "schedule.factor", factor, "above 0")
+            _require(0 < factor <= 1e3, "schedule.factor", factor, "above 0 and at most 1000")
             every = to_steps("every", schedule_config.every)
             _require(every > 0, "schedule.every", schedule_config.every, "at least '1 steps'")
             schedule = optax.exponential_decay(rate, every, factor)
@@ -102,7 +102,7 @@ def make_schedule(
 
 def _learning_rate(optimizer_config, batch_size: int) -> float:
     rate, base = optimizer_config.learning_rate, optimizer_config.base_batch_size
-    _require(0 <= rate < math.inf, "optimizer.learning_rate", rate, "a finite number, at least 0")
+    _require(0 <= rate <= 1e30, "optimizer.learning_rate", rate, "a finite number, at least 0")
     _require(base >= 0, "optimizer.base_batch_size", base, "at least 0")
     return rate * batch_size / base if base else rate
 
@@ -265,7 +265,7 @@ def _compile(pair: tuple[str, float]) -> tuple[re.Pattern, float]:
         raise UserError(f"config.optimizer.multipliers: '{text}' is not a regular expression: {error}") from None
     except (TypeError, ValueError):
         raise UserError(f"config.optimizer.multipliers: {pair!r} is not a pair ('regex', number)") from None
-    _require(0 <= number < math.inf, "optimizer.multipliers", pair, "a regex and a finite number, at least 0")
+    _require(0 <= number <= 1e6, "optimizer.multipliers", pair, "a regex and a number in [0, 1e6]")
     return pattern, number
 
 

@@ -56,7 +56,8 @@ def log_start(config, info: DatasetInfo, plan: Plan, training: Training, layout:
         f"devices   {devices_line()}, partition '{config.partition.strategy}'",
         f"products  {products_line(config)}",
         f"data      {dataset_line(info)}; {pipeline}",
-        f"          mean {_numbers(info.mean)}, std {_numbers(info.std)} of the training split",
+        f"          mean {_numbers(info.mean)}, std {_numbers(info.std)} "
+        + ("of the config" if config.dataset.mean and config.dataset.std else "of the training split"),
         f"training  {plan.total:,} steps of {config.batch_size} images, {epochs:.1f} epochs; "
         f"{plan.steps_per_call} steps in one call",
         f"memory    {mebibytes(layout.bytes_per_device(state))} of state and {mebibytes(resident)} of images a device, "

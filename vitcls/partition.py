@@ -242,12 +242,12 @@ def all_or_none(action: Callable[[], T]) -> T:
     except Exception as error:  # shared first, whatever it is
         failure = error
     kind = "" if failure is None else "user" if isinstance(failure, UserError) else "other"
-    text = f"{kind} {failure}".encode()[:_VERDICT_BYTES] if kind else b""
+    text = f"{kind} {failure}".encode(errors="surrogateescape")[:_VERDICT_BYTES] if kind else b""
     verdicts = multihost_utils.process_allgather(np.frombuffer(text.ljust(_VERDICT_BYTES, b"\0"), np.uint8))
     if failure is not None:
         raise failure
     for process, verdict in enumerate(verdicts):
-        kind, _, message = bytes(verdict).rstrip(b"\0").decode(errors="replace").partition(" ")
+        kind, _, message = bytes(verdict).rstrip(b"\0").decode(errors="surrogateescape").partition(" ")
         if kind == "user":
             raise UserError(message)
         if kind:

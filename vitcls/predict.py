@@ -18,7 +18,7 @@ import numpy as np
 
 from vitcls import cli, experiment, workdir
 from vitcls.data import images as image_files
-from vitcls.errors import UserError
+from vitcls.errors import RunError, UserError
 
 _BATCH = 32
 TOP = 5
@@ -48,6 +48,8 @@ def predict(
             if not isinstance(image, str):
                 batch["image"][i] = image
         probabilities = jax.device_get(eval_step(variables, jax.device_put(batch))[1])
+        if not np.isfinite(probabilities[: len(group)]).all():
+            raise RunError("the model gives probabilities that are not finite; use an earlier --checkpoint")
         for file, image, row in zip(group, images, probabilities, strict=False):
             yield file, image if isinstance(image, str) else row
 

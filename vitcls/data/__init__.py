@@ -78,7 +78,6 @@ def describe(dataset: Dataset, config) -> DatasetInfo:
       dataset: as `load` returns it.
       config: the block `dataset` of the config.
     """
-    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     mean, std = tuple(config.mean), tuple(config.std)
     channels = dataset.image_shape[-1]
     for key, value in (("mean", mean), ("std", std)):
@@ -93,7 +92,7 @@ def describe(dataset: Dataset, config) -> DatasetInfo:
         image_shape=dataset.image_shape,
         mean=mean,
         std=std,
-        num_examples={name: len(split.labels) for name, split in splits.items() if split is not None},
+        num_examples=dataset.num_examples,
         class_counts=tuple(np.bincount(dataset.train.labels, minlength=dataset.num_classes).tolist()),
         skipped=dataset.skipped,
         max_value=dataset.train.decoding.max_value,

@@ -45,6 +45,12 @@ class Dataset:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def num_examples(self) -> dict[str, int]:
+        """Of every split that there is."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: len(split.labels) for name, split in splits.items() if split is not None}
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
