@@ -247,7 +247,7 @@ def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, t
     tiny_config.partition.min_shard_elements = 64
     alone = tmp_path / "alone"
     train_and_evaluate(tiny_config, alone)
-    np.savez(tmp_path / "0.npz", x_train=np.zeros((99, 8, 8, 3), np.uint8), y_train=np.arange(99) % 3)
+    np.savez(tmp_path / "\udce90.npz", x_train=np.zeros((99, 8, 8, 3), np.uint8), y_train=np.arange(99) % 3)
 
     runs = [("data", "streaming"), ("fsdp", "resident"), ("pmap", "streaming")]
     questions = [
@@ -259,7 +259,7 @@ def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, t
         for strategy, pipeline in runs
     ]
     questions.append(question(tiny_config, tmp_path / "data", seed=1))
-    only_on_one = {"dataset.name": "npz", "dataset.data_dir": str(tmp_path / "PROCESS.npz")}
+    only_on_one = {"dataset.name": "npz", "dataset.data_dir": str(tmp_path / "\udce9PROCESS.npz")}
     questions.append(question(tiny_config, tmp_path / "npz", **only_on_one))
     for process in start_two_processes(questions, tmp_path / "questions.json"):
         out, err = process.communicate(timeout=240)
@@ -268,7 +268,8 @@ def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, t
         *done, other_config, no_file = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
         assert done == ["done"] * len(runs)
         assert other_config.startswith(f"UserError: {tmp_path / 'data'} holds a run with another config.json")
-        assert no_file == f"UserError: config.dataset.data_dir='{tmp_path / '1.npz'}' is not a file; give the .npz file"
+        missing = f"{tmp_path}/\\udce91.npz"  # its name is not UTF-8
+        assert no_file == f"UserError: config.dataset.data_dir='{missing}' is not a file; give the .npz file"
 
     one = workdir.open_workdir(alone)
     model = experiment.make_model(one.config, one.info)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 
 import hypothesis
 import jax
@@ -95,6 +96,11 @@ def test_a_config_is_refused_in_one_line_or_can_be_trained_with(mistake):
         ("dataset.image_size", (8, 8, 8)),
         ("batch_size", True),
         ("optimizer.learning_rate", float("nan")),
+        ("optimizer.learning_rate", 1e39),  # more than float32 holds
+        ("optimizer.eps", 1e-300),
+        ("optimizer.weight_decay", 1e308),
+        ("optimizer.multipliers", (("head", 1e300),)),
+        ("dataset.image_size", 8_192),
         ("model.hidden_dim", "wide"),
         ("augment.randaugment.num_ops", 10**6),
     ],
@@ -103,6 +109,28 @@ def test_values_that_once_failed_late_are_refused_by_their_key(key, value, tmp_p
     with pytest.raises(UserError, match=rf"config.{re.escape(key)}.* is impossible"):
         train_and_evaluate(with_value(key, value), tmp_path / "run")
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("config", [{"model": {"name": "lenet5"}}, ml_collections.ConfigDict({"model": None})])
+def test_what_is_no_config_is_refused(config, tmp_path):
+    with pytest.raises(UserError, match="a config is what `default_config"):
+        train_and_evaluate(config, tmp_path / "run")
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file cannot be made \(File exists\); use another"):
+        train_and_evaluate(base(), tmp_path / "file")
+
+
+def test_a_reader_that_goes_away_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # the command sets it
+
+    def command(arguments):
+        raise BrokenPipeError
+
+    assert cli.run(command, []) == 0
+    sys.stdout.close()
 
 
 def test_a_bad_config_ends_the_command_with_code_2(tmp_path, capsys):

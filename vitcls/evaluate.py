@@ -181,10 +181,8 @@ def evaluate(path: pathlib.Path, *, split: str = "test", checkpoint: str = "", d
     if data_dir:
         config.dataset.data_dir = data_dir
     dataset = data.load(config.dataset, max_value=trained.info.max_value)
-    now, then = (
-        _kind_of(dataset.class_names, dataset.image_shape, dataset.num_examples),
-        _kind_of(trained.info.class_names, trained.info.image_shape, trained.info.num_examples),
-    )
+    now = _kind_of(dataset.class_names, dataset.image_shape, dataset.num_examples)
+    then = _kind_of(trained.info.class_names, trained.info.image_shape, trained.info.num_examples)
     if now != then:
         raise UserError(
             f"the data of '{config.dataset.name}' are not those of the training: {now[1]} now, {then[1]} then; "
