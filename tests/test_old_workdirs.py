@@ -101,5 +101,5 @@ def test_the_data_of_a_run_may_move_but_not_change(tiny_config, tmp_path):
     shutil.copy(tmp_path / "second/dark/00.png", tmp_path / "second/dark/zz.png")
     with pytest.raises(UserError, match=r"holds a run with another dataset.json: "):
         train_and_evaluate(tiny_config, run, data_dir=str(tmp_path / "second"))
-    with pytest.raises(UserError, match="are not those of the training: 2 classes of 8x8x3, .* images now"):
+    with pytest.raises(UserError, match=r"are not those of the training: 2 classes of 8x8x3, .* images now"):
         evaluate.evaluate(run)

@@ -268,7 +268,7 @@ def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, t
         *done, other_config, no_file = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
         assert done == ["done"] * len(runs)
         assert other_config.startswith(f"UserError: {tmp_path / 'data'} holds a run with another config.json")
-        missing = f"{tmp_path}/\\udce91.npz"  # its name is not UTF-8
+        missing = f"{tmp_path}/\\xe91.npz"  # its name is not UTF-8
         assert no_file == f"UserError: config.dataset.data_dir='{missing}' is not a file; give the .npz file"
 
     one = workdir.open_workdir(alone)
