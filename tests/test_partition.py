@@ -205,9 +205,11 @@ def command(arguments):
         values = json.dumps(question["config"]).replace("PROCESS", str(jax.process_index()))
         try:
             train_and_evaluate(configs.from_json(values), question["workdir"])
-            print("done", flush=True)
+            answer = "done"
         except (cli.UserError, cli.RunError) as error:
-            print(f"{type(error).__name__}: {error}", flush=True)
+            answer = f"{type(error).__name__}: {error}"
+        with open(f"{arguments[0]}.{jax.process_index()}", "a", errors="backslashreplace") as file:
+            print(answer, file=file)  # stdout is Gloo's too
 
 sys.exit(cli.run(command))
 """
@@ -261,14 +263,14 @@ def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, t
     questions.append(question(tiny_config, tmp_path / "data", seed=1))
     only_on_one = {"dataset.name": "npz", "dataset.data_dir": str(tmp_path / "\udce9PROCESS.npz")}
     questions.append(question(tiny_config, tmp_path / "npz", **only_on_one))
-    for process in start_two_processes(questions, tmp_path / "questions.json"):
-        out, err = process.communicate(timeout=240)
+    for i, process in enumerate(start_two_processes(questions, tmp_path / "questions.json")):
+        _, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
         assert "of 2 (Slurm)" in err
-        *done, other_config, no_file = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+        *done, other_config, no_file = (tmp_path / f"questions.json.{i}").read_text().splitlines()
         assert done == ["done"] * len(runs)
         assert other_config.startswith(f"UserError: {tmp_path / 'data'} holds a run with another config.json")
-        missing = f"{tmp_path}/\\xe91.npz"  # its name is not UTF-8
+        missing = f"{tmp_path}/\\udce91.npz"  # its name is not UTF-8
         assert no_file == f"UserError: config.dataset.data_dir='{missing}' is not a file; give the .npz file"
 
     one = workdir.open_workdir(alone)
