@@ -243,7 +243,7 @@ def start_two_processes(questions, path):
 
 
 def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, tmp_path):
-    """Whatever the order of the devices; and an error of one process is that of all, at once."""
+    """Whatever the order of the devices. An error of one process is that of all at once, and so is a SIGTERM."""
     tiny_config.optimizer.name = "sgd"
     tiny_config.optimizer.learning_rate = 0.1
     tiny_config.partition.min_shard_elements = 64
@@ -263,15 +263,25 @@ def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, t
     questions.append(question(tiny_config, tmp_path / "data", seed=1))
     only_on_one = {"dataset.name": "npz", "dataset.data_dir": str(tmp_path / "\udce9PROCESS.npz")}
     questions.append(question(tiny_config, tmp_path / "npz", **only_on_one))
-    for i, process in enumerate(start_two_processes(questions, tmp_path / "questions.json")):
+    endless = {"total": "100000 steps", "eval_every": "50000 steps", "checkpoint_every": "50000 steps"}
+    stopped = tmp_path / "stopped"
+    questions.append(question(tiny_config, stopped, **endless))
+    processes = start_two_processes(questions, tmp_path / "questions.json")
+    deadline = time.monotonic() + 240
+    while not read_history(stopped):
+        assert time.monotonic() < deadline and processes[1].poll() is None, processes[1].communicate()[1]
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    for i, process in enumerate(processes):
         _, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err
+        assert process.returncode == 128 + signal.SIGTERM, err
         assert "of 2 (Slurm)" in err
         *done, other_config, no_file = (tmp_path / f"questions.json.{i}").read_text().splitlines()
         assert done == ["done"] * len(runs)
         assert other_config.startswith(f"UserError: {tmp_path / 'data'} holds a run with another config.json")
         missing = f"{tmp_path}/\\udce91.npz"  # its name is not UTF-8
-        assert no_file == f"UserError: config.dataset.data_dir='{missing}' is not a file; give the .npz file"
+        assert no_file.startswith(f"UserError: config.dataset.data_dir='{missing}' is not a file; give the .npz file")
+    assert checkpoint.latest_whole(stopped / "checkpoints", set_aside=False) is not None
 
     one = workdir.open_workdir(alone)
     model = experiment.make_model(one.config, one.info)
@@ -282,19 +292,3 @@ def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, t
         theirs = json.loads((tmp_path / strategy / "report" / "metrics.json").read_text())
         for name in ("loss", "accuracy", "recall_macro", "auc_ovr_macro", "ece"):
             assert theirs[name] == pytest.approx(ours[name], rel=1e-4), (strategy, name)
-
-
-def test_sigterm_to_one_process_stops_all_of_them_after_saving(tiny_config, tmp_path):
-    tiny_config.total = "100000 steps"
-    tiny_config.eval_every = tiny_config.checkpoint_every = "50000 steps"
-    path = tmp_path / "run"
-    processes = start_two_processes([question(tiny_config, path)], tmp_path / "questions.json")
-    deadline = time.monotonic() + 120
-    while not read_history(path):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    processes[1].send_signal(signal.SIGTERM)
-    for process in processes:
-        _, err = process.communicate(timeout=240)
-        assert process.returncode == 128 + signal.SIGTERM, err
-    assert checkpoint.latest_whole(path / "checkpoints", set_aside=False) is not None

@@ -15,6 +15,7 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -23,6 +24,7 @@ from vitcls.errors import RunError
 PyTree = Any
 MANIFEST = "manifest.json"
 _UNSTABLE = "_CHECKPOINT_METADATA"  # Orbax stamps it with the time of the commit, after the manifest
+_SMALLEST_SLICE = 2**22  # bytes of a replicated array that a device saves on its own, beside the others
 _logger = logging.getLogger("vitcls")
 
 
@@ -58,6 +60,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
         self._manager = ocp.CheckpointManager(
             self._directory,
+            item_handlers={"tree": _tree_handler(), "record": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
                 best_mode="max" if maximized(metric) else "min",
@@ -100,6 +103,21 @@ class Checkpoints(contextlib.AbstractContextManager):
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _tree_handler() -> ocp.PyTreeCheckpointHandler:
+    """Saves arrays that every device has from one of them, unless they are large.
+
+    By default each device saves a slice of every array, however small: eight dispatches and eight chunks in place of
+    one, for a bias of 64 numbers.
+    """
+    handlers = ocp.type_handlers
+    arrays = handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SMALLEST_SLICE)
+    numbers = handlers.ScalarHandler()
+    registry = handlers.create_type_handler_registry(
+        (jax.Array, arrays), (np.ndarray, handlers.NumpyHandler()), (np.number, numbers)
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def steps(directory: os.PathLike | str) -> list[int]:

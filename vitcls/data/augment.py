@@ -5,6 +5,7 @@ horizontal flip, RandAugment, TrivialAugment, rotation and scale (one resampling
 mixup or CutMix. Between those an image is float32 [H, W, C] in [0, 255].
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -267,6 +268,7 @@ def _cutmix_box(center: jax.Array, size: tuple[int, int], share: jax.Array) -> j
     return box.astype(jnp.float32)
 
 
+@functools.cache  # a config is checked once, and its steps built once
 def _beta_quantiles(alpha: float) -> np.ndarray:
     """Quantiles of Beta(alpha, alpha) on an even grid: drawing by rejection would loop on the device."""
     from scipy.stats import beta
