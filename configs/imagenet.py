@@ -21,7 +21,7 @@ Images have 224 pixels, or the native size of the model where that is larger.
 
 from vitcls import models
 from vitcls.config import default_config
-from vitcls.errors import UserError
+from vitcls.errors import UserError, unknown
 
 
 def get_config(argument=""):
@@ -32,6 +32,8 @@ def get_config(argument=""):
         raise UserError(
             f"configs/imagenet.py:{argument} must name a model, as :resnet50 or :resnet50,smoke, or be :smoke"
         )
+    if model not in models.names():
+        raise unknown("model of configs/imagenet.py", model, [*models.names(), "smoke"])
     config = default_config(model)
     config.log_every = "100 steps"
     config.eval_every = "5 epochs"

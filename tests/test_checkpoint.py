@@ -98,6 +98,17 @@ def test_a_damaged_checkpoint_is_passed_over_and_set_aside(tmp_path, harm, caplo
     assert checkpoint.latest_whole(tmp_path, set_aside=True) == 2
 
 
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    save(tmp_path, {1: None})
+    unfinished = tmp_path / "2.orbax-checkpoint-tmp-7" / "tree"
+    unfinished.mkdir(parents=True)
+    (unfinished / "part").write_text("half")
+    assert checkpoint.latest_whole(tmp_path, set_aside=False) == 1
+    assert unfinished.exists()  # a run may be alive
+    assert checkpoint.latest_whole(tmp_path, set_aside=True) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1"]
+
+
 def test_no_whole_checkpoint_is_an_error_and_no_checkpoint_is_a_new_run(tmp_path):
     assert checkpoint.latest_whole(tmp_path / "new", set_aside=True) is None
     save(tmp_path, {3: None})

@@ -19,6 +19,7 @@ from vitcls.errors import UserError
 from vitcls.train import train_and_evaluate
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+IMAGENET = f"--config={REPOSITORY}/configs/imagenet.py"
 DIGITS = f"--config={REPOSITORY}/configs/vit_digits.py"
 
 
@@ -40,12 +41,15 @@ def run(command, arguments, capsys):
         ([DIGITS], "--workdir=DIR is missing"),
         ([DIGITS, "--workdir=x", "--wrkdir=y"], "wrkdir"),
         ([DIGITS, "--workdir=caf\udce9"], r"the name of the workdir 'caf\xe9' is not UTF-8"),
-        ([DIGITS, "--workdir=x", "extra"], "'extra' is not a flag"),
+        ([DIGITS, "--workdir=x", "extra"], "'extra' belongs to no flag"),
         (["--config=configs/nothing.py", "--workdir=x"], "configs/nothing.py"),
         ([DIGITS, "--workdir=x", "--config.batch_sise=3"], "did you mean 'batch_size'?"),
         ([DIGITS, "--workdir=x", "--config.model.hiden_dim=3"], "did you mean 'model.hidden_dim'?"),
         ([DIGITS, "--workdir=x", "--config.optimiser.name=adam"], "did you mean 'optimizer.name'?"),
-        ([DIGITS, "--workdir=x", "--config.batch_size=many"], "config.batch_size=many"),
+        ([DIGITS, "--workdir=x", "--config.batch_size=many"], "--config.batch_size=many is not a whole number"),
+        ([DIGITS, "--workdir=x", "--config.optimizer.learning_rate=x"], "learning_rate=x is not a number"),
+        ([DIGITS, "--config.total", "--workdir=x"], "--config.total has no value; write --config.total=VALUE"),
+        ([f"{IMAGENET}:resnet5", "--workdir=x"], "model of configs/imagenet.py 'resnet5' is not known; did you mean"),
         ([DIGITS, "--workdir=x", "--config.model.depth=deep"], "config.model.depth=deep"),
         ([DIGITS, "--workdir=x", "--config.batch_size=0"], "config.batch_size=0 is impossible"),
         ([DIGITS, "--workdir=x", "--config.batch_size=130"], "cannot be divided over 8 devices"),
@@ -107,6 +111,8 @@ def test_bad_input_is_one_line_and_code_2(arguments, words, capsys, tmp_path, mo
         ("c.augment.rotate = 0.5", "config.py, line 4, cannot be loaded: TypeError: Could not override field 'rotate'"),
         ("with c.ignore_type(): c.augment.rotate = 0.5", "config.augment.rotate=0.5 is impossible: it is a block of "),
         ("c.augment.rotate = dict(degrees=9, share=1)", "key of config.augment.rotate 'share' is not known"),
+        ("c.batchsize = 3", "config.py, line 4, sets 'batchsize', which is no key there; did you mean 'batch_size'?"),
+        ("raise SystemExit('no')", "config.py, line 4, ends the program (SystemExit: no)"),
         ("return default_config('lenet6')", "did you mean 'lenet5'?"),
         ("return 1 +", "config.py cannot be loaded: SyntaxError: invalid syntax"),
     ],
@@ -119,6 +125,13 @@ def test_a_bad_config_file_is_one_line_without_a_traceback(lines, complaint, cap
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert complaint in err and "Traceback" not in err and "site-packages" not in err
     assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["config.py"]
+
+
+def test_a_preset_of_a_config_file_without_presets_is_one_line(capsys, tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text("from vitcls import config\ndef get_config():\n    return config.default_config('lenet5')\n")
+    code, _, err = run(main.main, [f"--config={file}:small", f"--workdir={tmp_path / 'run'}"], capsys)
+    assert (code, err) == (2, f"error: {file} has no presets, so it takes no ':small'\n")
 
 
 def test_overrides_change_values_and_keep_types(capsys):
@@ -218,6 +231,7 @@ def test_evaluate_needs_nothing_but_the_workdir(trained, capsys, monkeypatch, tm
     ("arguments", "words"),
     [
         (["--workdir=nowhere"], "is not the workdir of a run"),
+        (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is a URL"),
         (["--workdir={trained}", "--checkpoint=5"], "checkpoint '5' is not there"),
         (["--workdir={trained}", "--split=tset"], "--split"),
         ([], "--workdir"),
@@ -251,6 +265,16 @@ def test_predict_labels_files_and_names_those_it_cannot_read(trained, capsys, tm
     assert code == 0
     assert out.splitlines()[0] == str(good)
     assert "%" in out.splitlines()[1]
+
+
+def test_the_first_of_several_processes_predicts_alone(trained, capsys, tmp_path, monkeypatch):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "black.png")
+    slurm = {"JOB_ID": "7", "STEP_NODELIST": "localhost", "NTASKS": "2", "STEP_NUM_NODES": "2", "LOCALID": "0"}
+    for process in ("0", "1"):
+        for name, value in (slurm | {"PROCID": process}).items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        code, out, _ = run(predict.main, [f"--workdir={trained}", str(tmp_path / "black.png")], capsys)
+        assert (code, bool(out)) == (0, process == "0")
 
 
 def test_predict_moves_the_weights_to_the_device_once(trained, tmp_path, monkeypatch):

@@ -102,7 +102,8 @@ def test_a_silent_holder_on_another_machine_is_followed_and_learns_of_it(tmp_pat
     second.__exit__()
 
 
-def test_a_torn_lock_file_is_taken_over(tmp_path, quick):
+def test_a_torn_lock_file_is_taken_over(tmp_path, quick, caplog):
     (tmp_path / lock.LOCK_FILE).write_text('{"host": "a')
-    with WorkdirLock(tmp_path) as held:
+    with caplog.at_level("INFO", "vitcls"), WorkdirLock(tmp_path) as held:
         held.check()
+    assert "the lock of a run that lock.json does not name, which is dead, is taken over" in caplog.text

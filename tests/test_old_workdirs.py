@@ -93,10 +93,21 @@ def test_the_data_of_a_run_may_move_but_not_change(tiny_config, tmp_path):
     train_and_evaluate(tiny_config, run)
     (tmp_path / "first").rename(tmp_path / "second")
 
-    with pytest.raises(UserError, match="is not a directory"):
-        train_and_evaluate(tiny_config, run)
+    for command in (lambda: train_and_evaluate(tiny_config, run), lambda: evaluate.evaluate(run)):
+        with pytest.raises(UserError, match=r"are not in .*first; say where they are with --data_dir=DIR"):
+            command()
+    with pytest.raises(UserError, match="--data_dir='gs://bucket/x' is a URL"):
+        evaluate.evaluate(run, data_dir="gs://bucket/x")
     train_and_evaluate(tiny_config, run, data_dir=str(tmp_path / "second"))
-    assert workdir.open_workdir(run).config.dataset.data_dir == str(tmp_path / "second")
+    config_file = (run / "config.json").read_text()
+    train_and_evaluate(tiny_config, run)  # the same command goes on
+    evaluate.evaluate(run)
+    assert (run / "config.json").read_text() == config_file
+
+    changed = tiny_config.copy_and_resolve_references()
+    changed.dataset.data_dir = str(tmp_path / "second")
+    with pytest.raises(UserError, match=r"data_dir was .*; if the data have moved, leave the config as it was and add"):
+        train_and_evaluate(changed, run)
 
     shutil.copy(tmp_path / "second/dark/00.png", tmp_path / "second/dark/zz.png")
     with pytest.raises(UserError, match=r"holds a run with another dataset.json: "):

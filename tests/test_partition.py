@@ -209,7 +209,7 @@ def command(arguments):
         except (cli.UserError, cli.RunError) as error:
             answer = f"{type(error).__name__}: {error}"
         with open(f"{arguments[0]}.{jax.process_index()}", "a", errors="backslashreplace") as file:
-            print(answer, file=file)  # stdout is Gloo's too
+            print(answer, file=file)
 
 sys.exit(cli.run(command))
 """
@@ -273,8 +273,9 @@ def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, t
         time.sleep(0.1)
     processes[1].send_signal(signal.SIGTERM)
     for i, process in enumerate(processes):
-        _, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=240)
         assert process.returncode == 128 + signal.SIGTERM, err
+        assert "[Gloo]" not in out
         assert "of 2 (Slurm)" in err
         *done, other_config, no_file = (tmp_path / f"questions.json.{i}").read_text().splitlines()
         assert done == ["done"] * len(runs)

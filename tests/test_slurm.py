@@ -96,7 +96,7 @@ def test_two_tasks_are_one_run(tiny_config, tmp_path, slurm):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    assert {f"{i}: processes process {i} of 2 (Slurm)" for i in (0, 1)} <= set(done.stderr.splitlines())
+    assert {f"{i}: several processes: process {i} of 2 (Slurm)" for i in (0, 1)} <= set(done.stderr.splitlines())
     assert "4 x cpu (cpu), 2 processes" in done.stderr
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if "train/loss" in event] == [4, 8, 12]

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from vitcls import checkpoint, workdir
+from vitcls import checkpoint, experiment, workdir
 from vitcls import config as configs
 from vitcls.errors import RunError, UserError
 from vitcls.lock import WorkdirLock
@@ -223,6 +223,41 @@ def test_a_run_of_an_older_version_goes_on(trained, tmp_path):
     changed = dataclasses.replace(opened.info, max_value=4095.0)
     with pytest.raises(UserError, match=r"another dataset.json: max_value was 0.0, is 4095.0"):
         workdir.begin(old, opened.config, changed)
+
+
+def test_a_checkpoint_that_a_live_run_removes_while_it_is_read_gives_way_to_the_next(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "run")
+    opened, read = workdir.open_workdir(tmp_path / "run"), checkpoint.restore
+    model = experiment.make_model(opened.config, opened.info)
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-2:] == [8, 12]
+
+    def as_it_goes(directory, step, template):
+        if step == 12:
+            shutil.rmtree(directory / "12")
+        return read(directory, step, template)
+
+    monkeypatch.setattr(checkpoint, "restore", as_it_goes)
+    monkeypatch.setattr(workdir, "_REMOVAL", 0.01)
+    step, variables = opened.restore(model, "last")
+    assert step == 8
+    jax.tree.map(np.testing.assert_array_equal, variables, opened.restore_variables(model, 8))
+    with pytest.raises(UserError, match="checkpoint '12' is not there"):
+        opened.restore(model, "12")
+
+
+def test_a_run_whose_workdir_is_taken_over_writes_nothing_more(tiny_config, tmp_path, monkeypatch):
+    check = WorkdirLock.check
+
+    def lost_once_it_has_logged(lock):
+        lock._lost = bool(read_history(tmp_path / "run"))
+        check(lock)
+
+    monkeypatch.setattr(WorkdirLock, "check", lost_once_it_has_logged)
+    tiny_config.update(log_every="2 steps", checkpoint_every="0 steps", eval_every="0 steps")
+    with pytest.raises(RunError, match="was taken over by"):
+        train_and_evaluate(tiny_config, tmp_path / "run")
+    assert [event["step"] for event in read_history(tmp_path / "run")] == [2]
+    assert not (tmp_path / "run" / "report").exists()
 
 
 def test_a_diverging_run_stops_and_names_the_steps(tiny_config, tmp_path):

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -142,10 +143,14 @@ def damage(folder: pathlib.Path) -> str | None:
 def latest_whole(directory: os.PathLike | str, *, set_aside: bool) -> int | None:
     """The newest step whose checkpoint is whole, None where there is no checkpoint at all.
 
-    With `set_aside`, damaged newer ones are renamed to `<step>.damaged`, so that the run can write theirs again.
-    Raises RunError where there are checkpoints, but none is whole.
+    With `set_aside`, damaged newer ones are renamed to `<step>.damaged`, so that the run can write theirs again, and
+    what a killed run was writing is removed; no other run may be alive. Raises RunError where there are checkpoints,
+    but none is whole.
     """
     directory = pathlib.Path(directory)
+    if set_aside:
+        for unfinished in directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
     found = steps(directory)
     for step in reversed(found):
         folder = directory / str(step)

@@ -87,7 +87,8 @@ def start_jax(coordinator: str | None = None, num_processes: int | None = None, 
 
     found = cluster.find(coordinator, num_processes, process_id)
     if found is not None:
-        logging.getLogger("vitcls").info("processes %s", found.found)
+        logging.getLogger("vitcls").info("several processes: %s", found.found)
+        terminal.chatter_to_stderr()
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.config.update("jax_cpu_enable_async_dispatch", False)  # programs that overlap could wait for each other
         try:
@@ -101,6 +102,13 @@ def start_jax(coordinator: str | None = None, num_processes: int | None = None, 
             )
         except (RuntimeError, ValueError) as error:
             raise RunError(f"the processes of the run did not find each other ({found.found}): {error}") from None
+    use_cache()
+
+
+def use_cache() -> None:
+    """Turns on the persistent compilation cache."""
+    import jax
+
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
 
 

@@ -154,13 +154,16 @@ def resolve(config: ConfigDict) -> ConfigDict:
             raise errors.unknown(f"field of {name}", key, fields)
         given[key] = _checked(value, fields[key], f"config.model.{key}")
     resolved.model = ConfigDict({"name": name, **fields, **given})
-    if re.match(r"[A-Za-z][\w+.-]+:/", config.dataset.data_dir):
-        raise UserError(
-            f"config.dataset.data_dir='{config.dataset.data_dir}' is a URL; the data must be in a local directory"
-        )
+    check_local(config.dataset.data_dir, "config.dataset.data_dir")
     if config.dataset.data_dir:
         resolved.dataset.data_dir = os.path.abspath(os.path.expanduser(config.dataset.data_dir))
     return resolved.lock()
+
+
+def check_local(data_dir: str, key: str) -> None:
+    """Raises UserError for a URL, which would be taken for a directory called `gs:`."""
+    if re.match(r"[A-Za-z][\w+.-]+:/", data_dir):
+        raise UserError(f"{key}='{data_dir}' is a URL; the data must be in a local directory")
 
 
 def _complete(given: dict, defaults: dict, block: str = "config") -> dict:

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+_SHORT_LIST = 20  # names that are listed beside the nearest
+
 
 class UserError(ValueError):
     """Bad config, flags or input: one line on stderr that says what to do, exit code 2."""
@@ -28,5 +30,7 @@ def unknown(kind: str, name: object, valid: Iterable[str]) -> UserError:
     """
     valid = sorted(valid)
     close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+    if close and len(valid) > _SHORT_LIST:
+        return UserError(f"{kind} {str(name)!r} is not known; did you mean '{close[0]}'?")
     hint = f"; did you mean '{close[0]}'?" if close else "."
     return UserError(f"{kind} {str(name)!r} is not known{hint} Known: {', '.join(valid)}")

@@ -4,6 +4,7 @@ python -m vitcls.evaluate --workdir=DIR [--split=test] [--checkpoint=last|best|S
 """
 
 import dataclasses
+import os
 import pathlib
 import statistics
 import sys
@@ -170,17 +171,17 @@ def _time(call: Callable[[], object], at_least: float) -> list[float]:
     return seconds
 
 
-def evaluate(path: pathlib.Path, *, split: str = "test", checkpoint: str = "", data_dir: str = "") -> dict:
+def evaluate(path: os.PathLike | str, *, split: str = "test", checkpoint: str = "", data_dir: str = "") -> dict:
     """Evaluates a trained workdir as its config says and writes its report again; returns the metrics.
 
     Raises UserError where there is no such workdir, split or checkpoint, or the data are not what they were.
     """
     trained = workdir.open_workdir(path)
     config = trained.config
-    step = trained.find_step(checkpoint or config.report.checkpoint)
-    if data_dir:
-        config.dataset.data_dir = data_dir
-    dataset = data.load(config.dataset, max_value=trained.info.max_value)
+    model = experiment.make_model(config, trained.info)
+    step, variables = trained.restore(model, checkpoint or config.report.checkpoint)
+    place = workdir.data_dir(trained.path, config, data_dir)
+    dataset = data.load(config.dataset, data_dir=place, max_value=trained.info.max_value)
     now = _kind_of(dataset.class_names, dataset.image_shape, dataset.num_examples)
     then = _kind_of(trained.info.class_names, trained.info.image_shape, trained.info.num_examples)
     if now != then:
@@ -191,10 +192,18 @@ def evaluate(path: pathlib.Path, *, split: str = "test", checkpoint: str = "", d
     if data.choose_pipeline(dataset, config.dataset) == "resident":
         dataset = data.decode(dataset, (split,))
     layout = partition.all_devices("data")
-    model = experiment.make_model(config, trained.info)
-    variables = layout.replicate(trained.restore_variables(model, step))
     evaluator = make_evaluator(config, model, trained.info, layout)
-    return write_report(path, config, trained.info, dataset, evaluator, model, variables, split=split, step=step)
+    return write_report(
+        trained.path,
+        config,
+        trained.info,
+        dataset,
+        evaluator,
+        model,
+        layout.replicate(variables),
+        split=split,
+        step=step,
+    )
 
 
 def _kind_of(names: tuple[str, ...], shape: tuple[int, ...], num_examples: dict[str, int]) -> tuple[tuple, str]:
@@ -205,8 +214,8 @@ def _kind_of(names: tuple[str, ...], shape: tuple[int, ...], num_examples: dict[
 
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog="python -m vitcls.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=pathlib.Path, required=True)
-    parser.add_argument("--split", choices=SPLITS, default="test")
+    parser.add_argument("--workdir", required=True, help="that of the run")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="default: test")
     parser.add_argument("--checkpoint", default="", help="'last', 'best' or a step; default: config.report.checkpoint")
     parser.add_argument("--data_dir", default="", help="where the data are now, if they have moved")
     flags = parser.parse_args(argv)

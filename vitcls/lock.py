@@ -136,7 +136,9 @@ def _read(path: pathlib.Path) -> dict | None:
 
 
 def _describe(holder: dict) -> str:
-    return f"process {holder.get('process_id')} on {holder.get('host')} since {holder.get('since')}"
+    if not holder.get("token"):
+        return f"a run that {LOCK_FILE} does not name"
+    return f"process {holder['process_id']} on {holder['host']} since {holder['since']}"
 
 
 def _machine() -> str:

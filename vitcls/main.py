@@ -7,6 +7,7 @@ python -m vitcls.main --config=configs/vit_digits.py --workdir=DIR [--config.a.b
 import os
 import re
 import sys
+import traceback
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -76,38 +77,69 @@ def _parse(argv: list[str]) -> flags.FlagValues:
         if not (values.help or values.config):
             raise UserError("--config=FILE is missing, such as --config=configs/vit_digits.py")
         for override in overrides:
-            _check_key(values.config, override.lstrip("-").partition("=")[0].removeprefix("config."))
+            _check_override(values.config, override, argv)
         values = define_flags()
         sys.argv = [sys.argv[0], *argv]
         rest = values(sys.argv)[1:]
     except flags.Error as error:
-        raise UserError(_in_one_line(str(error), path.partition(":")[0])) from None
+        raise UserError(_in_one_line(str(error), path)) from None
     except UserError:
         raise
-    except Exception as error:  # whatever a config file can do
-        raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    except (Exception, SystemExit) as error:  # whatever a config file can do
+        raise UserError(_of_config_file(error, path)) from None
     if rest:
-        raise UserError(f"'{rest[0]}' is not a flag; did you mean --{rest[0]}?")
+        raise UserError(f"'{rest[0]}' belongs to no flag; flags are --NAME=VALUE, see --help")
     return values
 
 
-def _in_one_line(message: str, config_file: str) -> str:
+def _of_config_file(error: BaseException, path: str) -> str:
+    """What a config file raised, in one line, with the line of the file."""
+    file = path.partition(":")[0]
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(file)]
+    place = f"{file}, line {lines[-1]}," if lines else file
+    text = " ".join(str(error).split())
+    if unknown := re.search(r'Key "(.+?)" does not exist and cannot be added', text):
+        hint = re.search(r'Did you mean "(.+?)"', text)
+        return f"{place} sets '{unknown[1]}', which is no key there" + (f"; did you mean '{hint[1]}'?" if hint else "")
+    if isinstance(error, SystemExit):
+        return f"{place} ends the program (SystemExit: {text}); a config file returns its config from get_config()"
+    return f"{place} cannot be loaded: {type(error).__name__}: {text}"
+
+
+_NO_NUMBER = {
+    "invalid literal for int() with base 10": "is not a whole number",
+    "could not convert string to float": "is not a number",
+}
+
+
+def _in_one_line(message: str, path: str) -> str:
     """What the flags complain of; of a config file that raised, its line and the error without the traceback."""
+    config_file, _, preset = path.partition(":")
+    if preset and "get_config() takes 0 positional arguments but 1 was given" in message:
+        return f"{config_file} has no presets, so it takes no ':{preset}'"
     if "Traceback (most recent call last)" in message:
         numbers = re.findall(rf'File "[^"]*{re.escape(os.path.basename(config_file))}", line (\d+)', message)
         error = re.split(r"\n +.*\n(?! )", message)[-1]  # what comes after the last line that is indented
         place = f"{config_file}, line {numbers[-1]}," if numbers else config_file
         ours = f"{UserError.__module__}.{UserError.__qualname__}: "  # says enough by itself
         message = error.removeprefix(ours) if error.startswith(ours) else f"{place} cannot be loaded: {error}"
+    for complaint, words in _NO_NUMBER.items():
+        message = re.sub(rf"^flag (.*): {re.escape(complaint)}.*", rf"\1 {words}", message)
     return " ".join(message.split())
 
 
-def _check_key(config: ConfigDict, key: str) -> None:
+def _check_override(config: ConfigDict, override: str, argv: list[str]) -> None:
+    """Raises UserError for a key that is not there, and for one without a value, which would take the next flag."""
+    name, equals, _ = override.lstrip("-").partition("=")
+    key = name.removeprefix("config.")
     node = config
     for part in key.split("."):
         if not isinstance(node, ConfigDict) or part not in node:
             raise errors.unknown("config key", key, _keys(config))
         node = node[part]
+    following = [*argv, "--"][argv.index(override) + 1]
+    if not equals and not isinstance(node, bool) and following.startswith("--"):
+        raise UserError(f"--{name} has no value; write --{name}=VALUE")
 
 
 def _keys(config: ConfigDict, prefix: str = "") -> list[str]:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
-from vitcls import cli, experiment, workdir
+from vitcls import cli, cluster, experiment, workdir
 from vitcls.data import images as image_files
 from vitcls.errors import RunError, UserError
 
@@ -31,8 +31,8 @@ def predict(
     config, info = trained.config, trained.info
     decoding = image_files.Decoding(info.max_value, config.dataset.eval_crop)
     model = experiment.make_model(config, info)
-    step = trained.find_step(checkpoint or config.report.checkpoint)
-    variables = jax.device_put(trained.restore_variables(model, step))
+    _, variables = trained.restore(model, checkpoint or config.report.checkpoint)
+    variables = jax.device_put(variables)
     eval_step = jax.jit(experiment.make_eval_step(config, model, info))
     batch_size = min(_BATCH, len(files))
     for group, images in _read_ahead(files, batch_size, lambda file: read(file, info.image_shape, decoding)):
@@ -85,12 +85,15 @@ def read(file: pathlib.Path, image_shape: tuple[int, int, int], decoding: image_
 
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog="python -m vitcls.predict", description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--workdir", required=True, help="that of the run")
     parser.add_argument("--checkpoint", default="", help="'last', 'best' or a step; default: config.report.checkpoint")
     parser.add_argument("--json", action="store_true", help="one JSON object per file")
     parser.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE")
     flags = parser.parse_args(argv)
-    cli.start_jax()
+    processes = cluster.find(None, None, None)
+    if processes and processes.process_id:  # the first of them does it all
+        return
+    cli.use_cache()
     trained = workdir.open_workdir(flags.workdir)
     unreadable = 0
     for file, outcome in predict(trained, flags.files, checkpoint=flags.checkpoint):

@@ -34,6 +34,17 @@ def print_anything() -> None:
             stream.reconfigure(errors=_VISIBLE)
 
 
+def chatter_to_stderr() -> None:
+    """From here on what libraries write to stdout by themselves, as Gloo does, goes to stderr; our own words stay."""
+    try:
+        own = os.dup(sys.stdout.fileno())
+    except (OSError, ValueError):  # no file, as in a notebook
+        return
+    sys.stdout.flush()
+    os.dup2(sys.stderr.fileno(), 1)
+    sys.stdout = open(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115 (to the end)
+
+
 def quiet_tensorflow() -> None:
     """Leaves TensorFlow its errors only; to be called before it is imported, which happens in several places.
 

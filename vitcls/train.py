@@ -46,7 +46,7 @@ def train_and_evaluate(
     """
     path = workdir.local(path)
     prepared = partition.all_or_none(lambda: prepare(config, None if dry_run else path, data_dir, profile_steps))
-    config, dataset, info, plan, layout, training = prepared
+    config, place, dataset, info, plan, layout, training = prepared
     overview.log_start(config, info, plan, training, layout, pipeline=data.choose_pipeline(dataset, config.dataset))
     if dry_run:
         overview.log_first_step(config, info, training, layout)
@@ -58,7 +58,7 @@ def train_and_evaluate(
             if jax.process_index():
                 return None
             lock = held.enter_context(WorkdirLock(path))
-            workdir.begin(path, config, info, moved=bool(data_dir))
+            workdir.begin(path, config, info, place=place)
             checkpoint.latest_whole(path / workdir.CHECKPOINTS, set_aside=True)
             return lock
 
@@ -74,9 +74,8 @@ def train_and_evaluate(
 
         variables = state.variables
         if config.report.checkpoint == "best":
-            trained = workdir.open_workdir(path)
-            step = trained.find_step("best")
-            variables = layout.replicate(trained.restore_variables(training.model, step))
+            step, best = workdir.open_workdir(path).restore(training.model, "best")
+            variables = layout.replicate(best)
         return evaluate.write_report(
             path, config, info, dataset, evaluator, training.model, variables, split="test", step=step
         )
@@ -86,6 +85,7 @@ class Prepared(NamedTuple):
     """What a run is made of, checked, before any device work."""
 
     config: configs.ConfigDict
+    data_dir: str  # where the data are now
     dataset: data.Dataset
     info: data.DatasetInfo
     plan: Plan
@@ -98,12 +98,11 @@ def prepare(config: configs.ConfigDict, path: pathlib.Path | None, data_dir: str
 
     `path` is a workdir, in which a run may have been begun.
     """
-    if data_dir:
-        config = config.copy_and_resolve_references()
-        config.dataset.data_dir = data_dir
     config = configs.resolve(config)
     configs.validate(config)
-    dataset = data.load(config.dataset, max_value=None if path is None else workdir.max_value(path))
+    place = workdir.data_dir(path, config, data_dir)
+    max_value = None if path is None else workdir.max_value(path)
+    dataset = data.load(config.dataset, data_dir=place, max_value=max_value)
     if data.choose_pipeline(dataset, config.dataset) == "resident":
         dataset = data.decode(dataset)
     info = data.describe(dataset, config.dataset)
@@ -121,7 +120,7 @@ def prepare(config: configs.ConfigDict, path: pathlib.Path | None, data_dir: str
     )
     together = experiment.examples_kept_together(config)
     layout.check_batch_size(config.batch_size, unit=together * config.optimizer.accumulate)
-    return Prepared(config, dataset, info, plan, layout, experiment.make_training(config, info, plan, layout))
+    return Prepared(config, place, dataset, info, plan, layout, experiment.make_training(config, info, plan, layout))
 
 
 def fit(
@@ -167,6 +166,8 @@ def fit(
             save_due, stop_code = due(plan.checkpoint_every) or step == plan.total, stop.requested()
             if not (log_due or eval_due or save_due or stop_code):
                 continue
+            if lock:
+                lock.check()
 
             progress = progress.trained(seconds_until_ready(sums))
             check_finite(layout.to_host(state.nonfinite), config.nonfinite_limit)
@@ -188,8 +189,6 @@ def fit(
                 state = reduce_on_plateau(config.schedule, state, scores, layout)
                 save_due = save_due or progress.improved or progress.finished
             if save_due or stop_code:
-                if lock:
-                    lock.check()
                 writer.sync()
                 tree = {"state": layout.to_savable(state), "sums": layout.to_savable(sums)}
                 checkpoints.save(step, tree, record=progress.to_record(), metrics=scores)

@@ -2,12 +2,15 @@
 
 config.json      the resolved config          metrics.jsonl        events of training and evaluation
 dataset.json     classes, shape, mean, std    checkpoints/<step>/  see checkpoint.py
+moved.json       where the data are, once they have moved
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
+import time
 
 import flax.linen as nn
 import jax
@@ -19,6 +22,8 @@ from vitcls.errors import UserError
 from vitcls.terminal import printable
 
 CONFIG_FILE, DATASET_FILE, CHECKPOINTS, PROFILE = "config.json", "dataset.json", "checkpoints", "profile"
+_MOVED_FILE = "moved.json"
+_REMOVAL = 1.0  # seconds in which a run has removed a checkpoint that it began to remove
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,23 @@ class Workdir:
             raise UserError(f"{folder} has no '{which}' checkpoint; train first, with the same --workdir")
         return step
 
+    def restore(self, model: nn.Module, which: str) -> tuple[int, dict]:
+        """The step of `which` checkpoint and its variables, as `find_step` and `restore_variables` give them.
+
+        The run may be alive, and remove a checkpoint while it is read: then the one that is the last or best by now
+        is taken.
+        """
+        folder = self.path / CHECKPOINTS
+        while True:
+            there = checkpoint.steps(folder)
+            try:
+                step = self.find_step(which)
+                return step, self.restore_variables(model, step)
+            except Exception:  # what is missing in the middle of a read fails in many ways
+                time.sleep(_REMOVAL)
+                if checkpoint.steps(folder) == there:
+                    raise
+
     def restore_variables(self, model: nn.Module, step: int) -> dict:
         """The variables of `model` for evaluation, as numpy arrays: the averages where there are any."""
         shapes, folder = experiment.variable_shapes(model, self.info), self.path / CHECKPOINTS
@@ -65,14 +87,36 @@ class Workdir:
 def open_workdir(path: os.PathLike | str) -> Workdir:
     """Reads a workdir back; raises UserError where there is no run in it."""
     path = local(path)
-    try:
-        config = configs.from_json((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        info = DatasetInfo.from_json((path / DATASET_FILE).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} is not the workdir of a run: {error.filename} cannot be read") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+    values = []
+    for name, read in ((CONFIG_FILE, configs.from_json), (DATASET_FILE, DatasetInfo.from_json)):
+        try:
+            values.append(read((path / name).read_text(encoding="utf-8")))
+        except OSError as error:
+            raise UserError(f"{path} is not the workdir of a run: {error.filename} cannot be read") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path / name} is damaged: {error}") from None
+    config, info = values
     return Workdir(path, config, info)
+
+
+def data_dir(path: pathlib.Path | None, config: configs.ConfigDict, moved_to: str = "") -> str:
+    """Where the data of `config` are: `moved_to` if given, else where the run in the workdir `path` was told before.
+
+    Raises UserError where a run has lost its data.
+    """
+    configs.check_local(moved_to, "--data_dir")
+    place = os.path.abspath(os.path.expanduser(moved_to)) if moved_to else config.dataset.data_dir
+    if path is None:
+        return place
+    try:
+        began = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))["dataset"]["data_dir"]
+        if not moved_to and began == place:
+            place = json.loads((path / _MOVED_FILE).read_text(encoding="utf-8"))["data_dir"]
+    except (OSError, ValueError, KeyError, TypeError):  # there is no run, or its data have not moved
+        pass
+    if place and (path / CONFIG_FILE).exists() and not os.path.exists(place):
+        raise UserError(f"the data of the run in {path} are not in {place}; say where they are with --data_dir=DIR")
+    return place
 
 
 def local(path: os.PathLike | str) -> pathlib.Path:
@@ -97,23 +141,25 @@ def max_value(path: pathlib.Path) -> float | None:
         return None
 
 
-def begin(path: pathlib.Path, config: configs.ConfigDict, info: DatasetInfo, *, moved: bool = False) -> None:
+def begin(path: pathlib.Path, config: configs.ConfigDict, info: DatasetInfo, *, place: str = "") -> None:
     """Makes the workdir of a run, or checks that the run that is in it already is the same.
 
-    An older version's config is completed first. With `moved` the data may lie elsewhere now, under another name, and
-    config.json is told where. Raises UserError where the workdir holds a run of another config or other data: nothing
-    of it is overwritten.
+    An older version's config is completed first. `place` is where the data are; if that is not where the config has
+    them, they may have another name there, and moved.json remembers it. Raises UserError where the workdir holds a run
+    of another config or other data: nothing of it is overwritten.
     """
-    free = _MOVED if moved else ()
+    moved = place not in ("", config.dataset.data_dir)
+    free = ("name",) if moved else ()  # that of a folder
     texts = {CONFIG_FILE: configs.to_json(config), DATASET_FILE: info.to_json()}
     there = {name for name in texts if (path / name).exists()}
     for name in sorted(there):
         _check_same(path, name, texts[name], free)
-    for name in texts.keys() - there | ({CONFIG_FILE} if moved else set()):
+    for name in texts.keys() - there:
         write_atomically(path / name, texts[name])
+    if moved:
+        write_atomically(path / _MOVED_FILE, json.dumps({"data_dir": place}) + "\n")
 
 
-_MOVED = ("dataset.data_dir", "name")  # what differs in config.json and dataset.json once the data have moved
 _READERS = {
     CONFIG_FILE: lambda text: configs.from_json(text).to_dict(),
     DATASET_FILE: lambda text: dataclasses.asdict(DatasetInfo.from_json(text)),
@@ -131,7 +177,10 @@ def _check_same(path: pathlib.Path, name: str, text: str, free: tuple[str, ...])
     if changed:
         shown = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise UserError(f"{path} holds a run with another {name}: {shown}{more}; use another --workdir")
+        advice = "use another --workdir"
+        if changed == ["dataset.data_dir"]:
+            advice = "if the data have moved, leave the config as it was and add --data_dir=DIR"
+        raise UserError(f"{path} holds a run with another {name}: {shown}{more}; {advice}")
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

@@ -25,15 +25,16 @@ _DEPTH_SAMPLE = 64  # training images whose headers tell whether a data set has 
 _logger = logging.getLogger("vitcls")
 
 
-def load(config, *, max_value: float | None = None) -> Dataset:
+def load(config, *, data_dir: str = "", max_value: float | None = None) -> Dataset:
     """Loads the data set that the block `dataset` of a config names, with its splits.
 
-    `max_value` is that of an earlier run (`DatasetInfo.max_value`), which is kept; None takes `config.max_value`, or
-    finds it. Raises UserError, one line that says what to do, where the data are not there or cannot be used. Writes
-    nothing but the cache.
+    `data_dir` is where it is, if not where the config says. `max_value` is that of an earlier run
+    (`DatasetInfo.max_value`), which is kept; None takes `config.max_value`, or finds it. Raises UserError, one line
+    that says what to do, where the data are not there or cannot be used. Writes nothing but the cache.
     """
+    config = config.copy_and_resolve_references()
+    config.data_dir = data_dir or config.data_dir
     if max_value is not None:
-        config = config.copy_and_resolve_references()
         config.max_value = max_value
     source = SOURCES.get(config.name, tfds)(config)
     _check(source)
