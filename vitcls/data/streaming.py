@@ -7,6 +7,7 @@ function of (seed, position in the run), so the stream can be entered at any ste
 import dataclasses
 import functools
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ from vitcls.partition import Partition
 from vitcls.terminal import quiet_tensorflow
 
 _CHUNK = 32  # examples per task: large enough to hide the cost of calling Python, small enough to spread a batch
+_PREFETCHED = 4  # batches ready ahead of the one that is asked for
 _KEPT_EPOCHS = 4  # orders in memory: the one before, this one, the next, and one to spare
 
 
@@ -166,10 +168,15 @@ def _parallel_batches(
     limit = np.iinfo(np.int64).max if num_batches is None else num_batches * chunks_per_batch
     dataset = (
         tf.data.Dataset.range(limit)
-        .map(load_in_graph, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .map(load_in_graph, num_parallel_calls=os.cpu_count(), deterministic=True)
         .batch(chunks_per_batch, drop_remainder=True, num_parallel_calls=2, deterministic=True)
-        .prefetch(tf.data.AUTOTUNE)
+        .prefetch(_PREFETCHED)
     )
+    # The thread that tunes is told to end only when it next wakes up: a pipeline that is closed, as at the end of a
+    # run, would now and then wait for it, for up to a minute.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    dataset = dataset.with_options(options)
     for images, labels in dataset.as_numpy_iterator():
         yield images.reshape(num_rows, *image_shape), labels.reshape(num_rows)
 
