@@ -81,6 +81,14 @@ def tiny_config():
     return make_tiny_config()
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """For runs whose report nobody looks at: its pictures take two seconds."""
+    from vitcls.report import plots
+
+    monkeypatch.setattr(plots, "styled", lambda draw: None)  # as where nothing was logged
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A workdir that was trained once for all tests that only read it, or write its report again."""

@@ -24,6 +24,9 @@ from vitcls.train import train_and_evaluate
 from vitcls.writers import read_history
 
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
 class BatchNormNet(nn.Module):
     """A model whose result depends on the whole batch, through its statistics, and on its dropout."""
 
@@ -247,6 +250,7 @@ def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, t
     tiny_config.optimizer.name = "sgd"
     tiny_config.optimizer.learning_rate = 0.1
     tiny_config.partition.min_shard_elements = 64
+    tiny_config.augment.mixup.probability = tiny_config.model.drop_path = 0.0  # compiled as often as anything else
     alone = tmp_path / "alone"
     train_and_evaluate(tiny_config, alone)
     np.savez(tmp_path / "\udce90.npz", x_train=np.zeros((99, 8, 8, 3), np.uint8), y_train=np.arange(99) % 3)

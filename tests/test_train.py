@@ -23,6 +23,7 @@ from vitcls.lock import WorkdirLock
 from vitcls.train import train_and_evaluate
 from vitcls.writers import read_history
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 CONFIG = """
 import sys
 from vitcls import config as configs

@@ -287,6 +287,7 @@ def test_without_cudnn_attention_is_that_of_xla_and_the_log_says_so_once(said, d
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere cuDNN may be there")
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_with_fused_attention_trains_evaluates_and_predicts_on_a_cpu(said, tiny_config, tmp_path):
     tiny_config.model.update(attention="cudnn", dtype="bfloat16", num_heads=2)
     trained = train.train_and_evaluate(tiny_config, tmp_path / "run")
