@@ -23,7 +23,6 @@ from vitcls.models.layers import Dropout
 from vitcls.train import train_and_evaluate
 from vitcls.writers import read_history
 
-
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 

@@ -128,6 +128,7 @@ class StopSignal(contextlib.AbstractContextManager):
         seconds = (time.perf_counter() - self._asked) / self._calls
         code, slowest = multihost_utils.process_allgather(np.array([self._code, seconds], np.float32)).max(axis=0)
         # At most twice as many as before: a few fast calls do not tell how long a hundred will take.
-        self._calls_left = self._calls = int(np.clip(_SECONDS_BETWEEN_QUESTIONS / slowest, 1, min(2 * self._calls, 100)))
+        most = min(2 * self._calls, 100)
+        self._calls_left = self._calls = int(np.clip(_SECONDS_BETWEEN_QUESTIONS / slowest, 1, most))
         self._asked = time.perf_counter()
         return int(code)
