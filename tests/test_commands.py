@@ -349,6 +349,13 @@ def test_predict_decodes_as_the_training_did(trained, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_predict_says_what_it_makes_of_a_depth_that_no_training_image_had(trained, tmp_path, caplog):
+    Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(tmp_path / "deep.png")
+    list(predict.predict(workdir.open_workdir(trained), [tmp_path / "deep.png"]))
+    (line,) = (record.getMessage() for record in caplog.records if "8 bits" in record.getMessage())
+    assert line.startswith(f"{tmp_path / 'deep.png'} has more than 8 bits, which no training image had: 65535")
+
+
 def test_the_installed_script_knows_the_verbs(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vitcls", "evalute"])
     assert cli.main() == 2

@@ -89,3 +89,19 @@ def test_a_percentage_needs_the_total():
     with pytest.raises(UserError, match="'5%' is a part of the total"):
         durations.to_steps("5%", batch_size=100, num_examples=1030)
     assert durations.to_steps("5 steps", batch_size=100, num_examples=1030) == 5
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        ("20 steps", "20steps", True),
+        ("1e6 examples", "1_000_000 example", True),
+        ("1 steps", "1 epochs", False),
+        ("cosine", "cosine", True),
+        ("cosine", "linear", False),
+        (3, "3 steps", False),
+        ((), (), True),
+    ],
+)
+def test_durations_that_say_the_same_are_the_same(a, b, same):
+    assert durations.same(a, b) == same

@@ -264,6 +264,7 @@ def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, t
         for strategy, pipeline in runs
     ]
     questions.append(question(tiny_config, tmp_path / "data", seed=1))
+    questions.append(question(tiny_config, tmp_path / "two", total="1PROCESS steps"))
     only_on_one = {"dataset.name": "npz", "dataset.data_dir": str(tmp_path / "\udce9PROCESS.npz")}
     questions.append(question(tiny_config, tmp_path / "npz", **only_on_one))
     endless = {"total": "100000 steps", "eval_every": "50000 steps", "checkpoint_every": "50000 steps"}
@@ -280,9 +281,12 @@ def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, t
         assert process.returncode == 128 + signal.SIGTERM, err
         assert "[Gloo]" not in out
         assert "of 2 (Slurm)" in err
-        *done, other_config, no_file = (tmp_path / f"questions.json.{i}").read_text().splitlines()
+        *done, other_config, two_configs, no_file = (tmp_path / f"questions.json.{i}").read_text().splitlines()
         assert done == ["done"] * len(runs)
         assert other_config.startswith(f"UserError: {tmp_path / 'data'} holds a run with another config.json")
+        assert two_configs == (
+            "UserError: config.total is '10 steps' on process 0 and '11 steps' on process 1; give all the same"
+        )
         missing = f"{tmp_path}/\\udce91.npz"  # its name is not UTF-8
         assert no_file.startswith(f"UserError: config.dataset.data_dir='{missing}' is not a file; give the .npz file")
     assert checkpoint.latest_whole(stopped / "checkpoints", set_aside=False) is not None

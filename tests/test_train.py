@@ -278,7 +278,7 @@ def test_early_stopping_ends_the_run_and_it_stays_ended(tiny_config, tmp_path):
     tiny_config.total = "100 steps"
     tiny_config.eval_every = "2 steps"
     tiny_config.augment.crop.probability = tiny_config.augment.mixup.probability = 0.0
-    tiny_config.optimizer.learning_rate = 0.0
+    tiny_config.optimizer.learning_rate = tiny_config.optimizer.ema_decay = 0.0  # the average of equals is rounded
     tiny_config.early_stopping.patience = 3
     train_and_evaluate(tiny_config, tmp_path)
     # With no learning no evaluation improves on the first, so the third after it is the last.

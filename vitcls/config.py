@@ -319,6 +319,17 @@ def _renamed(values: dict) -> dict:
     return values
 
 
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts by their keys: {"model": {"name": "lenet5"}} -> {"model.name": "lenet5"}."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        name: leaf
+        for key, value in tree.items()
+        for name, leaf in flatten(value, f"{prefix}.{key}".lstrip(".")).items()
+    }
+
+
 def _tuples(value):
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}

@@ -48,6 +48,14 @@ def to_steps(duration: str, *, batch_size: int, num_examples: int, total_steps: 
     return steps
 
 
+def same(a: object, b: object) -> bool:
+    """Whether two values of a config are equal, or are durations that say the same: '20steps' and '20 step'."""
+    try:
+        return a == b or _parse(a) == _parse(b)
+    except UserError:
+        return False
+
+
 def _parse(duration: str) -> tuple[Fraction, str]:
     if not isinstance(duration, str):
         raise UserError(f"a duration is text with a unit, such as '200 steps'; {duration!r} is not")

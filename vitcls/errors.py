@@ -32,5 +32,7 @@ def unknown(kind: str, name: object, valid: Iterable[str]) -> UserError:
     close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     if close and len(valid) > _SHORT_LIST:
         return UserError(f"{kind} {str(name)!r} is not known; did you mean '{close[0]}'?")
+    if len(valid) > 2 * _SHORT_LIST:
+        valid = [*valid[:_SHORT_LIST], f"... ({len(valid)} in all)"]
     hint = f"; did you mean '{close[0]}'?" if close else "."
     return UserError(f"{kind} {str(name)!r} is not known{hint} Known: {', '.join(valid)}")

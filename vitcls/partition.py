@@ -8,8 +8,9 @@ devices, which need not lie next to each other: the order of devices is that of 
 
 import dataclasses
 import itertools
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -225,6 +226,23 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+def check_same(values: Mapping[str, Any]) -> None:
+    """Raises UserError where a value, of those that JSON has, is not the same on every process."""
+    if jax.process_count() == 1:
+        return
+    text = json.dumps(values).encode().ljust(_VALUES_BYTES, b"\0")
+    first, *others = (
+        json.loads(bytes(row).rstrip(b"\0")) for row in multihost_utils.process_allgather(np.frombuffer(text, np.uint8))
+    )
+    for process, other in enumerate(others, 1):
+        for key, value in first.items():
+            if other[key] != value:
+                raise UserError(
+                    f"{key} is {value!r} on process 0 and {other[key]!r} on process {process}; give all the same"
+                )
+
+
+_VALUES_BYTES = 2**15
 _VERDICT_BYTES = 2_048
 
 

@@ -7,6 +7,7 @@ is then 2, after all others are done.
 """
 
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -21,6 +22,7 @@ from vitcls.data import images as image_files
 from vitcls.errors import RunError, UserError
 
 _BATCH = 32
+_logger = logging.getLogger("vitcls")
 TOP = 5
 
 
@@ -80,6 +82,12 @@ def read(file: pathlib.Path, image_shape: tuple[int, int, int], decoding: image_
     size, channels = image_shape[:2], image_shape[2]
     encoded = file.read_bytes()
     image_files.examine(encoded)
+    if not decoding.max_value and image_files.is_deep(encoded):
+        _logger.warning(
+            "%s has more than 8 bits, which no training image had: 65535 is taken as white (of floats 1, 255 or 65535); "
+            "convert it to 8 bits if that is wrong",
+            file,
+        )
     return image_files.decode(encoded, size=size, channels=channels, decoding=decoding)
 
 

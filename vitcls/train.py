@@ -47,7 +47,10 @@ def train_and_evaluate(
     path = workdir.local(path)
     prepared = partition.all_or_none(lambda: prepare(config, None if dry_run else path, data_dir, profile_steps))
     config, place, dataset, info, plan, layout, training = prepared
-    overview.log_start(config, info, plan, training, layout, pipeline=data.choose_pipeline(dataset, config.dataset))
+    pipeline = data.choose_pipeline(dataset, config.dataset)
+    same = configs.flatten(config.to_dict(), "config") | {"config.dataset.pipeline": pipeline}
+    partition.check_same({key: value for key, value in same.items() if key != "config.dataset.data_dir"})
+    overview.log_start(config, info, plan, training, layout, pipeline=pipeline)
     if dry_run:
         overview.log_first_step(config, info, training, layout)
         return {}

@@ -15,7 +15,7 @@ import time
 import flax.linen as nn
 import jax
 
-from vitcls import checkpoint, experiment
+from vitcls import checkpoint, durations, experiment
 from vitcls import config as configs
 from vitcls.data import DatasetInfo
 from vitcls.errors import UserError
@@ -169,11 +169,12 @@ _READERS = {
 def _check_same(path: pathlib.Path, name: str, text: str, free: tuple[str, ...]) -> None:
     """Raises UserError where the file `name` says otherwise than `text`, but for the keys that are `free`."""
     try:
-        old = _flatten(_READERS[name]((path / name).read_text(encoding="utf-8")))
+        old = configs.flatten(_READERS[name]((path / name).read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path / name} is damaged ({error}); restore it, or use another --workdir") from None
-    new = _flatten(_READERS[name](text))
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key not in free)
+    new = configs.flatten(_READERS[name](text))
+    keys = (old.keys() | new.keys()) - set(free)
+    changed = sorted(key for key in keys if not durations.same(old.get(key), new.get(key)))
     if changed:
         shown = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -192,13 +193,3 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def _flatten(tree, prefix: str = "") -> dict:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        name: leaf
-        for key, value in tree.items()
-        for name, leaf in _flatten(value, f"{prefix}.{key}".lstrip(".")).items()
-    }

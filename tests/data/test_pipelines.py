@@ -148,9 +148,13 @@ def test_random_resized_crops_are_a_function_of_the_place_in_the_run(tmp_path, h
     assert not np.array_equal(np.sort(first["image"][0], axis=None), np.sort(first["image"][1], axis=None))
 
 
-def test_random_resized_crop_is_not_offered_where_it_cannot_be_done():
+def test_random_resized_crop_is_not_offered_where_it_cannot_be_done(tmp_path):
     with pytest.raises(UserError, match=r"random_resized_crop needs config.dataset.pipeline='streaming'"):
-        data.choose_pipeline(dataset(), config(random_resized_crop=True))
+        data.choose_pipeline(dataset(encoded_in=tmp_path), config(random_resized_crop=True))
+    for pipeline in ("auto", "streaming", "resident"):
+        block = config(pipeline=pipeline, random_resized_crop=True)
+        with pytest.raises(UserError, match=r"random_resized_crop is for image files; those of 'test' are in memory"):
+            data.choose_pipeline(dataset(), block)
 
 
 @pytest.mark.parametrize("encoded", [False, True])

@@ -132,6 +132,11 @@ def _histograms(images: np.ndarray) -> np.ndarray:
 
 def choose_pipeline(dataset: Dataset, config) -> str:
     """'resident' or 'streaming' for the block `dataset` of a config; 'auto' goes by what fits."""
+    if config.random_resized_crop and isinstance(dataset.train.images, np.ndarray):
+        raise UserError(
+            f"config.dataset.random_resized_crop is for image files; those of '{dataset.name}' are in memory, so use "
+            "config.augment.scale and config.augment.crop"
+        )
     if config.pipeline == "resident" and config.random_resized_crop:
         raise UserError(
             "config.dataset.random_resized_crop needs config.dataset.pipeline='streaming'; "

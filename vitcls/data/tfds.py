@@ -46,7 +46,12 @@ def tfds(config) -> Source:
     if None in declared:
         # Of differing sizes: the first images tell as much as is needed to ask for config.dataset.image_size.
         for index in range(min(8, len(splits["train"].images))):
-            width, height, channels = image_files.examine(splits["train"].images.read(index))
+            try:
+                width, height, channels = image_files.examine(splits["train"].images.read(index))
+            except image_files.BadImage as error:
+                raise UserError(
+                    f"image {index} of the train split of '{config.name}' {error}; prepare it anew"
+                ) from None
             shapes.add((height, width, declared[2] or channels))
     else:
         shapes.add(tuple(declared))
