@@ -7,6 +7,9 @@ import gc
 import os
 import tempfile
 
+# The commands that tests start import the same modules over and over: they are to be compiled once.
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""
+
 if os.environ.get("VITCLS_TEST_PLATFORM") != "default":
     os.environ["JAX_PLATFORMS"] = "cpu"
     # The compiler takes most of the time of tests that compile much and run little: without LLVM's optimisation, and

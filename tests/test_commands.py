@@ -353,7 +353,7 @@ def test_predict_says_what_it_makes_of_a_depth_that_no_training_image_had(traine
     Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(tmp_path / "deep.png")
     list(predict.predict(workdir.open_workdir(trained), [tmp_path / "deep.png"]))
     (line,) = (record.getMessage() for record in caplog.records if "8 bits" in record.getMessage())
-    assert line.startswith(f"{tmp_path / 'deep.png'} has more than 8 bits, which no training image had: 65535")
+    assert line.startswith(f"{tmp_path / 'deep.png'} has more than 8 bits, which no training image has: 65535")
 
 
 def test_the_installed_script_knows_the_verbs(capsys, monkeypatch):

@@ -84,7 +84,7 @@ def read(file: pathlib.Path, image_shape: tuple[int, int, int], decoding: image_
     image_files.examine(encoded)
     if not decoding.max_value and image_files.is_deep(encoded):
         _logger.warning(
-            "%s has more than 8 bits, which no training image had: 65535 is taken as white (of floats 1, 255 or 65535); "
+            "%s has more than 8 bits, which no training image has: 65535 counts as white (of floats 1, 255 or 65535); "
             "convert it to 8 bits if that is wrong",
             file,
         )
