@@ -5,6 +5,7 @@ With VITCLS_TEST_PLATFORM=default it runs on what JAX finds (benchmarks/accelera
 
 import gc
 import os
+import sys
 import tempfile
 
 # The commands that tests start import the same modules over and over: they are to be compiled once.
@@ -32,6 +33,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_configure(config):
     """Keeps compiled programs and indexes of this run in one directory of its own, not in the user's."""
+    sys.dont_write_bytecode = False
     if not hasattr(config, "workerinput"):  # xdist's workers inherit the environment
         directory = tempfile.TemporaryDirectory(prefix="vitcls-")
         config.add_cleanup(directory.cleanup)

@@ -102,7 +102,7 @@ def assert_same_run(actual, expected):
 
 
 def test_a_killed_run_ends_bit_equal_to_an_uninterrupted_one(tiny_config, tmp_path):
-    tiny_config.total = "200 steps"
+    tiny_config.total = "150 steps"
     tiny_config.log_every = "14 steps"
     tiny_config.eval_every = "50 steps"
     tiny_config.checkpoint_every = "15 steps"
@@ -126,16 +126,17 @@ def test_a_killed_run_ends_bit_equal_to_an_uninterrupted_one(tiny_config, tmp_pa
         wait_for(lambda folder=checkpoints: len(checkpoint.steps(folder)) >= 2, process)
         process.kill()
         process.communicate()
-        assert 0 < checkpoint.latest_whole(checkpoints, set_aside=False) < 200
-
-        process = start(*command)
-        reached = checkpoint.steps(checkpoints)[-1]
-        wait_for(lambda folder=checkpoints, step=reached: (checkpoint.steps(folder) or [0])[-1] > step, process)
-        process.send_signal(signal.SIGTERM)
-        _, err = finish(process, 128 + signal.SIGTERM)
         stopped = checkpoint.latest_whole(checkpoints, set_aside=False)
-        assert f"stopped at step {stopped}, which is saved" in err
-        assert reached < stopped < 200
+        assert 0 < stopped < 150
+
+        if pipeline == "resident":  # a signal is not the pipeline's business
+            process, reached = start(*command), stopped
+            wait_for(lambda folder=checkpoints, step=reached: (checkpoint.steps(folder) or [0])[-1] > step, process)
+            process.send_signal(signal.SIGTERM)
+            _, err = finish(process, 128 + signal.SIGTERM)
+            stopped = checkpoint.latest_whole(checkpoints, set_aside=False)
+            assert f"stopped at step {stopped}, which is saved" in err
+            assert reached < stopped < 150
 
         _, err = finish(start(*command))
         assert f"resumed from step {stopped}" in err
