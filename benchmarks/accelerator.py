@@ -21,7 +21,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from benchmarks import harness, workload
-from vitcls import cli, errors
+from vitcls import cli
+from vitcls.core import errors
 
 SEEDS, SPRINT_SEEDS = (0, 1, 2), range(20)
 CORRECTNESS = (

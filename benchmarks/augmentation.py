@@ -9,7 +9,8 @@ for mixup with the ViT preset.
 import sys
 
 from benchmarks import harness, workload
-from vitcls import cli, partition
+from vitcls import cli
+from vitcls.core import partition
 
 KINDS = {
     "crop + flip": ("crop.probability=1.0", "flip.probability=0.5"),

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import jax
 
 from benchmarks import harness, workload
-from vitcls import cli, partition
+from vitcls import cli
+from vitcls.core import partition
 from vitcls.models import convolutions
 
 FORMS = ("xla", "shifted", "mixed")

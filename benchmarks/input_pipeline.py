@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from benchmarks import harness, workload
-from vitcls import cli, data, partition
+from vitcls import cli, data
+from vitcls.core import partition
 
 
 def rate_alone(batches: data.TrainBatches, batch: int, length: int, seconds: float = 3.0) -> float:

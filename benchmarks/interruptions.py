@@ -13,7 +13,9 @@ import jax
 import numpy as np
 
 from benchmarks import harness, workload
-from vitcls import checkpoint, cli, data, evaluate, metrics, overview, partition
+from vitcls import cli, data, evaluate, metrics
+from vitcls.core import partition
+from vitcls.training import announce, checkpoint
 
 
 def main(argv: list[str]) -> None:
@@ -76,8 +78,8 @@ def main(argv: list[str]) -> None:
         ("evaluation on the devices", size, evaluation["devices"]),
         ("all metrics on the host", size, evaluation["host"]),
         ("of which the ROC curves", size, evaluation["roc"]),
-        ("a checkpoint holds training up", overview.mebibytes(overview.count_bytes(state)), stalls["save"]),
-        ("copy of the state to the host", overview.mebibytes(overview.count_bytes(state)), stalls["copy"]),
+        ("a checkpoint holds training up", announce.mebibytes(announce.count_bytes(state)), stalls["save"]),
+        ("copy of the state to the host", announce.mebibytes(announce.count_bytes(state)), stalls["copy"]),
     ]
     rows = [
         {"what": what, "of": of, "seconds": timing.median, "fastest..slowest": timing.spread(1)}

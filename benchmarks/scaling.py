@@ -61,7 +61,8 @@ def run(devices: int, strategy: str, kind: str, model: str, batch: int, dtype: s
     import jax
 
     from benchmarks import workload
-    from vitcls import overview, partition
+    from vitcls.core import partition
+    from vitcls.training import announce
 
     assert jax.device_count() == devices
     global_batch = batch * devices if kind == "weak" else batch
@@ -73,7 +74,7 @@ def run(devices: int, strategy: str, kind: str, model: str, batch: int, dtype: s
     trainer = workload.Trainer(config, info, layout, workload.random_resident(layout, info, global_batch))
     sent = collective_bytes(trainer.compiled.as_text()) if devices > 1 else {}  # one device reduces over itself
     parameters = jax.eval_shape(trainer.training.create_state, jax.random.key(0)).params
-    parameter_bytes = overview.count_bytes(parameters)
+    parameter_bytes = announce.count_bytes(parameters)
     timing = harness.measure(trainer, repeats=repeats)
     return {
         "batch": global_batch,

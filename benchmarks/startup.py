@@ -17,7 +17,7 @@ import time
 from benchmarks import harness
 from vitcls import cli
 
-LIMITS = {"vitcls": 0.3, "vitcls.steps": 2.0, "vitcls.models": 2.0, "vitcls.train": None}  # seconds
+LIMITS = {"vitcls": 0.3, "vitcls.training.steps": 2.0, "vitcls.models": 2.0, "vitcls.train": None}  # seconds
 _HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn")
 _IMPORT = """
 import sys, time

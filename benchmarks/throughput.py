@@ -41,7 +41,7 @@ def run(job: Job) -> harness.Row:
     import jax
 
     from benchmarks import workload
-    from vitcls import partition
+    from vitcls.core import partition
 
     overrides = (*job.overrides, f"partition.strategy={job.partition}")
     config = workload.make_config(job.model, job.batch, dtype=job.dtype, overrides=overrides)

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 
 from vitcls import config as configs
-from vitcls import experiment, models, overview, steps
+from vitcls import models
+from vitcls.core.errors import UserError
+from vitcls.core.partition import Partition
 from vitcls.data import DatasetInfo
 from vitcls.data.resident import Resident
-from vitcls.errors import UserError
-from vitcls.partition import Partition
+from vitcls.training import announce, build, steps
 
 _STEPS = 1_000_000  # no benchmark comes to the end of its run
 
@@ -119,8 +120,8 @@ class Trainer:
         self._config, self.info, self.layout = config, info, layout
         self._batches = batches or ConstantBatch(layout, info, config.batch_size)
         self._length, self.calls = config.steps_per_call, calls
-        plan = experiment.make_plan(config, info)
-        self.training = experiment.make_training(config, info, plan, layout)
+        plan = build.make_plan(config, info)
+        self.training = build.make_training(config, info, plan, layout)
         self.state = layout.init(self.training.create_state, jax.random.key(config.seed))
         self._sums = layout.replicate(jax.device_get(steps.zero_sums()))
         self._step = 0
@@ -153,16 +154,14 @@ class Trainer:
 
     def inference(self):
         """A call that classifies the constant batch `calls` times."""
-        evaluate = self.layout.compile_evaluation(
-            experiment.make_eval_step(self._config, self.training.model, self.info)
-        )
+        evaluate = self.layout.compile_evaluation(build.make_eval_step(self._config, self.training.model, self.info))
         batch = self._batches.data(0, self._length)
         return lambda: [evaluate(self.state.variables, batch) for _ in range(self.calls)]
 
 
 def train_flops_per_image(config, info: DatasetInfo) -> float:
     """Model FLOPs of a training step for one image: three forward passes' matrix products, nothing recomputed."""
-    return 3 * overview.flops_per_image(experiment.make_model(config, info), info, products_only=True)
+    return 3 * announce.flops_per_image(build.make_model(config, info), info, products_only=True)
 
 
 # Dense bfloat16 TFLOP/s of one device, from the vendors' data sheets; the longest name that fits counts.

@@ -8,7 +8,7 @@ small stem use it where the images of the data set are small. `configs/baseline.
 
 from vitcls import models
 from vitcls.config import default_config
-from vitcls.errors import UserError
+from vitcls.core.errors import UserError
 
 _DIGITS = ("digits", "mnist", "kmnist", "emnist", "svhn_cropped")  # a mirror image is another character, or none
 _SMALL_IMAGES = (*_DIGITS, "fashion_mnist", "cifar10", "cifar100", "cifar10_1", "synthetic")

@@ -6,8 +6,8 @@
 with residual connections, batch normalisation and dropout, for the 20 epochs of table III; on a CPU it takes hours.
 """
 
-from vitcls import errors
 from vitcls.config import default_config
+from vitcls.core import errors
 
 PRESETS = ("plain", "enhanced")
 

@@ -21,7 +21,7 @@ Images have 224 pixels, or the native size of the model where that is larger.
 
 from vitcls import models
 from vitcls.config import default_config
-from vitcls.errors import UserError, unknown
+from vitcls.core.errors import UserError, unknown
 
 
 def get_config(argument=""):

@@ -6,8 +6,8 @@ The full recipe is written for one accelerator; it has not been run yet. `:small
 74.05 % after 8 epochs and half an hour on 2 busy cores (seed 0; docs/results.md).
 """
 
-from vitcls import errors
 from vitcls.config import default_config
+from vitcls.core import errors
 
 PRESETS = ("full", "small")
 

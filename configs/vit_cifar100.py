@@ -8,8 +8,8 @@ which trades AdamW at batches of 512 for Muon at 1,024. The preset
 docs/results.md).
 """
 
-from vitcls import errors
 from vitcls.config import default_config
+from vitcls.core import errors
 
 PRESETS = ("full", "muon", "tiny")
 

@@ -17,8 +17,10 @@ from jax.sharding import PartitionSpec
 
 from benchmarks import accelerator, harness, scaling, startup, throughput, versus, workload
 from benchmarks.peers import vit_fields
-from vitcls import models, overview, partition
-from vitcls.errors import UserError
+from vitcls import models
+from vitcls.core import partition
+from vitcls.core.errors import UserError
+from vitcls.training import announce
 
 
 def test_numbers_of_two_runs_are_not_compared():
@@ -116,7 +118,7 @@ def test_a_step_sends_the_gradients_once_and_nothing_else(strategy):
     trainer = workload.Trainer(config, info, layout, workload.random_resident(layout, info, 16))
     sent = scaling.collective_bytes(trainer.compiled.as_text())
     state = jax.eval_shape(trainer.training.create_state, jax.random.key(0))
-    parameter_bytes = overview.count_bytes(state.params)
+    parameter_bytes = announce.count_bytes(state.params)
     assert parameter_bytes <= sent["all-reduce"] <= parameter_bytes + 100
     assert scaling.only_gradients_once(strategy, sent, parameter_bytes)
     assert not scaling.only_gradients_once(strategy, sent | {"all-to-all": 3 * parameter_bytes}, parameter_bytes)
@@ -241,7 +243,7 @@ def test_an_unknown_model_is_one_line_and_code_2():
 
 
 def test_imports_are_quick_and_light():
-    for module in ("vitcls", "vitcls.steps"):
+    for module in ("vitcls", "vitcls.training.steps"):
         row = startup.import_row(module, repeats=1)
         assert row["loads"] == "none of them"
         assert row["seconds"] < 3 * row["limit"]  # the machine may be busy
@@ -258,7 +260,7 @@ def test_the_peak_is_that_of_the_longest_name_that_fits():
 def parameters_of(model, image_size):
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     shapes = jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image)
-    return overview.count_parameters(shapes["params"])
+    return announce.count_parameters(shapes["params"])
 
 
 @pytest.mark.parametrize("name", versus.MODELS)

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from vitcls import checkpoint
-from vitcls.errors import RunError
+from vitcls.core.errors import RunError
+from vitcls.training import checkpoint
 
 METRIC = "eval/accuracy"
 PARAMS = {"dense": {"kernel": np.arange(64_000, dtype=np.float32).reshape(160, 400), "bias": np.ones(3, np.float32)}}

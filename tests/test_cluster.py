@@ -2,8 +2,8 @@
 
 import pytest
 
-from vitcls import cluster
-from vitcls.errors import UserError
+from vitcls.core import cluster
+from vitcls.core.errors import UserError
 
 SLURM = {
     "SLURM_JOB_ID": "4097",

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitcls import cli, config, evaluate, main, predict, workdir
-from vitcls.errors import UserError
+from vitcls import cli, config, evaluate, main, predict
+from vitcls.core.errors import UserError
 from vitcls.train import train_and_evaluate
+from vitcls.training import run_dir
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 IMAGENET = f"--config={REPOSITORY}/configs/imagenet.py"
@@ -171,7 +172,7 @@ def test_images_that_are_not_square_are_trained_on_evaluated_and_predicted(tiny_
     tiny_config.optimizer.update(learning_rate=1e-2, ema_decay=0.0)
     run_directory = tmp_path / "run"
     trained = train_and_evaluate(tiny_config, run_directory)
-    assert workdir.open_workdir(run_directory).info.image_shape == (8, 12, 1) and trained["accuracy"] == 1
+    assert run_dir.open_workdir(run_directory).info.image_shape == (8, 12, 1) and trained["accuracy"] == 1
     code, _, err = run(evaluate.main, [f"--workdir={run_directory}"], capsys)
     assert code == 0, err
     files = [str(tmp_path / "folder" / name / "3.png") for name in ("dark", "light")]
@@ -290,14 +291,12 @@ def test_predict_moves_the_weights_to_the_device_once(trained, tmp_path, monkeyp
         return device_put(tree, *arguments, **options)
 
     monkeypatch.setattr(jax, "device_put", watched)
-    opened = workdir.open_workdir(trained)
+    opened = run_dir.open_workdir(trained)
     rows = predict.predict(opened, files)
     outcomes = [next(rows)]
     with jax.transfer_guard_host_to_device("disallow"):  # of what is not given to device_put
         outcomes += rows
-    shapes = evaluate.experiment.variable_shapes(
-        evaluate.experiment.make_model(opened.config, opened.info), opened.info
-    )
+    shapes = evaluate.build.variable_shapes(evaluate.build.make_model(opened.config, opened.info), opened.info)
     batch = 32 * (8 * 8 * 3 + 2)  # image, label, mask
     assert moved == [sum(leaf.size for leaf in jax.tree.leaves(shapes)), batch, batch, batch]
     assert [file for file, _ in outcomes] == files
@@ -321,7 +320,7 @@ def test_a_report_is_timed_where_the_config_asks_for_it(trained, tmp_path):
 
 def test_predict_agrees_with_the_report(trained):
     """The same picture gives the same probabilities from a file as from the data set."""
-    opened = workdir.open_workdir(trained)
+    opened = run_dir.open_workdir(trained)
     from vitcls import data
 
     dataset = data.load(opened.config.dataset)
@@ -329,7 +328,7 @@ def test_predict_agrees_with_the_report(trained):
     path = trained.parent / "first.png"
     image.save(path)
     ((_, probabilities),) = predict.predict(opened, [path])
-    model = evaluate.experiment.make_model(opened.config, opened.info)
+    model = evaluate.build.make_model(opened.config, opened.info)
     variables = opened.restore_variables(model, opened.find_step("last"))
     images = (dataset.test.images[:1] / 255.0 - np.array(opened.info.mean)) / np.array(opened.info.std)
     logits = np.asarray(model.apply(variables, images.astype(np.float32), train=False))[0]
@@ -338,7 +337,7 @@ def test_predict_agrees_with_the_report(trained):
 
 def test_predict_decodes_as_the_training_did(trained, tmp_path):
     """With the white of the data set and the crop of the config, whatever the file has."""
-    opened = workdir.open_workdir(trained)
+    opened = run_dir.open_workdir(trained)
     pixels = np.random.default_rng(0).integers(0, 100, (16, 16), np.uint8)
     Image.fromarray(pixels[4:12, 4:12]).save(tmp_path / "centre.png")
     Image.fromarray(np.rint(pixels * (4095 / 255)).astype(np.uint16)).save(tmp_path / "deep.png")
@@ -351,7 +350,7 @@ def test_predict_decodes_as_the_training_did(trained, tmp_path):
 
 def test_predict_says_what_it_makes_of_a_depth_that_no_training_image_had(trained, tmp_path, caplog):
     Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(tmp_path / "deep.png")
-    list(predict.predict(workdir.open_workdir(trained), [tmp_path / "deep.png"]))
+    list(predict.predict(run_dir.open_workdir(trained), [tmp_path / "deep.png"]))
     (line,) = (record.getMessage() for record in caplog.records if "8 bits" in record.getMessage())
     assert line.startswith(f"{tmp_path / 'deep.png'} has more than 8 bits, which no training image has: 65535")
 
@@ -382,9 +381,9 @@ def test_the_command_of_a_report_can_be_given_again():
     arguments = ["train", "--config=a.py", "--workdir=my run", "--config.total=5 epochs"]
     code = f"""
 import sys
-from vitcls import overview
+from vitcls.training import announce
 sys.argv = ["/usr/bin/vitcls", *{arguments!r}]
-print(overview.command_line())
+print(announce.command_line())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert shlex.split(done.stdout) == ["vitcls", *arguments]
@@ -396,7 +395,7 @@ def test_parsing_leaves_the_arguments_of_the_process_alone(monkeypatch):
     assert sys.argv == ["vitcls", "train", DIGITS, "--workdir=x"]
 
 
-@pytest.mark.parametrize("module", ["vitcls.models", "vitcls.steps"])
+@pytest.mark.parametrize("module", ["vitcls.models", "vitcls.training.steps"])
 def test_the_core_loads_no_heavy_library(module):
     heavy = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn")
     code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"

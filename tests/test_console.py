@@ -1,6 +1,6 @@
 import logging
 
-from vitcls.console import show_progress
+from vitcls.core.progress import show_progress
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(caplog):

@@ -1,7 +1,7 @@
 import pytest
 
-from vitcls import durations
-from vitcls.errors import UserError
+from vitcls.core import durations
+from vitcls.core.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitcls import data, evaluate, metrics, partition
+from vitcls import data, evaluate, metrics
+from vitcls.core import partition
 
 
 def eval_step(variables, batch):

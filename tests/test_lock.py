@@ -8,13 +8,13 @@ import time
 
 import pytest
 
-from vitcls import lock
-from vitcls.errors import RunError, UserError
-from vitcls.lock import WorkdirLock
+from vitcls.core.errors import RunError, UserError
+from vitcls.training import lock
+from vitcls.training.lock import WorkdirLock
 
 HOLD = """
 import sys, time
-from vitcls.lock import WorkdirLock
+from vitcls.training.lock import WorkdirLock
 
 WorkdirLock(sys.argv[1])
 print("held", flush=True)

@@ -5,8 +5,8 @@ import pytest
 import sklearn.metrics
 from sklearn.utils.class_weight import compute_class_weight
 
-from vitcls import losses
-from vitcls.errors import UserError
+from vitcls.core.errors import UserError
+from vitcls.tasks import losses
 
 B, K = 12, 5
 

@@ -11,7 +11,7 @@ import sklearn.metrics
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vitcls import metrics
-from vitcls.errors import RunError, UserError
+from vitcls.core.errors import RunError, UserError
 
 BATCH = 64
 evaluation_sums = jax.jit(metrics.evaluation_sums)

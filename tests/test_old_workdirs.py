@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitcls import checkpoint, evaluate, predict, workdir
 from vitcls import config as configs
-from vitcls.errors import UserError
+from vitcls import evaluate, predict
+from vitcls.core.errors import UserError
 from vitcls.train import train_and_evaluate
-from vitcls.writers import read_history
+from vitcls.training import checkpoint, run_dir
+from vitcls.training.metrics_log import read_history
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 KEPT = pathlib.Path(__file__).parent / "workdirs"
@@ -41,7 +42,7 @@ def test_an_old_run_evaluates_predicts_and_continues(old, tmp_path, monkeypatch)
     monkeypatch.setattr(evaluate, "_TIMED_SECONDS", 0.0)
     digit = Image.fromarray(np.tri(8, dtype=np.uint8) * 255)
     digit.save(tmp_path / "digit.png")
-    opened = workdir.open_workdir(path)
+    opened = run_dir.open_workdir(path)
     ((_, probabilities),) = predict.predict(opened, [tmp_path / "digit.png"])
     assert probabilities.shape == (10,) and probabilities.sum() == pytest.approx(1, abs=1e-5)
     assert evaluate.evaluate(path, split="validation")["checkpoint_step"] == 20

@@ -6,8 +6,9 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from vitcls import losses, optim
-from vitcls.errors import UserError
+from vitcls import optim
+from vitcls.core.errors import UserError
+from vitcls.tasks import losses
 
 TOTAL, WARMUP, RATE = 100, 10, 0.4
 

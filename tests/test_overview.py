@@ -3,8 +3,10 @@ import jax
 import numpy as np
 import pytest
 
-from vitcls import flops, models, overview
+from vitcls import models
 from vitcls.data import DatasetInfo
+from vitcls.models import flops
+from vitcls.training import announce
 
 
 def info(size):
@@ -41,15 +43,15 @@ def test_flops_are_counted_by_part():
 @pytest.mark.parametrize(("name", "size"), [("vit_base_patch16", 224), ("improved_vit_tiny", 32)])
 def test_the_total_is_near_what_xla_counts(name, size):
     model = models.create(name, 2)
-    variables = overview.experiment.variable_shapes(model, info(size))
+    variables = announce.build.variable_shapes(model, info(size))
     image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     lowered = jax.jit(lambda variables, images: model.apply(variables, images, train=False)).lower(variables, image)
-    assert overview.flops_per_image(model, info(size)) == pytest.approx(lowered.cost_analysis()["flops"], rel=0.1)
+    assert announce.flops_per_image(model, info(size)) == pytest.approx(lowered.cost_analysis()["flops"], rel=0.1)
 
 
 def test_the_table_adds_up_and_joins_numbered_parts():
     model = models.create("improved_vit_tiny", 2, depth=3)
-    table = overview.parameter_table(model, info(32))
-    shapes = overview.experiment.variable_shapes(model, info(32))
-    assert f"{overview.count_parameters(shapes['params']):,}" in table.splitlines()[-1]
+    table = announce.parameter_table(model, info(32))
+    shapes = announce.build.variable_shapes(model, info(32))
+    assert f"{announce.count_parameters(shapes['params']):,}" in table.splitlines()[-1]
     assert "block x 3" in table

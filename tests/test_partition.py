@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from vitcls import checkpoint, data, experiment, partition, steps, workdir
 from vitcls import config as configs
-from vitcls.errors import UserError
+from vitcls import data
+from vitcls.core import partition
+from vitcls.core.errors import UserError
 from vitcls.models.layers import Dropout
 from vitcls.train import train_and_evaluate
-from vitcls.writers import read_history
+from vitcls.training import build, checkpoint, run_dir, steps
+from vitcls.training.metrics_log import read_history
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -56,8 +58,8 @@ def train(config, layout, *, batch_norm=False):
     config = configs.resolve(config)
     dataset = data.load(config.dataset)
     info = data.describe(dataset, config.dataset)
-    plan = experiment.make_plan(config, info)
-    training = experiment.make_training(config, info, plan, layout)
+    plan = build.make_plan(config, info)
+    training = build.make_training(config, info, plan, layout)
     if batch_norm:
         training = with_model(config, info, plan, layout)
     batches = data.train_batches(dataset, config.dataset, partition=layout, batch_size=config.batch_size, seed=0)
@@ -67,7 +69,7 @@ def train(config, layout, *, batch_norm=False):
     update = layout.compile_update(call, state, sums, batches.data(0, 3))
     for step in (0, 3):
         state, sums = update(state, sums, batches.data(step, 3))
-    evaluate = layout.compile_evaluation(experiment.make_eval_step(config, training.model, info))
+    evaluate = layout.compile_evaluation(build.make_eval_step(config, training.model, info))
     test = data.EvaluationBatches(dataset.test, image_shape=info.image_shape, partition=layout, batch_size=16)
     totals = [layout.to_host(evaluate(state.variables, batch)) for batch in test]
     host_state = layout.to_host(state) if layout.mapped else jax.device_get(state)
@@ -76,12 +78,12 @@ def train(config, layout, *, batch_norm=False):
 
 def with_model(config, info, plan, layout):
     """The training functions of a config, of a model with batch statistics."""
-    original = experiment.make_model
+    original = build.make_model
     try:
-        experiment.make_model = lambda config, info, *, axis_name=None: BatchNormNet(info.num_classes, axis_name)
-        return experiment.make_training(config, info, plan, layout)
+        build.make_model = lambda config, info, *, axis_name=None: BatchNormNet(info.num_classes, axis_name)
+        return build.make_training(config, info, plan, layout)
     finally:
-        experiment.make_model = original
+        build.make_model = original
 
 
 def assert_close(actual, expected):
@@ -116,7 +118,7 @@ def train_start(config):
     config = configs.resolve(config)
     dataset = data.load(config.dataset)
     info = data.describe(dataset, config.dataset)
-    training = experiment.make_training(config, info, experiment.make_plan(config, info), partition.all_devices("data"))
+    training = build.make_training(config, info, build.make_plan(config, info), partition.all_devices("data"))
     return jax.device_get(jax.jit(training.create_state)(jax.random.key(0)).params)
 
 
@@ -194,7 +196,8 @@ TWO_PROCESSES = """
 import json, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
-from vitcls import cli, partition
+from vitcls import cli
+from vitcls.core import partition
 from vitcls import config as configs
 from vitcls.train import train_and_evaluate
 
@@ -291,11 +294,11 @@ def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, t
         assert no_file.startswith(f"UserError: config.dataset.data_dir='{missing}' is not a file; give the .npz file")
     assert checkpoint.latest_whole(stopped / "checkpoints", set_aside=False) is not None
 
-    one = workdir.open_workdir(alone)
-    model = experiment.make_model(one.config, one.info)
+    one = run_dir.open_workdir(alone)
+    model = build.make_model(one.config, one.info)
     ours = json.loads((alone / "report" / "metrics.json").read_text())
     for strategy, _ in runs:
-        two = workdir.open_workdir(tmp_path / strategy)
+        two = run_dir.open_workdir(tmp_path / strategy)
         assert_close(two.restore_variables(model, 12), one.restore_variables(model, 12))
         theirs = json.loads((tmp_path / strategy / "report" / "metrics.json").read_text())
         for name in ("loss", "accuracy", "recall_macro", "auc_ovr_macro", "ece"):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from vitcls.config import default_config
-from vitcls.progress import Progress
+from vitcls.training.run_record import Progress
 
 
 def evaluate(values, *, metric="eval/loss", patience=0):

@@ -11,8 +11,8 @@ import PIL.Image
 import pytest
 
 from vitcls import metrics, report
+from vitcls.core.terminal import printable
 from vitcls.report import plots
-from vitcls.terminal import printable
 
 EVIL = "<script>alert(\"x\")</script> & 'friends' $\\frac{1}{2}$ who have a very long name"
 NAMES = [EVIL, "猫", "two\nlines", "", *(f"class_{k}" for k in range(4, 10))]

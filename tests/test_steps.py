@@ -11,10 +11,13 @@ import pytest
 import scipy.special
 
 from vitcls import config as configs
-from vitcls import losses, optim, rng, steps
+from vitcls import optim
+from vitcls.core import rng
 from vitcls.data import augment as augmentation
 from vitcls.data.augment import to_float, views
-from vitcls.state import create_state
+from vitcls.tasks import losses
+from vitcls.training import steps
+from vitcls.training.state import create_state
 
 NUM_CLASSES = 3
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1), np.uint8)

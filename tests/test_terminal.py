@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitcls import terminal
+from vitcls.core import terminal
 
 SCRIPT = """
 import os, sys

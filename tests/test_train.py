@@ -16,12 +16,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from vitcls import checkpoint, experiment, workdir
 from vitcls import config as configs
-from vitcls.errors import RunError, UserError
-from vitcls.lock import WorkdirLock
+from vitcls.core.errors import RunError, UserError
 from vitcls.train import train_and_evaluate
-from vitcls.writers import read_history
+from vitcls.training import build, checkpoint, run_dir
+from vitcls.training.lock import WorkdirLock
+from vitcls.training.metrics_log import read_history
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 CONFIG = """
@@ -186,7 +186,7 @@ def test_a_url_is_no_workdir(tiny_config, tmp_path, monkeypatch, workdir_url):
     with pytest.raises(UserError, match="is a URL; a workdir must be a local directory"):
         train_and_evaluate(tiny_config, workdir_url)
     with pytest.raises(UserError, match="is a URL"):
-        workdir.open_workdir(workdir_url)
+        run_dir.open_workdir(workdir_url)
     with pytest.raises(UserError, match=r"config.dataset.data_dir='gs://b/c' is a URL"):
         tiny_config.dataset.data_dir = "gs://b/c"
         train_and_evaluate(tiny_config, tmp_path / "run")
@@ -218,19 +218,19 @@ def test_a_run_of_an_older_version_goes_on(trained, tmp_path):
         values = json.loads((old / name).read_text())
         del (values[block] if block else values)[key]
         (old / name).write_text(json.dumps(values))
-    opened = workdir.open_workdir(old)
-    assert workdir.max_value(old) == opened.info.max_value == 0
-    workdir.begin(old, opened.config, opened.info)
-    assert workdir.max_value(tmp_path / "none") is None
+    opened = run_dir.open_workdir(old)
+    assert run_dir.max_value(old) == opened.info.max_value == 0
+    run_dir.begin(old, opened.config, opened.info)
+    assert run_dir.max_value(tmp_path / "none") is None
     changed = dataclasses.replace(opened.info, max_value=4095.0)
     with pytest.raises(UserError, match=r"another dataset.json: max_value was 0.0, is 4095.0"):
-        workdir.begin(old, opened.config, changed)
+        run_dir.begin(old, opened.config, changed)
 
 
 def test_a_checkpoint_that_a_live_run_removes_while_it_is_read_gives_way_to_the_next(trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path / "run")
-    opened, read = workdir.open_workdir(tmp_path / "run"), checkpoint.restore
-    model = experiment.make_model(opened.config, opened.info)
+    opened, read = run_dir.open_workdir(tmp_path / "run"), checkpoint.restore
+    model = build.make_model(opened.config, opened.info)
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-2:] == [8, 12]
 
     def as_it_goes(directory, step, template):
@@ -239,7 +239,7 @@ def test_a_checkpoint_that_a_live_run_removes_while_it_is_read_gives_way_to_the_
         return read(directory, step, template)
 
     monkeypatch.setattr(checkpoint, "restore", as_it_goes)
-    monkeypatch.setattr(workdir, "_REMOVAL", 0.01)
+    monkeypatch.setattr(run_dir, "_REMOVAL", 0.01)
     step, variables = opened.restore(model, "last")
     assert step == 8
     jax.tree.map(np.testing.assert_array_equal, variables, opened.restore_variables(model, 8))
@@ -294,7 +294,7 @@ def test_the_best_checkpoint_can_be_reported(tiny_config, tmp_path):
     results = train_and_evaluate(tiny_config, tmp_path)
     scores = {event["step"]: event["eval/accuracy"] for event in read_history(tmp_path) if "eval/accuracy" in event}
     assert results["checkpoint_step"] == max(scores, key=scores.get)
-    assert workdir.open_workdir(tmp_path).find_step("best") == results["checkpoint_step"]
+    assert run_dir.open_workdir(tmp_path).find_step("best") == results["checkpoint_step"]
 
 
 @pytest.mark.parametrize("strategy", ["data", "pmap"])

@@ -10,10 +10,11 @@ import ml_collections
 import pytest
 from hypothesis import strategies as st
 
-from vitcls import cli, experiment, overview
+from vitcls import cli
 from vitcls import config as configs
-from vitcls.errors import UserError
+from vitcls.core.errors import UserError
 from vitcls.train import prepare, train_and_evaluate
+from vitcls.training import announce, build
 
 TEXTS = ("", "adm", "cosine", "none", "3 epochs", "0 steps", "-1 steps", "9e99 examples", "nan%", "eval/los", "\n", "é")
 NUMBERS = (0, 1, -1, 2, 3, 7, 64, 2**31, 10**30, 0.0, 0.5, -0.5, 1.5, 1e-30, 1e30, float("nan"), float("inf"))
@@ -74,9 +75,9 @@ def test_a_config_is_refused_in_one_line_or_can_be_trained_with(mistake):
     except UserError as error:
         assert len(cli.one_line(error)) > 20
         return
-    overview.log_first_step(prepared.config, prepared.info, prepared.training, prepared.layout)
-    step = experiment.make_eval_step(prepared.config, prepared.training.model, prepared.info)
-    shapes = experiment.variable_shapes(prepared.training.model, prepared.info)
+    announce.log_first_step(prepared.config, prepared.info, prepared.training, prepared.layout)
+    step = build.make_eval_step(prepared.config, prepared.training.model, prepared.info)
+    shapes = build.variable_shapes(prepared.training.model, prepared.info)
     batch = {"image": (16, *prepared.info.image_shape), "label": (16,), "mask": (16,)}
     dtypes = {"image": "uint8", "label": "int32", "mask": "float32"}
     jax.eval_shape(step, shapes, {name: jax.ShapeDtypeStruct(batch[name], dtypes[name]) for name in batch})

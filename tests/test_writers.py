@@ -1,6 +1,6 @@
 import json
 
-from vitcls.writers import METRICS_FILE, MetricWriter, read_history
+from vitcls.training.metrics_log import METRICS_FILE, MetricWriter, read_history
 
 
 def write(workdir, steps, rewind_to=0):

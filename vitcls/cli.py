@@ -10,9 +10,9 @@ import os
 import sys
 from collections.abc import Callable
 
-from vitcls import cluster, errors, terminal
-from vitcls.cache import cache_dir
-from vitcls.errors import RunError, Stopped, UserError
+from vitcls.core import cluster, errors, terminal
+from vitcls.core.cache import cache_dir
+from vitcls.core.errors import RunError, Stopped, UserError
 
 VERBS = {
     "train": "vitcls.main",

@@ -12,11 +12,13 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-from vitcls import durations, errors, losses, models, optim
+from vitcls import models, optim
+from vitcls.core import durations, errors
+from vitcls.core.errors import UserError
+from vitcls.core.partition import STRATEGIES
 from vitcls.data.augment import TEST_TIME, make_augment
 from vitcls.data.order import MAX_BATCH_SIZE
-from vitcls.errors import UserError
-from vitcls.partition import STRATEGIES
+from vitcls.tasks import losses
 
 
 def default_config(model_name: str) -> ConfigDict:

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterable
 import jax
 import numpy as np
 
-from vitcls import cli, data, experiment, metrics, models, overview, partition, report, workdir, writers
+from vitcls import cli, data, metrics, models, report
+from vitcls.core import partition
+from vitcls.core.errors import UserError
+from vitcls.core.partition import Partition
 from vitcls.data import DatasetInfo
-from vitcls.errors import UserError
-from vitcls.partition import Partition
+from vitcls.training import announce, build, metrics_log, run_dir
 
 SPLITS = ("test", "validation", "train")
 _TIMED_SECONDS = 2.0  # for each of the two timings, and never fewer than _TIMED_RUNS calls
@@ -59,7 +61,7 @@ class Evaluator:
 
 def make_evaluator(config, model, info: DatasetInfo, layout: Partition) -> Evaluator:
     """Compiles (at its first call) the evaluation of `model` over the devices of `layout`."""
-    return Evaluator(layout, layout.compile_evaluation(experiment.make_eval_step(config, model, info)))
+    return Evaluator(layout, layout.compile_evaluation(build.make_eval_step(config, model, info)))
 
 
 def split_batches(dataset: data.Dataset, split: str, layout: Partition, config) -> data.EvaluationBatches:
@@ -106,13 +108,13 @@ def write_report(
         timings["latency_ms"] = measure_latency(config, model, info)
 
     roc = metrics.roc_curves(examples.labels, probabilities)
-    history = writers.read_history(path)
+    history = metrics_log.read_history(path)
     results = {"dataset": info.name, "split": split, "checkpoint_step": step}
     results |= metrics.classification_report(examples.labels, probabilities, info.class_names, roc)
     results |= metrics.summarize(sums)
     results |= {
-        "parameters": overview.count_parameters(experiment.variable_shapes(model, info)["params"]),
-        "flops_per_image": overview.flops_per_image(model, info),
+        "parameters": announce.count_parameters(build.variable_shapes(model, info)["params"]),
+        "flops_per_image": announce.flops_per_image(model, info),
         **timings,
         "learned_weights": {name: float(weight) for name, weight in learned.items()},
         "train_seconds": next((e["train/seconds"] for e in reversed(history) if "train/seconds" in e), 0.0),
@@ -126,16 +128,16 @@ def write_report(
         class_names=info.class_names,
         images=lambda indices: np.stack([data.read_image(examples, int(i), info.image_shape) for i in indices]),
         history=history,
-        facts=overview.facts(config, info, step=step),
+        facts=announce.facts(config, info, step=step),
     )
     return results
 
 
 def measure_latency(config, model, info: DatasetInfo) -> dict[str, float]:
     """Milliseconds from one image on the host to its probabilities on the host: median and 95th percentile."""
-    shapes = experiment.variable_shapes(model, info)
+    shapes = build.variable_shapes(model, info)
     variables = jax.device_put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
-    eval_step = experiment.make_eval_step(config, model.clone(axis_name=None), info)
+    eval_step = build.make_eval_step(config, model.clone(axis_name=None), info)
 
     @jax.jit
     def classify(variables, batch):
@@ -176,11 +178,11 @@ def evaluate(path: os.PathLike | str, *, split: str = "test", checkpoint: str = 
 
     Raises UserError where there is no such workdir, split or checkpoint, or the data are not what they were.
     """
-    trained = workdir.open_workdir(path)
+    trained = run_dir.open_workdir(path)
     config = trained.config
-    model = experiment.make_model(config, trained.info)
+    model = build.make_model(config, trained.info)
     step, variables = trained.restore(model, checkpoint or config.report.checkpoint)
-    place = workdir.data_dir(trained.path, config, data_dir)
+    place = run_dir.data_dir(trained.path, config, data_dir)
     dataset = data.load(config.dataset, data_dir=place, max_value=trained.info.max_value)
     now = _kind_of(dataset.class_names, dataset.image_shape, dataset.num_examples)
     then = _kind_of(trained.info.class_names, trained.info.image_shape, trained.info.num_examples)
@@ -222,7 +224,7 @@ def main(argv: list[str]) -> None:
     cli.start_jax()
     results = evaluate(flags.workdir, split=flags.split, checkpoint=flags.checkpoint, data_dir=flags.data_dir)
     if results:
-        print(overview.headline(results, flags.workdir))
+        print(announce.headline(results, flags.workdir))
 
 
 if __name__ == "__main__":

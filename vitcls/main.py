@@ -12,10 +12,12 @@ import traceback
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from vitcls import cli, errors, overview, workdir
-from vitcls.errors import UserError
-from vitcls.profiling import parse_steps
+from vitcls import cli
+from vitcls.core import errors
+from vitcls.core.errors import UserError
 from vitcls.train import train_and_evaluate
+from vitcls.training import announce, run_dir
+from vitcls.training.profiling import parse_steps
 
 
 def define_flags() -> flags.FlagValues:
@@ -157,7 +159,7 @@ def main(argv: list[str]) -> None:
         return
     if not values.workdir and not values.dry_run:
         raise UserError("--workdir=DIR is missing: where the run is to live")
-    workdir.local(values.workdir or "")
+    run_dir.local(values.workdir or "")
     profile_steps = parse_steps(values.profile_steps)
     cli.start_jax(values.coordinator, values.num_processes, values.process_id)
     results = train_and_evaluate(
@@ -168,7 +170,7 @@ def main(argv: list[str]) -> None:
         data_dir=values.data_dir,
     )
     if results:
-        print(overview.headline(results, values.workdir))
+        print(announce.headline(results, values.workdir))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
-from vitcls import cli, cluster, experiment, workdir
+from vitcls import cli
+from vitcls.core import cluster
+from vitcls.core.errors import RunError, UserError
 from vitcls.data import images as image_files
-from vitcls.errors import RunError, UserError
+from vitcls.training import build, run_dir
 
 _BATCH = 32
 _logger = logging.getLogger("vitcls")
@@ -27,15 +29,15 @@ TOP = 5
 
 
 def predict(
-    trained: workdir.Workdir, files: list[pathlib.Path], *, checkpoint: str = ""
+    trained: run_dir.Workdir, files: list[pathlib.Path], *, checkpoint: str = ""
 ) -> Iterator[tuple[pathlib.Path, np.ndarray | str]]:
     """Yields (file, probabilities float32 [K]) for each file in order, or (file, why it cannot be read)."""
     config, info = trained.config, trained.info
     decoding = image_files.Decoding(info.max_value, config.dataset.eval_crop)
-    model = experiment.make_model(config, info)
+    model = build.make_model(config, info)
     _, variables = trained.restore(model, checkpoint or config.report.checkpoint)
     variables = jax.device_put(variables)
-    eval_step = jax.jit(experiment.make_eval_step(config, model, info))
+    eval_step = jax.jit(build.make_eval_step(config, model, info))
     batch_size = min(_BATCH, len(files))
     for group, images in _read_ahead(files, batch_size, lambda file: read(file, info.image_shape, decoding)):
         if all(isinstance(image, str) for image in images):
@@ -102,7 +104,7 @@ def main(argv: list[str]) -> None:
     if processes and processes.process_id:  # the first of them does it all
         return
     cli.use_cache()
-    trained = workdir.open_workdir(flags.workdir)
+    trained = run_dir.open_workdir(flags.workdir)
     unreadable = 0
     for file, outcome in predict(trained, flags.files, checkpoint=flags.checkpoint):
         if isinstance(outcome, str):

@@ -15,8 +15,8 @@ import textwrap
 from collections.abc import Iterator
 
 from vitcls import cli
-from vitcls.data.tfds import BUILT_IN, find_builder
-from vitcls.errors import RunError, Stopped, UserError
+from vitcls.core.errors import RunError, Stopped, UserError
+from vitcls.data.sources.tfds import BUILT_IN, find_builder
 
 
 def prepare(name: str, data_dir: str = "") -> tuple[pathlib.Path, bool]:

@@ -11,18 +11,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vitcls import checkpoint, data, evaluate, experiment, metrics, optim, overview, partition, steps, workdir
 from vitcls import config as configs
-from vitcls.console import ProgressBar, StopSignal
-from vitcls.errors import RunError, Stopped, UserError
-from vitcls.experiment import Plan, Training
-from vitcls.lock import WorkdirLock
+from vitcls import data, evaluate, metrics, optim
+from vitcls.core import partition
+from vitcls.core.errors import RunError, Stopped, UserError
+from vitcls.core.partition import Partition
 from vitcls.models import convolutions
-from vitcls.partition import Partition
-from vitcls.profiling import Trace
-from vitcls.progress import Progress
-from vitcls.state import NonFinite, TrainState
-from vitcls.writers import MetricWriter
+from vitcls.training import announce, build, checkpoint, run_dir, steps
+from vitcls.training.build import Plan, Training
+from vitcls.training.lock import WorkdirLock
+from vitcls.training.metrics_log import MetricWriter
+from vitcls.training.profiling import Trace
+from vitcls.training.progress_bar import ProgressBar
+from vitcls.training.run_record import Progress
+from vitcls.training.state import NonFinite, TrainState
+from vitcls.training.stop_signal import StopSignal
 
 _logger = logging.getLogger("vitcls")
 
@@ -44,15 +47,15 @@ def train_and_evaluate(
     nothing behind. Raises UserError before any device work where the config or the data cannot work, RunError where
     the training diverges, Stopped after saving where a signal asked the run to stop.
     """
-    path = workdir.local(path)
+    path = run_dir.local(path)
     prepared = partition.all_or_none(lambda: prepare(config, None if dry_run else path, data_dir, profile_steps))
     config, place, dataset, info, plan, layout, training = prepared
     pipeline = data.choose_pipeline(dataset, config.dataset)
     same = configs.flatten(config.to_dict(), "config") | {"config.dataset.pipeline": pipeline}
     partition.check_same({key: value for key, value in same.items() if key != "config.dataset.data_dir"})
-    overview.log_start(config, info, plan, training, layout, pipeline=pipeline)
+    announce.log_start(config, info, plan, training, layout, pipeline=pipeline)
     if dry_run:
-        overview.log_first_step(config, info, training, layout)
+        announce.log_first_step(config, info, training, layout)
         return {}
 
     with contextlib.ExitStack() as held:
@@ -61,8 +64,8 @@ def train_and_evaluate(
             if jax.process_index():
                 return None
             lock = held.enter_context(WorkdirLock(path))
-            workdir.begin(path, config, info, place=place)
-            checkpoint.latest_whole(path / workdir.CHECKPOINTS, set_aside=True)
+            run_dir.begin(path, config, info, place=place)
+            checkpoint.latest_whole(path / run_dir.CHECKPOINTS, set_aside=True)
             return lock
 
         lock = partition.all_or_none(begin)
@@ -77,7 +80,7 @@ def train_and_evaluate(
 
         variables = state.variables
         if config.report.checkpoint == "best":
-            step, best = workdir.open_workdir(path).restore(training.model, "best")
+            step, best = run_dir.open_workdir(path).restore(training.model, "best")
             variables = layout.replicate(best)
         return evaluate.write_report(
             path, config, info, dataset, evaluator, training.model, variables, split="test", step=step
@@ -103,13 +106,13 @@ def prepare(config: configs.ConfigDict, path: pathlib.Path | None, data_dir: str
     """
     config = configs.resolve(config)
     configs.validate(config)
-    place = workdir.data_dir(path, config, data_dir)
-    max_value = None if path is None else workdir.max_value(path)
+    place = run_dir.data_dir(path, config, data_dir)
+    max_value = None if path is None else run_dir.max_value(path)
     dataset = data.load(config.dataset, data_dir=place, max_value=max_value)
     if data.choose_pipeline(dataset, config.dataset) == "resident":
         dataset = data.decode(dataset)
     info = data.describe(dataset, config.dataset)
-    plan = experiment.make_plan(config, info)
+    plan = build.make_plan(config, info)
     if profile_steps and profile_steps.start >= plan.total:
         raise UserError(
             f"--profile_steps={profile_steps.start}:{profile_steps.stop} is after the end of the run, which has "
@@ -121,9 +124,9 @@ def prepare(config: configs.ConfigDict, path: pathlib.Path | None, data_dir: str
         min_shard_elements=config.partition.min_shard_elements,
         deterministic=config.deterministic,
     )
-    together = experiment.examples_kept_together(config)
+    together = build.examples_kept_together(config)
     layout.check_batch_size(config.batch_size, unit=together * config.optimizer.accumulate)
-    return Prepared(config, place, dataset, info, plan, layout, experiment.make_training(config, info, plan, layout))
+    return Prepared(config, place, dataset, info, plan, layout, build.make_training(config, info, plan, layout))
 
 
 def fit(
@@ -148,12 +151,12 @@ def fit(
 
     with (
         checkpoint.Checkpoints(
-            path / workdir.CHECKPOINTS, keep=config.checkpoint.keep, metric=config.checkpoint.metric
+            path / run_dir.CHECKPOINTS, keep=config.checkpoint.keep, metric=config.checkpoint.metric
         ) as checkpoints,
         MetricWriter(path, rewind_to=step, active=jax.process_index() == 0) as writer,
         StopSignal() as stop,
         ProgressBar(step, plan.total) as bar,
-        Trace(path / workdir.PROFILE, profile_steps) as trace,
+        Trace(path / run_dir.PROFILE, profile_steps) as trace,
     ):
         while step < plan.total and not progress.finished:
             before, step = step, min(step + plan.steps_per_call, plan.total)
@@ -209,14 +212,14 @@ def start_or_resume(
     """The state, the sums of the open logging interval, the progress and the step to go on from."""
     state, sums = layout.init(training.create_state, jax.random.key(config.seed)), new_sums(layout)
     progress = Progress()
-    step = checkpoint.latest_whole(path / workdir.CHECKPOINTS, set_aside=False)
+    step = checkpoint.latest_whole(path / run_dir.CHECKPOINTS, set_aside=False)
     if step is None:
         return state, sums, progress, 0
     averages = state.ema_batch_stats
-    if averages is not None and not checkpoint.has(path / workdir.CHECKPOINTS, step, "state", "ema_batch_stats"):
+    if averages is not None and not checkpoint.has(path / run_dir.CHECKPOINTS, step, "state", "ema_batch_stats"):
         state = state.replace(ema_batch_stats=None)  # 0.1.0 did not average them: the average starts from the newest
     template = {"state": layout.to_savable(state), "sums": layout.to_savable(sums)}
-    tree, record = checkpoint.restore(path / workdir.CHECKPOINTS, step, template)
+    tree, record = checkpoint.restore(path / run_dir.CHECKPOINTS, step, template)
     _logger.info("resumed from step %s", f"{step:,}")
     state, sums = layout.from_savable(tree["state"]), layout.from_savable(tree["sums"])
     if averages is not None and state.ema_batch_stats is None:
@@ -261,7 +264,7 @@ class Update:
         if first and self._layout.mapped:
             start = time.perf_counter()
         if first:
-            memory = overview.compiled_memory(self._compiled)
+            memory = announce.compiled_memory(self._compiled)
             _logger.info("compiled in %.1f s%s", start - compiling_since, memory)
         seconds_until_ready(sums)
         return state, new_sums, time.perf_counter() - start

@@ -16,10 +16,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from vitcls.config import default_config
-from vitcls.data import randaugment
-from vitcls.data.augment import make_augment, to_float, views
-from vitcls.data.geometry import affine, rotation_matrix
-from vitcls.errors import UserError
+from vitcls.core.errors import UserError
+from vitcls.data.augment import make_augment, randaugment, to_float, views
+from vitcls.data.augment.geometry import affine, rotation_matrix
 
 COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
+from vitcls.core.errors import UserError
 from vitcls.data import images
 from vitcls.data.images import BadImage
-from vitcls.errors import UserError
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (6, 9, 3), np.uint8)

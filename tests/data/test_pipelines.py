@@ -12,12 +12,13 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vitcls import data, partition
+from vitcls import data
+from vitcls.core import partition
+from vitcls.core.errors import UserError
 from vitcls.data import streaming
 from vitcls.data.dataset import Dataset, Split
-from vitcls.data.folder import FileImages
 from vitcls.data.memory import host_memory_bytes
-from vitcls.errors import UserError
+from vitcls.data.sources.folder import FileImages
 
 SHAPE = (6, 6, 3)
 

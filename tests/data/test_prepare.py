@@ -11,8 +11,8 @@ import time
 import pytest
 
 from vitcls import cli
-from vitcls.data.tfds import find_builder
-from vitcls.errors import UserError
+from vitcls.core.errors import UserError
+from vitcls.data.sources.tfds import find_builder
 from vitcls.prepare import _nothing_half_done, main, prepare
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

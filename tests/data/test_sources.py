@@ -13,16 +13,16 @@ import pytest
 from PIL import Image
 
 from vitcls import predict
-from vitcls.cache import cache_dir
 from vitcls.config import default_config
+from vitcls.core.cache import cache_dir
+from vitcls.core.errors import UserError
 from vitcls.data import DatasetInfo, describe, read_image
 from vitcls.data import decode as decode_splits
 from vitcls.data import images as image_files
-from vitcls.data.folder import FileImages
 from vitcls.data.images import decode_all, examine
 from vitcls.data.records import crc32c, index_records
 from vitcls.data.sources import load
-from vitcls.errors import UserError
+from vitcls.data.sources.folder import FileImages
 
 
 def config(**values):

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from vitcls.core.errors import UserError
 from vitcls.data.splits import fold_split, stratified_split
-from vitcls.errors import UserError
 
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), [100, 60, 30, 10])).astype(np.int32)
 

@@ -15,9 +15,11 @@ from ml_collections import config_dict
 
 from tests.models.literal import assert_near, literal_grouped_conv, normal
 from vitcls import config as configs
-from vitcls import data, experiment, models, partition
-from vitcls.errors import UserError
+from vitcls import data, models
+from vitcls.core import partition
+from vitcls.core.errors import UserError
 from vitcls.models import convolutions
+from vitcls.training import build
 
 # Channels, features, groups: depthwise, depthwise that makes two of each channel, groups of several, one group.
 GROUPINGS = {"depthwise": (4, 4, 4), "multiplied": (3, 6, 3), "grouped": (4, 6, 2), "ungrouped": (3, 2, 1)}
@@ -104,15 +106,15 @@ def test_the_trainer_takes_the_form_of_the_platform_for_its_step_alone(tiny_conf
     config = configs.resolve(tiny_config)
     dataset = data.load(config.dataset)
     info = data.describe(dataset, config.dataset)
-    plan = experiment.make_plan(config, info)
+    plan = build.make_plan(config, info)
     batch = {"image": np.zeros((16, *info.image_shape), np.uint8)}
     batch |= {"label": np.zeros(16, np.int32), "mask": np.ones(16, np.float32)}
 
     def grouped(**form):
         config.model.update(form)
-        training = experiment.make_training(config, info, plan, partition.all_devices("data"))
+        training = build.make_training(config, info, plan, partition.all_devices("data"))
         state = jax.eval_shape(training.create_state, jax.random.key(0))
-        evaluation = experiment.make_eval_step(config, training.model, info)
+        evaluation = build.make_eval_step(config, training.model, info)
         programs = (
             jax.make_jaxpr(training.train_step)(state, batch, jax.random.key(0)),
             jax.make_jaxpr(evaluation)(state.variables, batch),

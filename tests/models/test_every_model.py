@@ -16,7 +16,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from vitcls import models
-from vitcls.errors import UserError
+from vitcls.core.errors import UserError
 from vitcls.models import convolutions
 
 BATCH, CLASSES = 16, 10

@@ -9,8 +9,8 @@ import pytest
 from flax import traverse_util
 
 from vitcls import models
-from vitcls.errors import UserError
-from vitcls.models.from_keras import from_keras
+from vitcls.core.errors import UserError
+from vitcls.models.weights.from_keras import from_keras
 
 CLASSES = 10
 

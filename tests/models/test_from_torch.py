@@ -7,8 +7,8 @@ from flax import traverse_util
 
 from tests.models import reference
 from vitcls import models
-from vitcls.errors import UserError
-from vitcls.models.from_torch import from_torch
+from vitcls.core.errors import UserError
+from vitcls.models.weights.from_torch import from_torch
 
 CLASSES = 5
 

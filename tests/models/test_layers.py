@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
 from tests.models.literal import assert_near, literal_grouped_conv, normal
-from vitcls.errors import UserError
+from vitcls.core.errors import UserError
 from vitcls.models import checks, layers
 
 DROPOUT = {"dropout": jax.random.key(7)}

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from vitcls import models
-from vitcls.errors import UserError
+from vitcls.core.errors import UserError
 
 # name -> parameters with 1000 classes at the native size; the number of torchvision, timm or Keras where they have the
 # model. Running statistics and auxiliary classifiers are not counted.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vitcls import models
-from vitcls.errors import UserError
+from vitcls.core.errors import UserError
 
 TINY = {"depths": (1, 1, 1), "width": 8, "groups": 4, "group_width": 2, "stem": "small", "dropout": 0.0}
 TINY |= {"grouped_conv": "xla"}  # compiles faster

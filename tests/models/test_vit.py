@@ -11,9 +11,10 @@ import scipy.special
 from jax.sharding import AxisType, PartitionSpec
 from PIL import Image
 
-from vitcls import evaluate, models, predict, train, workdir
-from vitcls.errors import UserError
+from vitcls import evaluate, models, predict, train
+from vitcls.core.errors import UserError
 from vitcls.models import vit
+from vitcls.training import run_dir
 
 TINY = {"patch_size": 2, "hidden_dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24}
 IMPROVED = TINY | {"qk_norm": True, "layer_scale": 0.5, "drop_path": 0.3, "dropout": 0.2, "attention_dropout": 0.2}
@@ -295,7 +296,7 @@ def test_a_run_with_fused_attention_trains_evaluates_and_predicts_on_a_cpu(said,
     for key in ("loss", "accuracy"):  # the run evaluates with the convolutions that it trains with
         assert again[key] == pytest.approx(trained[key], rel=1e-3)
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "black.png")
-    ((_, probabilities),) = predict.predict(workdir.open_workdir(tmp_path / "run"), [tmp_path / "black.png"])
+    ((_, probabilities),) = predict.predict(run_dir.open_workdir(tmp_path / "run"), [tmp_path / "black.png"])
     np.testing.assert_allclose(probabilities.sum(), 1, rtol=1e-3)
     assert len(said()) == 1
 

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from vitcls.core.errors import UserError
+from vitcls.core.partition import Partition
 from vitcls.data import images as image_files
 from vitcls.data import streaming
 from vitcls.data.dataset import Dataset, SkippedFile, Split
@@ -19,8 +21,6 @@ from vitcls.data.memory import host_memory_bytes
 from vitcls.data.resident import Resident
 from vitcls.data.sources import load
 from vitcls.data.streaming import Crop, Streaming, read_image
-from vitcls.errors import UserError
-from vitcls.partition import Partition
 
 __all__ = [
     "Dataset",

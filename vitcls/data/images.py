@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from vitcls.errors import UserError
+from vitcls.core.errors import UserError
 
 _logger = logging.getLogger("vitcls")
 _black: set[str] = set()  # the images of which `warn_black` has told

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from vitcls.cache import cache_dir, load_arrays, store_arrays
-from vitcls.errors import UserError
+from vitcls.core.cache import cache_dir, load_arrays, store_arrays
+from vitcls.core.errors import UserError
 
 _HEADER, _FOOTER = 12, 4  # length uint64 and its CRC; then, after the record, its CRC
 Parse = Callable[[bytes], tuple[bytes, int]]  # record -> encoded image, label

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vitcls.core.partition import Partition
+from vitcls.core.rng import example_positions
 from vitcls.data.order import epoch_order, first_place, offset_on_device
-from vitcls.partition import Partition
-from vitcls.rng import example_positions
 
 
 class Resident:

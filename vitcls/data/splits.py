@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vitcls.errors import UserError
+from vitcls.core.errors import UserError
 
 _logger = logging.getLogger("vitcls")
 _WITHOUT = {  # what to do where nothing can be held out, by split

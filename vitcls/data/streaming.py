@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from vitcls.core.partition import Partition
+from vitcls.core.terminal import quiet_tensorflow
 from vitcls.data import images as image_files
 from vitcls.data.dataset import Split
 from vitcls.data.images import BadImage
 from vitcls.data.order import epoch_order
-from vitcls.partition import Partition
-from vitcls.terminal import quiet_tensorflow
 
 _CHUNK = 32  # examples per task: large enough to hide the cost of calling Python, small enough to spread a batch
 _PREFETCHED = 4  # batches ready ahead of the one that is asked for

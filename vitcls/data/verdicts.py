@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from vitcls.cache import cache_dir, load_arrays, store_arrays
-from vitcls.console import show_progress
+from vitcls.core.cache import cache_dir, load_arrays, store_arrays
+from vitcls.core.progress import show_progress
 from vitcls.data import images as image_files
 from vitcls.data.images import BadImage
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 from ml_collections import config_dict
 
-from vitcls import errors
+from vitcls.core import errors
 from vitcls.models import (
     airbench,
     alexnet,

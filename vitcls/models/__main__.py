@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import jax
 
-from vitcls import cli, flops, models
+from vitcls import cli, models
+from vitcls.models import flops
 
 _HEADER = """# Models
 

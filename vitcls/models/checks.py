@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 import flax.linen as nn
 
-from vitcls import errors
-from vitcls.errors import UserError
+from vitcls.core import errors
+from vitcls.core.errors import UserError
 from vitcls.models import convolutions, layers
 
 _CHOICES = {

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitcls import errors
+from vitcls.core import errors
 
 GROUPED_CONV_FORMS = ("auto", "xla", "shifted", "mixed", "cpu")
 FORM_BY_PLATFORM = {"cpu": "cpu"}  # what `for_training` makes of 'auto'; elsewhere 'xla'

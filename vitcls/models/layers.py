@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcls import errors
+from vitcls.core import errors
+from vitcls.core.rng import example_keys
 from vitcls.models import convolutions
-from vitcls.rng import example_keys
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),

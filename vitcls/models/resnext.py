@@ -10,8 +10,8 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
-from vitcls import errors
-from vitcls.errors import UserError
+from vitcls.core import errors
+from vitcls.core.errors import UserError
 from vitcls.models import layers, resnet
 from vitcls.models.preset import Preset
 

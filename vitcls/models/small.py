@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitcls import errors
+from vitcls.core import errors
 from vitcls.models import checks, convolutions, layers
 from vitcls.models.preset import Preset
 

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitcls.errors import UserError
+from vitcls.core.errors import UserError
 from vitcls.models import checks, convolutions, layers
 from vitcls.models.preset import Preset
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from vitcls.core.terminal import printable
 from vitcls.metrics import RocCurves
-from vitcls.terminal import printable
 
 UNITS = {
     "loss": "nats (cross-entropy)",

@@ -4,8 +4,8 @@ import math
 import re
 from fractions import Fraction
 
-from vitcls import errors
-from vitcls.errors import UserError
+from vitcls.core import errors
+from vitcls.core.errors import UserError
 
 UNITS = ("steps", "epochs", "examples", "%")
 _MAX_STEPS = 2**31 - 1  # the step counter is an int32

@@ -14,10 +14,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from vitcls import experiment, flops
+from vitcls.core.partition import Partition
 from vitcls.data import DatasetInfo, resident_bytes
-from vitcls.experiment import Plan, Training
-from vitcls.partition import Partition
+from vitcls.models import flops
+from vitcls.training import build
+from vitcls.training.build import Plan, Training
 
 PyTree = Any
 _logger = logging.getLogger("vitcls")
@@ -39,7 +40,7 @@ def flops_per_image(model: nn.Module, info: DatasetInfo, *, products_only: bool 
 
 
 def _flops_by_part(model: nn.Module, info: DatasetInfo, *, products_only: bool = False) -> dict[str, float]:
-    shapes = experiment.variable_shapes(model, info)
+    shapes = build.variable_shapes(model, info)
     image = jax.ShapeDtypeStruct((1, *info.image_shape), np.float32)
     plain = {"grouped_conv": "xla", "attention": "xla"}  # so that no platform or kernel counts otherwise
     model = model.clone(axis_name=None, **{field: form for field, form in plain.items() if hasattr(model, field)})
@@ -71,9 +72,7 @@ def log_start(config, info: DatasetInfo, plan: Plan, training: Training, layout:
 
 def parameter_table(model: nn.Module, info: DatasetInfo) -> str:
     """Parameters and forward FLOPs per image of the model's parts, as text; numbered parts are summed."""
-    parameters = {
-        part: count_parameters(tree) for part, tree in experiment.variable_shapes(model, info)["params"].items()
-    }
+    parameters = {part: count_parameters(tree) for part, tree in build.variable_shapes(model, info)["params"].items()}
     part_flops = _flops_by_part(model, info)
     groups: dict[str, list[str]] = {}
     for part in [*parameters, *(part for part in part_flops if part not in parameters)]:

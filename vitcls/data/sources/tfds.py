@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vitcls import errors
+from vitcls.core import errors
+from vitcls.core.errors import UserError
 from vitcls.data import images as image_files
 from vitcls.data.dataset import Source, Split
 from vitcls.data.records import index_records
-from vitcls.errors import UserError
 
 BUILT_IN = ("digits", "synthetic", "synthetic_jpeg", "folder", "npz")  # names that are not TFDS's
 

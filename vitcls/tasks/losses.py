@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vitcls import errors
-from vitcls.errors import UserError
+from vitcls.core import errors
+from vitcls.core.errors import UserError
 
 NAMES = ("cross_entropy", "focal")
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcls.data import randaugment
-from vitcls.data.geometry import affine, rotation_matrix
-from vitcls.errors import UserError, unknown
+from vitcls.core.errors import UserError, unknown
+from vitcls.data.augment import randaugment
+from vitcls.data.augment.geometry import affine, rotation_matrix
 
 FILLS = ("noise", "zero")
 PADDINGS = ("zero", "reflect")

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 
-from vitcls.errors import RunError, UserError
+from vitcls.core.errors import RunError, UserError
 
 LOCK_FILE = "lock.json"
 _HEARTBEAT = 5.0  # seconds between two writes

@@ -6,7 +6,7 @@ import sys
 
 from flax.training.early_stopping import EarlyStopping
 
-from vitcls.checkpoint import maximized
+from vitcls.training.checkpoint import maximized
 
 
 @dataclasses.dataclass(frozen=True)

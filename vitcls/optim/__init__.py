@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from vitcls import durations, errors
-from vitcls.errors import UserError
+from vitcls.core import durations, errors
+from vitcls.core.errors import UserError
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "lamb", "lion", "muon")
 SCHEDULES = ("constant", "step", "exponential", "linear", "cosine", "onecycle", "plateau")

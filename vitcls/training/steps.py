@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vitcls import losses, metrics, optim, rng
-from vitcls.state import NonFinite, TrainState
+from vitcls import metrics, optim
+from vitcls.core import rng
+from vitcls.tasks import losses
+from vitcls.training.state import NonFinite, TrainState
 
 Batch = dict[str, jax.Array]  # image uint8 [B, H, W, C], label int32 [B], mask float32 [B]
 Sums = dict[str, jax.Array]

@@ -8,7 +8,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 
-from vitcls.terminal import quiet_tensorflow
+from vitcls.core.terminal import quiet_tensorflow
 
 METRICS_FILE = "metrics.jsonl"
 

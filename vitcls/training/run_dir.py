@@ -15,11 +15,12 @@ import time
 import flax.linen as nn
 import jax
 
-from vitcls import checkpoint, durations, experiment
 from vitcls import config as configs
+from vitcls.core import durations
+from vitcls.core.errors import UserError
+from vitcls.core.terminal import printable
 from vitcls.data import DatasetInfo
-from vitcls.errors import UserError
-from vitcls.terminal import printable
+from vitcls.training import build, checkpoint
 
 CONFIG_FILE, DATASET_FILE, CHECKPOINTS, PROFILE = "config.json", "dataset.json", "checkpoints", "profile"
 _MOVED_FILE = "moved.json"
@@ -72,7 +73,7 @@ class Workdir:
 
     def restore_variables(self, model: nn.Module, step: int) -> dict:
         """The variables of `model` for evaluation, as numpy arrays: the averages where there are any."""
-        shapes, folder = experiment.variable_shapes(model, self.info), self.path / CHECKPOINTS
+        shapes, folder = build.variable_shapes(model, self.info), self.path / CHECKPOINTS
         params, statistics = "params", "batch_stats"
         if self.config.optimizer.ema_decay:
             params = "ema_params"

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vitcls.errors import RunError, UserError
+from vitcls.core.errors import RunError, UserError
 
 AXIS = "data"
 STRATEGIES = ("data", "fsdp", "pmap")

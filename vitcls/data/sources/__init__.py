@@ -12,14 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from vitcls.core.errors import UserError
 from vitcls.data import images as image_files
 from vitcls.data.dataset import Dataset, Source, Split
-from vitcls.data.folder import folder
 from vitcls.data.images import BadImage, Decoding, EncodedImages
-from vitcls.data.jpegs import synthetic_jpeg
+from vitcls.data.sources.folder import folder
+from vitcls.data.sources.synthetic_jpeg import synthetic_jpeg
+from vitcls.data.sources.tfds import tfds
 from vitcls.data.splits import fold_split, stratified_split
-from vitcls.data.tfds import tfds
-from vitcls.errors import UserError
 
 _DEPTH_SAMPLE = 64  # training images whose headers tell whether a data set has more than 8 bits
 _logger = logging.getLogger("vitcls")

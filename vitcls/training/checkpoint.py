@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from vitcls.errors import RunError
+from vitcls.core.errors import RunError
 
 PyTree = Any
 MANIFEST = "manifest.json"

@@ -17,7 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from vitcls import models
-from vitcls.errors import UserError
+from vitcls.core.errors import UserError
 from vitcls.models import alexnet, convnext, densenet, efficientnet, inception, mobilenet, resnet, resnext, vgg, vit
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from vitcls.console import show_progress
+from vitcls.core.errors import UserError
+from vitcls.core.progress import show_progress
 from vitcls.data.dataset import SkippedFile, Source, Split
 from vitcls.data.verdicts import verdicts
-from vitcls.errors import UserError
 
 SPLIT_FOLDERS = {
     "train": "train",

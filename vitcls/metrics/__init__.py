@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcls.errors import RunError, UserError
+from vitcls.core.errors import RunError, UserError
 
 BINS = 15  # of the expected calibration error (Guo et al. 2017)
 Sums = dict[str, jax.Array]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vitcls.errors import UserError
+from vitcls.core.errors import UserError
 
 
 def cache_dir() -> pathlib.Path:

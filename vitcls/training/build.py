@@ -10,13 +10,16 @@ import jax
 import numpy as np
 import optax
 
-from vitcls import durations, losses, models, optim, steps
+from vitcls import models, optim
+from vitcls.core import durations
+from vitcls.core.errors import UserError
+from vitcls.core.partition import Partition
 from vitcls.data import DatasetInfo
 from vitcls.data.augment import make_augment, mixes_pairs, to_float, views
-from vitcls.errors import UserError
 from vitcls.models import convolutions
-from vitcls.partition import Partition
-from vitcls.state import create_state, init_variables
+from vitcls.tasks import losses
+from vitcls.training import steps
+from vitcls.training.state import create_state, init_variables
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from vitcls.errors import UserError
+from vitcls.core.errors import UserError
 
 PyTree = Any
 _logger = logging.getLogger("vitcls")

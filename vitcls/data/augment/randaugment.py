@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcls.data.geometry import affine, rotation_matrix
+from vitcls.data.augment.geometry import affine, rotation_matrix
 
 OPERATIONS = (
     "identity",

@@ -12,7 +12,7 @@ import numpy as np
 from flax import traverse_util
 
 from vitcls import models
-from vitcls.errors import UserError
+from vitcls.core.errors import UserError
 from vitcls.models import convnext, densenet, efficientnet, inception, mobilenet, resnet, vgg
 
 _NORM_LEAVES = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"}

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from vitcls.errors import UserError
+from vitcls.core.errors import UserError
 
 _PORT = 8476  # of the coordinator, where the environment does not say
 
