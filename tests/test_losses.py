@@ -101,7 +101,7 @@ def test_class_weights_are_applied_to_each_class_of_a_smoothed_mixed_target(logi
     np.testing.assert_allclose(loss(jnp.asarray(logits), jnp.asarray(soft_targets)), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", losses.NAMES)
+@pytest.mark.parametrize("name", losses.LOSSES)
 def test_half_precision_logits_are_computed_in_float32(name, logits, soft_targets):
     half = jnp.asarray(logits, jnp.bfloat16)
     loss = make_loss(name, label_smoothing=0.1)

@@ -417,7 +417,7 @@ def test_a_pair_gets_mixup_or_cutmix_or_neither():
 
 def test_an_odd_batch_cannot_be_mixed():
     augment = make_augment(block(mixup={"probability": 1.0}))
-    with pytest.raises(UserError, match="odd"):
+    with pytest.raises(ValueError, match="odd"):
         augment(keys_of(3), pictures(3), targets_of(3))
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from vitcls import data
 from vitcls.core import partition
 from vitcls.core.errors import UserError
-from vitcls.data import streaming
+from vitcls.data import pipelines, streaming
 from vitcls.data.dataset import Dataset, Split
 from vitcls.data.memory import host_memory_bytes
 from vitcls.data.sources.folder import FileImages
@@ -212,15 +212,15 @@ def test_auto_counts_all_that_the_devices_would_keep(monkeypatch):
     assert data.choose_pipeline(dataset(), config(pipeline="auto")) == "resident"
     rows = 40 + 5 + 5  # all of train, and an eighth of validation and of test
     for memory, pipeline in ((4 * rows * 6 * 6 * 3, "resident"), (4 * rows * 6 * 6 * 3 - 1, "streaming")):
-        monkeypatch.setattr(data, "_device_memory_bytes", lambda memory=memory: memory)
+        monkeypatch.setattr(pipelines, "_device_memory_bytes", lambda memory=memory: memory)
         assert data.choose_pipeline(dataset(), config(pipeline="auto")) == pipeline
 
 
 def test_auto_does_not_decode_more_than_the_host_holds(tmp_path, monkeypatch):
     files = dataset(encoded_in=tmp_path)
     for memory, pipeline in ((2 * 120 * 6 * 6 * 3, "resident"), (2 * 120 * 6 * 6 * 3 - 1, "streaming")):
-        monkeypatch.setattr(data, "_device_memory_bytes", lambda: 2**30)
-        monkeypatch.setattr(data, "host_memory_bytes", lambda memory=memory: memory)
+        monkeypatch.setattr(pipelines, "_device_memory_bytes", lambda: 2**30)
+        monkeypatch.setattr(pipelines, "host_memory_bytes", lambda memory=memory: memory)
         assert data.choose_pipeline(files, config(pipeline="auto")) == pipeline
         assert data.choose_pipeline(dataset(), config(pipeline="auto")) == "resident"  # it is in the host already
 

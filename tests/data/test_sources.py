@@ -20,8 +20,8 @@ from vitcls.data import DatasetInfo, describe, read_image
 from vitcls.data import decode as decode_splits
 from vitcls.data import images as image_files
 from vitcls.data.images import decode_all, examine
+from vitcls.data.loading import load
 from vitcls.data.records import crc32c, index_records
-from vitcls.data.sources import load
 from vitcls.data.sources.folder import FileImages
 
 
@@ -744,7 +744,7 @@ def test_tfds_by_version_and_with_a_validation_split(prepared):
 
 def test_no_tensorflow_is_loaded(prepared):
     code = (
-        "import sys; from vitcls.config import default_config; from vitcls.data.sources import load\n"
+        "import sys; from vitcls.config import default_config; from vitcls.data.loading import load\n"
         "block = default_config('improved_vit_tiny').dataset\n"
         "block.update(name='mnist', data_dir=sys.argv[1])\n"
         "load(block).train.images.read(0)\n"

@@ -312,3 +312,8 @@ def _own_maximum(values: np.ndarray) -> float:
 def _to_array(image: Image.Image) -> np.ndarray:
     array = np.asarray(image, np.uint8)
     return array[..., None] if array.ndim == 2 else array
+
+
+def height_and_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """`config.dataset.image_size`, one number or two."""
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)

@@ -1,5 +1,7 @@
 """Losses per example, on soft targets, in float32 whatever the dtype of the logits."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,15 +10,53 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vitcls.core import errors
 from vitcls.core.errors import UserError
-
-NAMES = ("cross_entropy", "focal")
+from vitcls.core.registry import Registry, require_range
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits [B, K], targets [B, K]) -> [B]
 
 
-def make_loss(name: str, *, label_smoothing: float, focal_gamma: float, class_weights: np.ndarray) -> Loss:
+@dataclasses.dataclass(frozen=True)
+class LossSettings:
+    """Keys of `config.loss` whatever the loss."""
+
+    label_smoothing: float = 0.0  # share of every target that is spread evenly over the classes
+    class_weights: tuple = ()  # () for none, ('balanced',), or one weight per class
+    l2: float = 0.0  # l2 / 2 * sum of squares of the decayed parameters, added to the loss
+
+    def __post_init__(self):
+        require_range(self, label_smoothing=(0, 0.99), l2=(0, math.inf))
+
+
+LOSSES = Registry(
+    "config.loss",
+    {"cross_entropy": "vitcls.tasks.losses:CrossEntropy", "focal": "vitcls.tasks.losses:Focal"},
+    shared=LossSettings,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy:
+    """-sum_k targets_k log p_k with p = softmax(logits)."""
+
+    def __call__(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
+        return cross_entropy(logits, targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Focal:
+    """-sum_k targets_k (1 - p_k)^focal_gamma log p_k (Lin et al. 2017, equation 4)."""
+
+    focal_gamma: float = 2.0
+
+    def __post_init__(self):
+        require_range(self, focal_gamma=(0, math.inf))
+
+    def __call__(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
+        return focal(logits, targets, self.focal_gamma)
+
+
+def make_loss(name: str, *, label_smoothing: float, class_weights: np.ndarray, **fields: Any) -> Loss:
     """Returns loss(logits [B, K], targets [B, K]) -> float32 [B].
 
     The targets are smoothed first; then class k counts `class_weights[k]` times. With l_k the loss of class k,
@@ -28,21 +68,19 @@ def make_loss(name: str, *, label_smoothing: float, focal_gamma: float, class_we
     their weights; with balanced weights the two agree over an epoch.
 
     Args:
-      name: one of NAMES.
+      name: one of LOSSES.
       label_smoothing: share of every target that is spread evenly over the classes, in [0, 1).
-      focal_gamma: focusing parameter, at least 0; 'focal' only.
       class_weights: float32 [K].
+      fields: those of the loss; others are ignored.
 
     Raises:
-      UserError: for an unknown name.
+      UserError: for an unknown name or an impossible field.
     """
-    if name not in NAMES:
-        raise errors.unknown("config.loss.name", name, NAMES)
+    entry = LOSSES.create(name, fields)
     weights = jnp.asarray(class_weights, jnp.float32)
 
     def loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
-        weighted = weights[None, :] * smooth(targets, label_smoothing)
-        return cross_entropy(logits, weighted) if name == "cross_entropy" else focal(logits, weighted, focal_gamma)
+        return entry(logits, weights[None, :] * smooth(targets, label_smoothing))
 
     return loss
 

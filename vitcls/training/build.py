@@ -110,12 +110,7 @@ def make_training(config, info: DatasetInfo, plan: Plan, layout: Partition) -> T
         total_steps=plan.total,
     )
     class_weights = losses.class_weights(tuple(config.loss.class_weights), np.asarray(info.class_counts))
-    loss = losses.make_loss(
-        config.loss.name,
-        label_smoothing=config.loss.label_smoothing,
-        focal_gamma=config.loss.focal_gamma,
-        class_weights=class_weights,
-    )
+    loss = losses.make_loss(**dict(config.loss) | {"class_weights": class_weights})
     train_step = steps.make_train_step(
         model=convolutions.for_training(model),
         augment=make_augment(config.augment),

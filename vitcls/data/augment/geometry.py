@@ -1,4 +1,4 @@
-"""Affine maps of an image, in one resampling."""
+"""Affine maps of an image, in one resampling, and boxes in it."""
 
 import jax
 import jax.numpy as jnp
@@ -41,3 +41,8 @@ def rotation_matrix(degrees: jax.Array) -> jax.Array:
     angle = jnp.deg2rad(degrees)
     cosine, sine, zero = jnp.cos(angle), jnp.sin(angle), jnp.zeros(())
     return jnp.array([[cosine, -sine, zero], [sine, cosine, zero]])
+
+
+def box(size: tuple[int, int], top, left, bottom, right) -> jax.Array:
+    rows, columns = jnp.arange(size[0])[:, None], jnp.arange(size[1])[None, :]
+    return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)

@@ -4,12 +4,13 @@ Under `vmap` every branch of a switch is computed, so the operations are few and
 affine map, all that look at single values are one table of 256 entries per channel, and two blend with another image.
 """
 
-from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vitcls.core.registry import require
 from vitcls.data.augment.geometry import affine, rotation_matrix
 
 OPERATIONS = (
@@ -36,26 +37,39 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _BINS = 31  # levels of TrivialAugment
 
 
-def make_randaugment(num_ops: int, magnitude: float) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Returns (key, image float32 [H, W, C] in [0, 255]) -> image: `num_ops` random operations at magnitude / 10."""
+@dataclasses.dataclass(frozen=True)
+class RandAugment:
+    """`num_ops` random operations, one after the other, at `magnitude` of 10 (Cubuk et al. 2020)."""
 
-    def randaugment(key: jax.Array, image: jax.Array) -> jax.Array:
+    probability: float = 0.0
+    num_ops: int = 2
+    magnitude: float = 9.0
+
+    def __post_init__(self):
+        require(self, "num_ops", 1 <= self.num_ops <= 32, "in [1, 32]")
+        require(self, "magnitude", 0 <= self.magnitude <= 10, "in [0, 10]")
+
+    def __call__(self, key: jax.Array, image: jax.Array) -> jax.Array:
         ranges = _RAND | {"translate": _RAND["translate"] * image.shape[1]}
-        for layer_key in jax.random.split(key, num_ops):
-            operation_key, sign_key = jax.random.split(layer_key)
+        for op_key in jax.random.split(key, self.num_ops):
+            operation_key, sign_key = jax.random.split(op_key)
             operation = jax.random.randint(operation_key, (), 0, len(OPERATIONS))
-            image = apply(image, operation, jnp.float32(magnitude / 10), jax.random.rademacher(sign_key, ()), ranges)
+            level = jnp.float32(self.magnitude / 10)
+            image = apply(image, operation, level, jax.random.rademacher(sign_key, ()), ranges)
         return image
 
-    return randaugment
 
+@dataclasses.dataclass(frozen=True)
+class TrivialAugment:
+    """One random operation at a random strength, 'wide' space (Müller & Hutter 2021)."""
 
-def trivialaugment(key: jax.Array, image: jax.Array) -> jax.Array:
-    """(key, image float32 [H, W, C] in [0, 255]) -> image: one random operation at a random strength, 'wide' space."""
-    operation_key, level_key, sign_key = jax.random.split(key, 3)
-    operation = jax.random.randint(operation_key, (), 0, len(OPERATIONS))
-    level = jax.random.randint(level_key, (), 0, _BINS) / (_BINS - 1)
-    return apply(image, operation, level, jax.random.rademacher(sign_key, ()), _WIDE)
+    probability: float = 0.0
+
+    def __call__(self, key: jax.Array, image: jax.Array) -> jax.Array:
+        operation_key, level_key, sign_key = jax.random.split(key, 3)
+        operation = jax.random.randint(operation_key, (), 0, len(OPERATIONS))
+        level = jax.random.randint(level_key, (), 0, _BINS) / (_BINS - 1)
+        return apply(image, operation, level, jax.random.rademacher(sign_key, ()), _WIDE)
 
 
 def apply(

@@ -44,40 +44,47 @@ class FileImages:
         return FileImages(self.root, self.names[indices])
 
 
-def folder(config) -> Source:
+@dataclasses.dataclass(frozen=True)
+class Folder:
     """root/<class>/<image>, or root/{train,val,test}/<class>/<image>."""
-    root = pathlib.Path(config.data_dir).expanduser()
-    if not config.data_dir or not root.is_dir():
-        raise UserError(f"config.dataset.data_dir='{config.data_dir}' is not a directory; give the root of the images")
-    roots = _split_roots(root)
-    class_names = tuple(path.name for path in _directories(roots["train"]))
-    if not class_names:
-        raise UserError(f"{roots['train']} has no directories; put the images of each class in a directory of its own")
 
-    for path in itertools.chain(*map(_directories, roots.values())):
-        if path.name not in class_names:
-            raise UserError(f"{path} is a class that {roots['train']} does not have")
-    listings = _list_classes(root, roots, class_names)
-    names, keys, stamps = (
-        np.concatenate([getattr(files, part) for files in listings]) for part in ("names", "keys", "stamps")
-    )
-    shapes, reasons = verdicts(root, names, keys, stamps)
+    def load(self, config) -> Source:
+        root = pathlib.Path(config.data_dir).expanduser()
+        if not config.data_dir or not root.is_dir():
+            raise UserError(
+                f"config.dataset.data_dir='{config.data_dir}' is not a directory; give the root of the images"
+            )
+        roots = _split_roots(root)
+        class_names = tuple(path.name for path in _directories(roots["train"]))
+        if not class_names:
+            raise UserError(
+                f"{roots['train']} has no directories; put the images of each class in a directory of its own"
+            )
 
-    splits, skipped, end = {}, [], 0
-    usable = shapes[:, 2] > 0
-    for number, split in enumerate(roots):
-        skipped += _linked_directories(roots[split], root)
-        chosen = []
-        for files in listings[number * len(class_names) : (number + 1) * len(class_names)]:
-            rows = np.arange(end, end := end + len(files.names))
-            skipped += files.skipped
-            skipped += [SkippedFile(os.fsdecode(names[row]), reasons[row]) for row in rows[~usable[rows]].tolist()]
-            chosen.append(rows[usable[rows]])
-        labels = np.repeat(np.arange(len(class_names), dtype=np.int32), list(map(len, chosen)))
-        splits[split] = Split(FileImages(str(root), names[np.concatenate(chosen)]), labels)
-    widths, heights, channels = shapes[usable].T.tolist()
-    distinct = set(zip(heights, widths, channels, strict=True))
-    return Source(root.name, class_names, splits, tuple(distinct), tuple(skipped))
+        for path in itertools.chain(*map(_directories, roots.values())):
+            if path.name not in class_names:
+                raise UserError(f"{path} is a class that {roots['train']} does not have")
+        listings = _list_classes(root, roots, class_names)
+        names, keys, stamps = (
+            np.concatenate([getattr(files, part) for files in listings]) for part in ("names", "keys", "stamps")
+        )
+        shapes, reasons = verdicts(root, names, keys, stamps)
+
+        splits, skipped, end = {}, [], 0
+        usable = shapes[:, 2] > 0
+        for number, split in enumerate(roots):
+            skipped += _linked_directories(roots[split], root)
+            chosen = []
+            for files in listings[number * len(class_names) : (number + 1) * len(class_names)]:
+                rows = np.arange(end, end := end + len(files.names))
+                skipped += files.skipped
+                skipped += [SkippedFile(os.fsdecode(names[row]), reasons[row]) for row in rows[~usable[rows]].tolist()]
+                chosen.append(rows[usable[rows]])
+            labels = np.repeat(np.arange(len(class_names), dtype=np.int32), list(map(len, chosen)))
+            splits[split] = Split(FileImages(str(root), names[np.concatenate(chosen)]), labels)
+        widths, heights, channels = shapes[usable].T.tolist()
+        distinct = set(zip(heights, widths, channels, strict=True))
+        return Source(root.name, class_names, splits, tuple(distinct), tuple(skipped))
 
 
 def _split_roots(root: pathlib.Path) -> dict[str, pathlib.Path]:

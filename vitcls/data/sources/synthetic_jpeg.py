@@ -6,6 +6,7 @@ import io
 import numpy as np
 from PIL import Image
 
+from vitcls.core.registry import require_range
 from vitcls.data.dataset import Source, Split
 
 
@@ -40,11 +41,20 @@ class SyntheticJpegs:
         return dataclasses.replace(self, numbers=self.numbers[indices])
 
 
-def synthetic_jpeg(config) -> Source:
-    """`config.num_examples` of them in `config.num_classes` classes, by `config.split_seed`."""
-    rng = np.random.default_rng(config.split_seed)
-    patterns = rng.uniform(60, 195, (config.num_classes, 4, 4, 3))
-    labels = rng.permutation(np.arange(config.num_examples) % config.num_classes).astype(np.int32)
-    images = SyntheticJpegs(patterns, labels, np.arange(config.num_examples), config.split_seed)
-    names = tuple(f"class {k}" for k in range(config.num_classes))
-    return Source("synthetic_jpeg", names, {"train": Split(images, labels)}, ((300, 400, 3), (450, 600, 3)))
+@dataclasses.dataclass(frozen=True)
+class SyntheticJpeg:
+    """`num_examples` of them in `num_classes` classes, by `config.split_seed`."""
+
+    num_examples: int = 1000
+    num_classes: int = 10
+
+    def __post_init__(self):
+        require_range(self, num_examples=(1, 10_000_000), num_classes=(2, 10_000))
+
+    def load(self, config) -> Source:
+        rng = np.random.default_rng(config.split_seed)
+        patterns = rng.uniform(60, 195, (self.num_classes, 4, 4, 3))
+        labels = rng.permutation(np.arange(self.num_examples) % self.num_classes).astype(np.int32)
+        images = SyntheticJpegs(patterns, labels, np.arange(self.num_examples), config.split_seed)
+        names = tuple(f"class {k}" for k in range(self.num_classes))
+        return Source("synthetic_jpeg", names, {"train": Split(images, labels)}, ((300, 400, 3), (450, 600, 3)))

@@ -1,5 +1,6 @@
 """Classification sets of TensorFlow Datasets, read without TensorFlow."""
 
+import dataclasses
 import shlex
 from collections.abc import Callable
 
@@ -14,49 +15,52 @@ from vitcls.data.records import index_records
 BUILT_IN = ("digits", "synthetic", "synthetic_jpeg", "folder", "npz")  # names that are not TFDS's
 
 
-def tfds(config) -> Source:
+@dataclasses.dataclass(frozen=True)
+class Tfds:
     """A prepared classification set of TensorFlow Datasets, by name."""
-    builder = find_builder(config.name, config.data_dir)
-    if not builder.info.splits:
-        option = f" --data_dir={shlex.quote(config.data_dir)}" if config.data_dir else ""
-        raise UserError(
-            f"the data set '{config.name}' is not prepared in {builder.data_dir}; "
-            f"prepare it with 'python -m vitcls.prepare {config.name}{option}'"
-        )
-    image_key, label_key = _tfds_keys(builder)
-    available = builder.info.splits
-    if "train" not in available:
-        raise UserError(f"the data set '{config.name}' has no 'train' split; it has {', '.join(available)}")
-    if builder.info.file_format.value != "tfrecord":
-        raise UserError(
-            f"the data set '{config.name}' is prepared as {builder.info.file_format.value}; prepare it as tfrecord"
-        )
-    parse = _record_parser(image_key, label_key)
-    splits = {}
-    for name in ("train", "validation", "test"):
-        if name in available:
-            images, labels = index_records(available[name].filepaths, parse)
-            splits[name] = Split(images, labels.astype(np.int32))
-    if "test" in splits and splits["test"].labels.min() < 0:  # as ImageNet's, whose labels are not public
-        del splits["test"]
-    if "test" not in splits and "validation" in splits:
-        splits["test"] = splits.pop("validation")
 
-    declared, shapes = builder.info.features[image_key].shape, set()
-    if None in declared:
-        # Of differing sizes: the first images tell as much as is needed to ask for config.dataset.image_size.
-        for index in range(min(8, len(splits["train"].images))):
-            try:
-                width, height, channels = image_files.examine(splits["train"].images.read(index))
-            except image_files.BadImage as error:
-                raise UserError(
-                    f"image {index} of the train split of '{config.name}' {error}; prepare it anew"
-                ) from None
-            shapes.add((height, width, declared[2] or channels))
-    else:
-        shapes.add(tuple(declared))
-    names = tuple(builder.info.features[label_key].names)
-    return Source(config.name, names, splits, tuple(shapes))
+    def load(self, config) -> Source:
+        builder = find_builder(config.name, config.data_dir)
+        if not builder.info.splits:
+            option = f" --data_dir={shlex.quote(config.data_dir)}" if config.data_dir else ""
+            raise UserError(
+                f"the data set '{config.name}' is not prepared in {builder.data_dir}; "
+                f"prepare it with 'python -m vitcls.prepare {config.name}{option}'"
+            )
+        image_key, label_key = _tfds_keys(builder)
+        available = builder.info.splits
+        if "train" not in available:
+            raise UserError(f"the data set '{config.name}' has no 'train' split; it has {', '.join(available)}")
+        if builder.info.file_format.value != "tfrecord":
+            raise UserError(
+                f"the data set '{config.name}' is prepared as {builder.info.file_format.value}; prepare it as tfrecord"
+            )
+        parse = _record_parser(image_key, label_key)
+        splits = {}
+        for name in ("train", "validation", "test"):
+            if name in available:
+                images, labels = index_records(available[name].filepaths, parse)
+                splits[name] = Split(images, labels.astype(np.int32))
+        if "test" in splits and splits["test"].labels.min() < 0:  # as ImageNet's, whose labels are not public
+            del splits["test"]
+        if "test" not in splits and "validation" in splits:
+            splits["test"] = splits.pop("validation")
+
+        declared, shapes = builder.info.features[image_key].shape, set()
+        if None in declared:
+            # Of differing sizes: the first images tell as much as is needed to ask for config.dataset.image_size.
+            for index in range(min(8, len(splits["train"].images))):
+                try:
+                    width, height, channels = image_files.examine(splits["train"].images.read(index))
+                except image_files.BadImage as error:
+                    raise UserError(
+                        f"image {index} of the train split of '{config.name}' {error}; prepare it anew"
+                    ) from None
+                shapes.add((height, width, declared[2] or channels))
+        else:
+            shapes.add(tuple(declared))
+        names = tuple(builder.info.features[label_key].names)
+        return Source(config.name, names, splits, tuple(shapes))
 
 
 def find_builder(name: str, data_dir: str):

@@ -1,0 +1,164 @@
+"""Named choices of one kind: a name stands for a frozen dataclass, and its fields are keys of the config.
+
+A class checks its fields in `__post_init__` with `require`, and raises ValueError in its own words. The registry says
+which key of the config it is about. Modules are imported when their entry is asked for.
+"""
+
+import dataclasses
+import importlib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from vitcls.core import durations, errors
+from vitcls.core.errors import UserError
+
+
+class Registry(Mapping[str, type]):
+    """name -> dataclass, for the block `key` of a config."""
+
+    def __init__(
+        self,
+        key: str,
+        entries: Mapping[str, str],
+        *,
+        shared: type | None = None,
+        check: Callable[[Any], None] = lambda entry: None,
+    ):
+        """`entries`: name -> 'module:Class'.
+
+        `shared` is a dataclass of the keys that the block has whatever the name; `check` raises ValueError for what no
+        entry may have.
+        """
+        self.key = key
+        self.shared = shared
+        self._check = check
+        self._entries = dict(entries)
+
+    def __getitem__(self, name: str) -> type:
+        """The class `name`; raises UserError with the nearest name where there is none."""
+        if name not in self._entries:
+            raise errors.unknown(f"{self.key}.name", name, self._entries)
+        module, _, attribute = self._entries[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def block(self, name: str) -> dict[str, Any]:
+        """The block of a config with the name `name`: its shared keys, and the fields of all entries.
+
+        Fields of one name mean the same in every entry that has them.
+        """
+        block = {"name": name} | (defaults(self.shared) if self.shared else {})
+        for entry in self.values():
+            block |= defaults(entry)
+        return block
+
+    def create(self, name: str, values: Mapping[str, Any], *, key: str = "") -> Any:
+        """The dataclass `name` with its fields from `values`, which may have more; raises UserError, naming the key."""
+        return fill(self[name], values, key or self.key, check=self._check)
+
+    def check(self, values: Mapping[str, Any], name: str = "") -> None:
+        """Raises UserError for a block in which a shared key, or a field of the entry `name`, is impossible.
+
+        Without `name` the entry is the one that the block names.
+        """
+        if self.shared:
+            fill(self.shared, values, self.key)
+        self.create(name or values["name"], values)
+
+
+def defaults(entry: type) -> dict[str, Any]:
+    """The fields of a dataclass with their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(entry)}
+
+
+def fill(entry: type, values: Mapping[str, Any], key: str, *, check: Callable[[Any], None] = lambda entry: None) -> Any:
+    """The dataclass `entry` with its fields from `values`, which may have more; raises UserError, naming `key`."""
+    fields = defaults(entry)
+    free = {field.name for field in dataclasses.fields(entry) if not isinstance(field.type, type)}  # of two types
+    given = {
+        field: checked(values[field], None if field in free else default, f"{key}.{field}")
+        for field, default in fields.items()
+        if field in values
+    }
+    try:
+        made = entry(**given)
+        check(made)
+        return made
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(_with_key(str(error), key, fields)) from None
+
+
+def _with_key(message: str, key: str, fields: Mapping[str, Any]) -> str:
+    """'padding=-1 is impossible' -> 'config.augment.crop.padding=-1 is impossible'."""
+    field = re.match(r"(\w+)[=:]", message)
+    return f"{key}.{message}" if field and field[1] in fields else f"{key}: {message}"
+
+
+def require(entry: Any, field: str, condition: bool, expected: str) -> None:
+    """Raises ValueError, 'FIELD=VALUE is impossible; it must be EXPECTED', unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{field}={getattr(entry, field)!r} is impossible; it must be {expected}")
+
+
+def require_range(entry: Any, **bounds: tuple[float, float]) -> None:
+    """Raises ValueError unless each field is within its (lowest, highest), the latter perhaps infinite."""
+    for field, (low, high) in bounds.items():
+        expected = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+        require(entry, field, low <= getattr(entry, field) <= high, expected)
+
+
+def require_durations(entry: Any, *fields: str) -> None:
+    """Raises ValueError unless each field is a duration or a tuple of such."""
+    for field in fields:
+        value = getattr(entry, field)
+        for duration in value if isinstance(value, tuple) else (value,):
+            try:
+                durations.to_steps(duration, batch_size=1, num_examples=1, total_steps=1)
+            except UserError as error:
+                raise ValueError(f"{field}: {error}") from None
+
+
+def require_choice(entry: Any, field: str, valid: tuple[str, ...]) -> None:
+    """Raises ValueError with the nearest name unless the value of `field` is one of `valid`."""
+    value = getattr(entry, field)
+    if value not in valid:
+        raise ValueError(f"{field}={str(errors.unknown('', str(value), valid)).strip()}")
+
+
+_TYPES = {
+    bool: ("True or False", (bool,)),
+    int: ("a whole number", (int,)),
+    float: ("a number that float32 can hold", (int, float)),
+    str: ("text", (str,)),
+    tuple: ("a tuple", (tuple, list)),
+}
+
+
+def checked(value: Any, default: Any, key: str) -> Any:
+    """`value` if it is of the type of `default`; a list becomes a tuple. A default of None takes anything.
+
+    Raises UserError, naming `key`. A number must keep its meaning in float32: finite there, and not 0 unless it is.
+    """
+    if default is None:
+        return value
+    expected, types = _TYPES[type(default)]
+    wrong = not isinstance(value, types) or (isinstance(value, bool) and bool not in types)
+    if wrong or (isinstance(default, float) and not _fits_float32(value)):
+        raise UserError(f"{key}={value!r} is impossible; it must be {expected}, such as {default!r}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _fits_float32(value: float) -> bool:
+    return math.isfinite(value) and (value == 0 or 1e-37 <= abs(value) <= 1e37)

@@ -1,0 +1,100 @@
+"""What a model needs to know of its data: measured once, kept as dataset.json."""
+
+import dataclasses
+import json
+
+import numpy as np
+
+from vitcls.core.errors import UserError
+from vitcls.data import images as image_files
+from vitcls.data.dataset import Dataset, SkippedFile
+
+_STATISTICS_SAMPLE = 5_000  # encoded images decoded to estimate the mean and std of a split that is streamed
+_BLOCK_BYTES = 2**20  # of images that are counted at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """What a model needs to know of its data ever after; written beside the config as dataset.json."""
+
+    name: str
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]  # H, W, C
+    mean: tuple[float, ...]  # per channel, of images in [0, 1]
+    std: tuple[float, ...]
+    num_examples: dict[str, int]  # by split
+    class_counts: tuple[int, ...]  # of the training split
+    skipped: tuple[SkippedFile, ...]
+    max_value: float = 0.0  # the white of images of more than 8 bits; see `images.Decoding`
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "DatasetInfo":
+        fields = json.loads(text)
+        fields["skipped"] = tuple(SkippedFile(**file) for file in fields["skipped"])
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+
+
+def describe(dataset: Dataset, config) -> DatasetInfo:
+    """Measures a data set: counts, and the training split's own mean and std unless `config` gives them.
+
+    Args:
+      dataset: as `load` returns it.
+      config: the block `dataset` of the config.
+    """
+    mean, std = tuple(config.mean), tuple(config.std)
+    channels = dataset.image_shape[-1]
+    for key, value in (("mean", mean), ("std", std)):
+        if value and len(value) != channels:
+            raise UserError(f"config.dataset.{key} has {len(value)} values, but the images have {channels} channels")
+    if not (mean and std):
+        computed_mean, computed_std = _mean_and_std(dataset)
+        mean, std = mean or computed_mean, std or computed_std
+    return DatasetInfo(
+        name=dataset.name,
+        class_names=dataset.class_names,
+        image_shape=dataset.image_shape,
+        mean=mean,
+        std=std,
+        num_examples=dataset.num_examples,
+        class_counts=tuple(np.bincount(dataset.train.labels, minlength=dataset.num_classes).tolist()),
+        skipped=dataset.skipped,
+        max_value=dataset.train.decoding.max_value,
+    )
+
+
+def _mean_and_std(dataset: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per channel, in [0, 1], of the training split; of a fixed random sample of it where images are encoded."""
+    images = dataset.train.images
+    if not isinstance(images, np.ndarray):
+        chosen = np.arange(len(images))
+        if len(images) > _STATISTICS_SAMPLE:
+            chosen = np.sort(np.random.default_rng(0).choice(len(images), _STATISTICS_SAMPLE, replace=False))
+        size, channels = dataset.image_shape[:2], dataset.image_shape[2]
+        images = image_files.decode_all(
+            images.take(chosen), size=size, channels=channels, decoding=dataset.train.decoding
+        )
+    values = np.arange(256) / 255
+    weights = _histograms(images) / images[..., 0].size
+    mean = weights @ values
+    std = np.sqrt(weights @ values**2 - mean**2)
+    return tuple(mean.tolist()), tuple(np.maximum(std, 1e-3).tolist())
+
+
+def _histograms(images: np.ndarray) -> np.ndarray:
+    """How often each channel of uint8 [N, H, W, C] has each value: int64 [C, 256]; exact, and all that is needed.
+
+    A few images at a time, since bincount makes every byte of its input eight.
+    """
+    histograms = np.zeros((images.shape[-1], 256), np.int64)
+    rows = max(1, _BLOCK_BYTES // images[0].size)
+    for start in range(0, len(images), rows):
+        for channel, histogram in enumerate(histograms):
+            histogram += np.bincount(images[start : start + rows, ..., channel].ravel(), minlength=256)
+    return histograms

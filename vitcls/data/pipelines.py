@@ -1,0 +1,147 @@
+"""The two ways of images to the devices, resident and streaming: which one, and batches that do not tell them apart."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from vitcls.core.errors import UserError
+from vitcls.core.partition import Partition
+from vitcls.data import images as image_files
+from vitcls.data import streaming
+from vitcls.data.dataset import Dataset, Split
+from vitcls.data.memory import host_memory_bytes
+from vitcls.data.resident import Resident
+from vitcls.data.streaming import Crop, Streaming
+
+_RESIDENT_SHARE = 0.25  # of a device's memory that images may take
+_HOST_SHARE = 0.5  # of the host's memory that images decoded for the devices may take
+
+
+def choose_pipeline(dataset: Dataset, config) -> str:
+    """'resident' or 'streaming' for the block `dataset` of a config; 'auto' goes by what fits."""
+    if config.random_resized_crop and isinstance(dataset.train.images, np.ndarray):
+        raise UserError(
+            f"config.dataset.random_resized_crop is for image files; those of '{dataset.name}' are in memory, so use "
+            "config.augment.scale and config.augment.crop"
+        )
+    if config.pipeline == "resident" and config.random_resized_crop:
+        raise UserError(
+            "config.dataset.random_resized_crop needs config.dataset.pipeline='streaming'; "
+            "with 'resident' use config.augment.scale and config.augment.crop"
+        )
+    if config.pipeline != "auto":
+        return config.pipeline
+    fits = _fits(dataset)
+    return "resident" if fits and not config.random_resized_crop else "streaming"
+
+
+def _fits(dataset: Dataset) -> bool:
+    """Whether all splits fit on a device as the resident pipeline keeps them, and in the host on their way there."""
+    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    num_examples = {name: len(split.labels) for name, split in splits.items() if split is not None}
+    encoded = [name for name in num_examples if not isinstance(splits[name].images, np.ndarray)]
+    decoded_bytes = sum(num_examples[name] for name in encoded) * int(np.prod(dataset.image_shape))
+    return (
+        resident_bytes(num_examples, dataset.image_shape) <= _RESIDENT_SHARE * _device_memory_bytes()
+        and decoded_bytes <= _HOST_SHARE * host_memory_bytes()
+    )
+
+
+def resident_bytes(num_examples: dict[str, int], image_shape: tuple[int, int, int]) -> int:
+    """Bytes of images on each device: the whole training split and a share of every other split."""
+    evaluated = sum(-(-count // jax.device_count()) for name, count in num_examples.items() if name != "train")
+    return (num_examples["train"] + evaluated) * int(np.prod(image_shape))
+
+
+def _device_memory_bytes() -> int:
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    return statistics.get("bytes_limit") or host_memory_bytes() // jax.local_device_count()
+
+
+def decode(dataset: Dataset, splits: tuple[str, ...] = ("train", "validation", "test")) -> Dataset:
+    """The data set with the images of these splits as arrays uint8 [N, H, W, C], for the resident pipeline."""
+    size, channels = dataset.image_shape[:2], dataset.image_shape[2]
+    arrays = {}
+    for name in splits:
+        split = getattr(dataset, name)
+        if split is not None and not isinstance(split.images, np.ndarray):
+            images = image_files.decode_all(split.images, size=size, channels=channels, decoding=split.decoding)
+            arrays[name] = dataclasses.replace(split, images=images)
+    return dataclasses.replace(dataset, **arrays)
+
+
+TrainBatches = Resident | Streaming
+
+
+def train_batches(dataset: Dataset, config, *, partition: Partition, batch_size: int, seed: int) -> TrainBatches:
+    """The training split behind the pipeline that the block `dataset` of a config asks for.
+
+    Both have `data(step, length)`, what one call needs on the devices, and `open(data, step, length)`, which gives
+    the batches inside that call; both give the same batches.
+    """
+    arguments = {
+        "num_classes": dataset.num_classes,
+        "batch_size": batch_size,
+        "seed": seed,
+        "balanced": config.sampling == "balanced",
+    }
+    if choose_pipeline(dataset, config) == "resident":
+        train = decode(dataset, ("train",)).train
+        return Resident(partition, train.images, train.labels, **arguments)
+    crop = Crop(tuple(config.crop_area), tuple(config.crop_ratio)) if config.random_resized_crop else None
+    return Streaming(partition, dataset.train, image_shape=dataset.image_shape, crop=crop, **arguments)
+
+
+class EvaluationBatches:
+    """The batches of a split in order, on the devices.
+
+    With `keep`, a split in memory is moved there once and stays; else every pass moves it again, batch by batch.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        image_shape: tuple[int, int, int],
+        partition: Partition,
+        batch_size: int,
+        keep: bool = True,
+    ):
+        self._split = split
+        self._keep = keep and isinstance(split.images, np.ndarray)
+        self._image_shape = image_shape
+        self._partition = partition
+        self._batch_size = batch_size
+        self._kept: list[dict[str, Any]] | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self._kept is not None:
+            return iter(self._kept)
+        batches = map(self._partition.put_batch, self._host_batches())
+        if self._keep:
+            self._kept = list(batches)
+            return iter(self._kept)
+        return batches
+
+    def _host_batches(self) -> Iterator[dict[str, np.ndarray]]:
+        if not isinstance(self._split.images, np.ndarray):
+            return streaming.evaluation_batches(
+                self._partition, self._split, image_shape=self._image_shape, batch_size=self._batch_size
+            )
+        return array_batches(self._split, self._batch_size, self._partition.local_rows(self._batch_size))
+
+
+def array_batches(split: Split, batch_size: int, rows: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+    """`rows` of every batch of a split in memory; the last batch is padded with zeros and masked."""
+    for start in range(0, len(split.labels), batch_size):
+        count = min(batch_size, len(split.labels) - start)
+        batch = {
+            "image": split.images[start : start + count],
+            "label": split.labels[start : start + count],
+            "mask": np.ones(count, np.float32),
+        }
+        pad = batch_size - count
+        yield {name: np.concatenate([x, np.zeros((pad, *x.shape[1:]), x.dtype)])[rows] for name, x in batch.items()}
