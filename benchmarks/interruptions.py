@@ -13,9 +13,11 @@ import jax
 import numpy as np
 
 from benchmarks import harness, workload
-from vitcls import cli, data, evaluate, metrics
+from vitcls import cli, data, metrics
 from vitcls.core import partition
+from vitcls.models import summary
 from vitcls.training import announce, checkpoint
+from vitcls.training.evaluator import make_evaluator
 
 
 def main(argv: list[str]) -> None:
@@ -35,7 +37,7 @@ def main(argv: list[str]) -> None:
     batches = data.EvaluationBatches(
         split, image_shape=info.image_shape, partition=layout, batch_size=layout.round_up(args.batch)
     )
-    evaluator = evaluate.make_evaluator(config, trainer.training.model, info, layout)
+    evaluator = make_evaluator(config, trainer.training.model, info, layout)
     variables = trainer.state.variables
 
     def on_devices() -> np.ndarray:
@@ -78,8 +80,8 @@ def main(argv: list[str]) -> None:
         ("evaluation on the devices", size, evaluation["devices"]),
         ("all metrics on the host", size, evaluation["host"]),
         ("of which the ROC curves", size, evaluation["roc"]),
-        ("a checkpoint holds training up", announce.mebibytes(announce.count_bytes(state)), stalls["save"]),
-        ("copy of the state to the host", announce.mebibytes(announce.count_bytes(state)), stalls["copy"]),
+        ("a checkpoint holds training up", announce.mebibytes(summary.count_bytes(state)), stalls["save"]),
+        ("copy of the state to the host", announce.mebibytes(summary.count_bytes(state)), stalls["copy"]),
     ]
     rows = [
         {"what": what, "of": of, "seconds": timing.median, "fastest..slowest": timing.spread(1)}

@@ -15,6 +15,7 @@ import sys
 
 from benchmarks import harness
 from vitcls import cli
+from vitcls.models import summary
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
 _COLLECTIVES = (
@@ -62,7 +63,6 @@ def run(devices: int, strategy: str, kind: str, model: str, batch: int, dtype: s
 
     from benchmarks import workload
     from vitcls.core import partition
-    from vitcls.training import announce
 
     assert jax.device_count() == devices
     global_batch = batch * devices if kind == "weak" else batch
@@ -74,7 +74,7 @@ def run(devices: int, strategy: str, kind: str, model: str, batch: int, dtype: s
     trainer = workload.Trainer(config, info, layout, workload.random_resident(layout, info, global_batch))
     sent = collective_bytes(trainer.compiled.as_text()) if devices > 1 else {}  # one device reduces over itself
     parameters = jax.eval_shape(trainer.training.create_state, jax.random.key(0)).params
-    parameter_bytes = announce.count_bytes(parameters)
+    parameter_bytes = summary.count_bytes(parameters)
     timing = harness.measure(trainer, repeats=repeats)
     return {
         "batch": global_batch,

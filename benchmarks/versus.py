@@ -23,7 +23,7 @@ from benchmarks import harness, workload
 from benchmarks.peers import vit_fields
 from vitcls import cli, data
 from vitcls.core import errors, partition
-from vitcls.training import announce
+from vitcls.models import summary
 
 MODELS = ("vit_tiny_patch16", "resnet50", "resnext50_32x4d", "convnext_tiny")
 EPOCH_MODEL = dict(patch_size=4, hidden_dim=64, depth=3, num_heads=4, mlp_dim=128)  # a CPU's epoch takes a minute
@@ -66,7 +66,7 @@ def against_peers(
 ) -> list[harness.Row]:
     """Times the trainer and the chosen peers by turns; one row per peer."""
     calls: dict[str, Callable] = {"vitcls": trainer}
-    parameters = {"vitcls": announce.count_parameters(trainer.state.params)}
+    parameters = {"vitcls": summary.count_parameters(trainer.state.params)}
     failures: list[harness.Row] = []
     for peer in chosen:
         try:

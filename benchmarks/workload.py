@@ -18,7 +18,8 @@ from vitcls.core.errors import UserError
 from vitcls.core.partition import Partition
 from vitcls.data import DatasetInfo
 from vitcls.data.resident import Resident
-from vitcls.training import announce, build, steps
+from vitcls.models import summary
+from vitcls.training import build, steps
 
 _STEPS = 1_000_000  # no benchmark comes to the end of its run
 
@@ -161,7 +162,7 @@ class Trainer:
 
 def train_flops_per_image(config, info: DatasetInfo) -> float:
     """Model FLOPs of a training step for one image: three forward passes' matrix products, nothing recomputed."""
-    return 3 * announce.flops_per_image(build.make_model(config, info), info, products_only=True)
+    return 3 * summary.flops_per_image(build.make_model(config, info), info.image_shape, products_only=True)
 
 
 # Dense bfloat16 TFLOP/s of one device, from the vendors' data sheets; the longest name that fits counts.

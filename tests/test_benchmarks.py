@@ -20,7 +20,7 @@ from benchmarks.peers import vit_fields
 from vitcls import models
 from vitcls.core import partition
 from vitcls.core.errors import UserError
-from vitcls.training import announce
+from vitcls.models import summary
 
 
 def test_numbers_of_two_runs_are_not_compared():
@@ -118,7 +118,7 @@ def test_a_step_sends_the_gradients_once_and_nothing_else(strategy):
     trainer = workload.Trainer(config, info, layout, workload.random_resident(layout, info, 16))
     sent = scaling.collective_bytes(trainer.compiled.as_text())
     state = jax.eval_shape(trainer.training.create_state, jax.random.key(0))
-    parameter_bytes = announce.count_bytes(state.params)
+    parameter_bytes = summary.count_bytes(state.params)
     assert parameter_bytes <= sent["all-reduce"] <= parameter_bytes + 100
     assert scaling.only_gradients_once(strategy, sent, parameter_bytes)
     assert not scaling.only_gradients_once(strategy, sent | {"all-to-all": 3 * parameter_bytes}, parameter_bytes)
@@ -260,7 +260,7 @@ def test_the_peak_is_that_of_the_longest_name_that_fits():
 def parameters_of(model, image_size):
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     shapes = jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image)
-    return announce.count_parameters(shapes["params"])
+    return summary.count_parameters(shapes["params"])
 
 
 @pytest.mark.parametrize("name", versus.MODELS)

@@ -16,8 +16,9 @@ from PIL import Image
 
 from vitcls import cli, config, evaluate, main, predict
 from vitcls.core.errors import UserError
+from vitcls.models.variables import variable_shapes
 from vitcls.train import train_and_evaluate
-from vitcls.training import run_dir
+from vitcls.training import build, run_dir
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 IMAGENET = f"--config={REPOSITORY}/configs/imagenet.py"
@@ -296,7 +297,7 @@ def test_predict_moves_the_weights_to_the_device_once(trained, tmp_path, monkeyp
     outcomes = [next(rows)]
     with jax.transfer_guard_host_to_device("disallow"):  # of what is not given to device_put
         outcomes += rows
-    shapes = evaluate.build.variable_shapes(evaluate.build.make_model(opened.config, opened.info), opened.info)
+    shapes = variable_shapes(build.make_model(opened.config, opened.info), opened.info.image_shape)
     batch = 32 * (8 * 8 * 3 + 2)  # image, label, mask
     assert moved == [sum(leaf.size for leaf in jax.tree.leaves(shapes)), batch, batch, batch]
     assert [file for file, _ in outcomes] == files
@@ -328,7 +329,7 @@ def test_predict_agrees_with_the_report(trained):
     path = trained.parent / "first.png"
     image.save(path)
     ((_, probabilities),) = predict.predict(opened, [path])
-    model = evaluate.build.make_model(opened.config, opened.info)
+    model = build.make_model(opened.config, opened.info)
     variables = opened.restore_variables(model, opened.find_step("last"))
     images = (dataset.test.images[:1] / 255.0 - np.array(opened.info.mean)) / np.array(opened.info.std)
     logits = np.asarray(model.apply(variables, images.astype(np.float32), train=False))[0]
@@ -381,9 +382,9 @@ def test_the_command_of_a_report_can_be_given_again():
     arguments = ["train", "--config=a.py", "--workdir=my run", "--config.total=5 epochs"]
     code = f"""
 import sys
-from vitcls.training import announce
+from vitcls.training import facts
 sys.argv = ["/usr/bin/vitcls", *{arguments!r}]
-print(announce.command_line())
+print(facts.command_line())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert shlex.split(done.stdout) == ["vitcls", *arguments]

@@ -13,7 +13,7 @@ from vitcls import config as configs
 from vitcls import evaluate, predict
 from vitcls.core.errors import UserError
 from vitcls.train import train_and_evaluate
-from vitcls.training import checkpoint, run_dir
+from vitcls.training import checkpoint, evaluator, run_dir
 from vitcls.training.metrics_log import read_history
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -39,7 +39,7 @@ def continued(path, **changes):
 
 def test_an_old_run_evaluates_predicts_and_continues(old, tmp_path, monkeypatch):
     path, expected = old
-    monkeypatch.setattr(evaluate, "_TIMED_SECONDS", 0.0)
+    monkeypatch.setattr(evaluator, "_TIMED_SECONDS", 0.0)
     digit = Image.fromarray(np.tri(8, dtype=np.uint8) * 255)
     digit.save(tmp_path / "digit.png")
     opened = run_dir.open_workdir(path)

@@ -5,8 +5,8 @@ import pytest
 
 from vitcls import models
 from vitcls.data import DatasetInfo
-from vitcls.models import flops
-from vitcls.training import announce
+from vitcls.models import flops, summary
+from vitcls.models.variables import variable_shapes
 
 
 def info(size):
@@ -43,15 +43,17 @@ def test_flops_are_counted_by_part():
 @pytest.mark.parametrize(("name", "size"), [("vit_base_patch16", 224), ("improved_vit_tiny", 32)])
 def test_the_total_is_near_what_xla_counts(name, size):
     model = models.create(name, 2)
-    variables = announce.build.variable_shapes(model, info(size))
+    variables = variable_shapes(model, info(size).image_shape)
     image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     lowered = jax.jit(lambda variables, images: model.apply(variables, images, train=False)).lower(variables, image)
-    assert announce.flops_per_image(model, info(size)) == pytest.approx(lowered.cost_analysis()["flops"], rel=0.1)
+    assert summary.flops_per_image(model, info(size).image_shape) == pytest.approx(
+        lowered.cost_analysis()["flops"], rel=0.1
+    )
 
 
 def test_the_table_adds_up_and_joins_numbered_parts():
     model = models.create("improved_vit_tiny", 2, depth=3)
-    table = announce.parameter_table(model, info(32))
-    shapes = announce.build.variable_shapes(model, info(32))
-    assert f"{announce.count_parameters(shapes['params']):,}" in table.splitlines()[-1]
+    table = summary.parameter_table(model, info(32).image_shape)
+    shapes = variable_shapes(model, info(32).image_shape)
+    assert f"{summary.count_parameters(shapes['params']):,}" in table.splitlines()[-1]
     assert "block x 3" in table

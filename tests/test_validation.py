@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vitcls import cli
 from vitcls import config as configs
 from vitcls.core.errors import UserError
+from vitcls.models.variables import variable_shapes
 from vitcls.train import prepare, train_and_evaluate
 from vitcls.training import announce, build
 
@@ -77,7 +78,7 @@ def test_a_config_is_refused_in_one_line_or_can_be_trained_with(mistake):
         return
     announce.log_first_step(prepared.config, prepared.info, prepared.training, prepared.layout)
     step = build.make_eval_step(prepared.config, prepared.training.model, prepared.info)
-    shapes = build.variable_shapes(prepared.training.model, prepared.info)
+    shapes = variable_shapes(prepared.training.model, prepared.info.image_shape)
     batch = {"image": (16, *prepared.info.image_shape), "label": (16,), "mask": (16,)}
     dtypes = {"image": "uint8", "label": "int32", "mask": "float32"}
     jax.eval_shape(step, shapes, {name: jax.ShapeDtypeStruct(batch[name], dtypes[name]) for name in batch})

@@ -3,174 +3,16 @@
 python -m vitcls.evaluate --workdir=DIR [--split=test] [--checkpoint=last|best|STEP] [--data_dir=DIR]
 """
 
-import dataclasses
 import os
-import pathlib
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable
 
-import jax
-import numpy as np
-
-from vitcls import cli, data, metrics, models, report
+from vitcls import cli, data
 from vitcls.core import partition
 from vitcls.core.errors import UserError
-from vitcls.core.partition import Partition
-from vitcls.data import DatasetInfo
-from vitcls.training import announce, build, metrics_log, run_dir
+from vitcls.training import build, facts, run_dir
+from vitcls.training.evaluator import make_evaluator, write_report
 
 SPLITS = ("test", "validation", "train")
-_TIMED_SECONDS = 2.0  # for each of the two timings, and never fewer than _TIMED_RUNS calls
-_TIMED_RUNS = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluator:
-    """A compiled eval_step and the devices it runs on."""
-
-    layout: Partition
-    eval_step: Callable
-
-    def __call__(self, variables, batches: Iterable[dict], probabilities: np.ndarray | None = None) -> metrics.Sums:
-        """metrics.evaluation_sums over all batches, on the host.
-
-        With `probabilities`, float32 [N, K], those of the first N examples are written there. Each batch's are fetched
-        while the devices work on the next, and none stay there.
-        """
-        total, before, rows, start = None, None, None, 0
-        for batch in batches:
-            jax.block_until_ready(before)  # else all batches of a fast source would wait on the devices
-            before = total
-            sums, new_rows = self.eval_step(variables, batch)
-            total = sums if total is None else metrics.merge(total, sums)
-            if probabilities is not None:
-                start += 0 if rows is None else self._fetch(rows, probabilities[start:])
-                rows = new_rows
-        if rows is not None:
-            self._fetch(rows, probabilities[start:])
-        return self.layout.to_host(total)
-
-    def _fetch(self, rows: jax.Array, place: np.ndarray) -> int:
-        """Writes a batch's probabilities at the start of `place`, which may be too short for its padding."""
-        host = self.layout.to_host(rows)[: len(place)]
-        place[: len(host)] = host
-        return len(host)
-
-
-def make_evaluator(config, model, info: DatasetInfo, layout: Partition) -> Evaluator:
-    """Compiles (at its first call) the evaluation of `model` over the devices of `layout`."""
-    return Evaluator(layout, layout.compile_evaluation(build.make_eval_step(config, model, info)))
-
-
-def split_batches(dataset: data.Dataset, split: str, layout: Partition, config) -> data.EvaluationBatches:
-    """The batches of a split by name; raises UserError where the data set has no such split.
-
-    They stay on the devices if the pipeline of the config is 'resident'.
-    """
-    examples = getattr(dataset, split)
-    if examples is None:
-        raise UserError(f"the data set '{dataset.name}' has no {split} split; set config.dataset.validation above 0")
-    return data.EvaluationBatches(
-        examples,
-        image_shape=dataset.image_shape,
-        partition=layout,
-        batch_size=layout.round_up(config.batch_size),
-        keep=data.choose_pipeline(dataset, config.dataset) == "resident",
-    )
-
-
-def write_report(
-    path: pathlib.Path,
-    config,
-    info: DatasetInfo,
-    dataset: data.Dataset,
-    evaluator: Evaluator,
-    model,
-    variables,
-    *,
-    split: str,
-    step: int,
-) -> dict:
-    """Evaluates `variables` on a split, writes report/ in the workdir `path` and returns the metrics."""
-    batches = split_batches(dataset, split, evaluator.layout, config)
-    examples = getattr(dataset, split)
-    probabilities = np.empty((len(examples.labels), info.num_classes), np.float32)
-    sums = evaluator(variables, batches, probabilities)
-    timings = {}
-    if config.report.timing:
-        timings["images_per_second"] = measure_throughput(evaluator, variables, batches)
-    learned = evaluator.layout.to_host(models.learned_weights(model, variables["params"]))
-    if jax.process_index():
-        return {}
-    if config.report.timing:
-        timings["latency_ms"] = measure_latency(config, model, info)
-
-    roc = metrics.roc_curves(examples.labels, probabilities)
-    history = metrics_log.read_history(path)
-    results = {"dataset": info.name, "split": split, "checkpoint_step": step}
-    results |= metrics.classification_report(examples.labels, probabilities, info.class_names, roc)
-    results |= metrics.summarize(sums)
-    results |= {
-        "parameters": announce.count_parameters(build.variable_shapes(model, info)["params"]),
-        "flops_per_image": announce.flops_per_image(model, info),
-        **timings,
-        "learned_weights": {name: float(weight) for name, weight in learned.items()},
-        "train_seconds": next((e["train/seconds"] for e in reversed(history) if "train/seconds" in e), 0.0),
-    }
-    report.write(
-        path / "report",
-        metrics=results,
-        labels=examples.labels,
-        probabilities=probabilities,
-        roc=roc,
-        class_names=info.class_names,
-        images=lambda indices: np.stack([data.read_image(examples, int(i), info.image_shape) for i in indices]),
-        history=history,
-        facts=announce.facts(config, info, step=step),
-    )
-    return results
-
-
-def measure_latency(config, model, info: DatasetInfo) -> dict[str, float]:
-    """Milliseconds from one image on the host to its probabilities on the host: median and 95th percentile."""
-    shapes = build.variable_shapes(model, info)
-    variables = jax.device_put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
-    eval_step = build.make_eval_step(config, model.clone(axis_name=None), info)
-
-    @jax.jit
-    def classify(variables, batch):
-        return eval_step(variables, batch)[1]
-
-    batch = {
-        "image": np.zeros((1, *info.image_shape), np.uint8),
-        "label": np.zeros(1, np.int32),
-        "mask": np.ones(1, np.float32),
-    }
-    seconds = _time(lambda: jax.device_get(classify(variables, jax.device_put(batch))), _TIMED_SECONDS)
-    return {"median": 1e3 * statistics.median(seconds), "p95": 1e3 * float(np.percentile(seconds, 95))}
-
-
-def measure_throughput(evaluator: Evaluator, variables, batches: data.EvaluationBatches) -> float:
-    """Images per second of inference on batches that are on the devices already; the median of several runs."""
-    batch = next(iter(batches))
-    size = batch["mask"].size * (jax.process_count() if evaluator.layout.mapped else 1)
-    # Processes take part in the same calls, so they must all make the same number of them.
-    at_least = _TIMED_SECONDS if jax.process_count() == 1 else 0.0
-    seconds = _time(lambda: jax.block_until_ready(evaluator.eval_step(variables, batch)), at_least)
-    return size / statistics.median(seconds)
-
-
-def _time(call: Callable[[], object], at_least: float) -> list[float]:
-    """Seconds of each of several calls, `at_least` so many in all, after one that warms up."""
-    call()
-    seconds: list[float] = []
-    while len(seconds) < _TIMED_RUNS or (sum(seconds) < at_least and len(seconds) < 100):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return seconds
 
 
 def evaluate(path: os.PathLike | str, *, split: str = "test", checkpoint: str = "", data_dir: str = "") -> dict:
@@ -224,7 +66,7 @@ def main(argv: list[str]) -> None:
     cli.start_jax()
     results = evaluate(flags.workdir, split=flags.split, checkpoint=flags.checkpoint, data_dir=flags.data_dir)
     if results:
-        print(announce.headline(results, flags.workdir))
+        print(facts.headline(results, flags.workdir))
 
 
 if __name__ == "__main__":

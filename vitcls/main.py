@@ -16,7 +16,7 @@ from vitcls import cli
 from vitcls.core import errors
 from vitcls.core.errors import UserError
 from vitcls.train import train_and_evaluate
-from vitcls.training import announce, run_dir
+from vitcls.training import facts, run_dir
 from vitcls.training.profiling import parse_steps
 
 
@@ -170,7 +170,7 @@ def main(argv: list[str]) -> None:
         data_dir=values.data_dir,
     )
     if results:
-        print(announce.headline(results, values.workdir))
+        print(facts.headline(results, values.workdir))
 
 
 if __name__ == "__main__":

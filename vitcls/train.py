@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from vitcls import config as configs
-from vitcls import data, evaluate, metrics, optim
+from vitcls import data, metrics, optim
 from vitcls.core import partition
 from vitcls.core.errors import RunError, Stopped, UserError
 from vitcls.core.partition import Partition
 from vitcls.models import convolutions
 from vitcls.training import announce, build, checkpoint, run_dir, steps
 from vitcls.training.build import Plan, Training
+from vitcls.training.evaluator import Evaluator, make_evaluator, split_batches, write_report
 from vitcls.training.lock import WorkdirLock
 from vitcls.training.metrics_log import MetricWriter
 from vitcls.training.profiling import Trace
@@ -69,22 +70,20 @@ def train_and_evaluate(
             return lock
 
         lock = partition.all_or_none(begin)
-        evaluator = evaluate.make_evaluator(config, convolutions.for_training(training.model), info, layout)
+        evaluator = make_evaluator(config, convolutions.for_training(training.model), info, layout)
         batches = data.train_batches(
             dataset, config.dataset, partition=layout, batch_size=config.batch_size, seed=config.seed
         )
         validation = None
         if dataset.validation is not None:
-            validation = evaluate.split_batches(dataset, "validation", layout, config)
+            validation = split_batches(dataset, "validation", layout, config)
         state, step = fit(config, path, plan, training, layout, batches, evaluator, validation, profile_steps, lock)
 
         variables = state.variables
         if config.report.checkpoint == "best":
             step, best = run_dir.open_workdir(path).restore(training.model, "best")
             variables = layout.replicate(best)
-        return evaluate.write_report(
-            path, config, info, dataset, evaluator, training.model, variables, split="test", step=step
-        )
+        return write_report(path, config, info, dataset, evaluator, training.model, variables, split="test", step=step)
 
 
 class Prepared(NamedTuple):
@@ -136,7 +135,7 @@ def fit(
     training: Training,
     layout: Partition,
     batches: data.TrainBatches,
-    evaluator: evaluate.Evaluator,
+    evaluator: Evaluator,
     validation: data.EvaluationBatches | None,
     profile_steps: range,
     lock: WorkdirLock | None,

@@ -1,51 +1,18 @@
 """What a run says of itself: devices, parameters and FLOPs, data, memory; at its start and in its report."""
 
-import datetime
-import importlib.metadata
 import logging
-import os
-import platform
-import re
-import shlex
-import sys
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
 from vitcls.core.partition import Partition
 from vitcls.data import DatasetInfo, resident_bytes
-from vitcls.models import flops
-from vitcls.training import build
+from vitcls.models import summary
 from vitcls.training.build import Plan, Training
 
 PyTree = Any
 _logger = logging.getLogger("vitcls")
-
-
-def count_parameters(params: PyTree) -> int:
-    """The number of parameters in a tree of arrays or shapes."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
-
-
-def count_bytes(tree: PyTree) -> int:
-    """Bytes of a tree of arrays or shapes."""
-    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def flops_per_image(model: nn.Module, info: DatasetInfo, *, products_only: bool = False) -> float:
-    """FLOPs of one forward pass of one image, 2 per multiply-add; see `flops.count`."""
-    return sum(_flops_by_part(model, info, products_only=products_only).values())
-
-
-def _flops_by_part(model: nn.Module, info: DatasetInfo, *, products_only: bool = False) -> dict[str, float]:
-    shapes = build.variable_shapes(model, info)
-    image = jax.ShapeDtypeStruct((1, *info.image_shape), np.float32)
-    plain = {"grouped_conv": "xla", "attention": "xla"}  # so that no platform or kernel counts otherwise
-    model = model.clone(axis_name=None, **{field: form for field, form in plain.items() if hasattr(model, field)})
-    trace = jax.make_jaxpr(lambda variables, images: model.apply(variables, images, train=False))
-    return flops.count(trace(shapes, image).jaxpr, products_only=products_only)
 
 
 def log_start(config, info: DatasetInfo, plan: Plan, training: Training, layout: Partition, pipeline: str) -> None:
@@ -64,33 +31,10 @@ def log_start(config, info: DatasetInfo, plan: Plan, training: Training, layout:
         f"memory    {mebibytes(layout.bytes_per_device(state))} of state and {mebibytes(resident)} of images a device, "
         "and the activations",
         f"model     {config.model.name}",
-        parameter_table(training.model, info),
+        summary.parameter_table(training.model, info.image_shape),
     ]
     for line in lines:
         _logger.info("%s", line)
-
-
-def parameter_table(model: nn.Module, info: DatasetInfo) -> str:
-    """Parameters and forward FLOPs per image of the model's parts, as text; numbered parts are summed."""
-    parameters = {part: count_parameters(tree) for part, tree in build.variable_shapes(model, info)["params"].items()}
-    part_flops = _flops_by_part(model, info)
-    groups: dict[str, list[str]] = {}
-    for part in [*parameters, *(part for part in part_flops if part not in parameters)]:
-        groups.setdefault(re.sub(r"_\d+$", "", part), []).append(part)
-    rows = [
-        (
-            f"{group} x {len(parts)}" if len(parts) > 1 else parts[0],
-            sum(parameters.get(part, 0) for part in parts),
-            sum(part_flops.get(part, 0) for part in parts) / 1e6,
-        )
-        for group, parts in groups.items()
-    ]
-    rows = [row for row in rows if row[1] or row[2] >= 0.005]
-    rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows)))
-    return "\n".join(
-        [f"          {'part':<28}{'parameters':>14}{'MFLOPs/image':>16}"]
-        + [f"          {name:<28}{count:>14,}{megaflops:>16,.2f}" for name, count, megaflops in rows]
-    )
 
 
 def log_first_step(config, info: DatasetInfo, training: Training, layout: Partition) -> None:
@@ -138,41 +82,6 @@ def dataset_line(info: DatasetInfo) -> str:
     counts = ", ".join(f"{count:,} {split}" for split, count in info.num_examples.items())
     skipped = f", {len(info.skipped)} files skipped" if info.skipped else ""
     return f"{info.name}: {counts}; {info.num_classes} classes of {height}x{width}x{channels}{skipped}"
-
-
-def facts(config, info: DatasetInfo, *, step: int) -> dict[str, Any]:
-    """Rows for the head of the report."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax"))
-    return {
-        "Model": config.model.name,
-        "Data": dataset_line(info),
-        "Checkpoint": f"step {step:,}",
-        "Test-time augmentation": config.test_time_augmentation,
-        "Seed": str(config.seed),
-        "Devices": devices_line(),
-        "Machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {versions}",
-        "Command": command_line(),
-        "Date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
-        "Skipped files": [f"{file.path}: {file.reason}" for file in info.skipped],
-    }
-
-
-def command_line() -> str:
-    """This process's command as it can be given to a shell again: `vitcls VERB ...` or `python -m vitcls.VERB ...`."""
-    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
-    name = os.path.basename(sys.argv[0])
-    program = ["python", "-m", module.name.removesuffix(".__main__")] if module else [name]
-    return shlex.join([*program, *sys.argv[1:]])
-
-
-def headline(results: dict, workdir) -> str:
-    """The last lines of a command: the main numbers and where the report is."""
-    return (
-        f"{results['split']}: accuracy {results['accuracy']:.2%}, top-5 {results['top5_accuracy']:.2%}, "
-        f"macro F1 {results['f1_macro']:.4f}, AUC {results['auc_ovr_macro']:.4f}, ECE {results['ece']:.4f}, "
-        f"loss {results['loss']:.4f} on {results['num_examples']:,} images\n"
-        f"report: {workdir}/report/index.html"
-    )
 
 
 def mebibytes(count: float) -> str:

@@ -17,9 +17,10 @@ from vitcls.core.partition import Partition
 from vitcls.data import DatasetInfo
 from vitcls.data.augment import make_augment, mixes_pairs, to_float, views
 from vitcls.models import convolutions
+from vitcls.models.variables import variable_shapes
 from vitcls.tasks import losses
 from vitcls.training import steps
-from vitcls.training.state import create_state, init_variables
+from vitcls.training.state import create_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ def make_model(config, info: DatasetInfo, *, axis_name: str | None = None) -> nn
     fields = {key: value for key, value in config.model.items() if key != "name"}
     model = models.create(config.model.name, info.num_classes, **fields).clone(axis_name=axis_name)
     try:
-        variable_shapes(model, info)
+        variable_shapes(model, info.image_shape)
     except UserError:
         raise
     except Exception as error:  # whatever a field that its checks do not know can do to a layer
@@ -76,16 +77,6 @@ def make_model(config, info: DatasetInfo, *, axis_name: str | None = None) -> nn
             f"{config.model.name} cannot be built for images of {size}: {reason}; see config.model"
         ) from None
     return model
-
-
-def variable_shapes(model: nn.Module, info: DatasetInfo):
-    """The shapes of a model's variables."""
-    return _variable_shapes(model.clone(axis_name=None), info.image_shape)
-
-
-@functools.lru_cache(maxsize=8)  # every command asks several times, and tracing a deep model takes half a second
-def _variable_shapes(model: nn.Module, image_shape: tuple[int, int, int]):
-    return jax.eval_shape(lambda key: init_variables(model, key, image_shape), jax.random.key(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +92,7 @@ class Training:
 def make_training(config, info: DatasetInfo, plan: Plan, layout: Partition) -> Training:
     """Builds the training functions of a config for the devices of `layout`; no device work."""
     model = make_model(config, info, axis_name=layout.axis_name)
-    optimizer = optim.make_optimizer(config.optimizer, variable_shapes(model, info)["params"])
+    optimizer = optim.make_optimizer(config.optimizer, variable_shapes(model, info.image_shape)["params"])
     schedule = optim.make_schedule(
         config.schedule,
         config.optimizer,

@@ -20,7 +20,8 @@ from vitcls.core import durations
 from vitcls.core.errors import UserError
 from vitcls.core.terminal import printable
 from vitcls.data import DatasetInfo
-from vitcls.training import build, checkpoint
+from vitcls.models.variables import variable_shapes
+from vitcls.training import checkpoint
 
 CONFIG_FILE, DATASET_FILE, CHECKPOINTS, PROFILE = "config.json", "dataset.json", "checkpoints", "profile"
 _MOVED_FILE = "moved.json"
@@ -73,7 +74,7 @@ class Workdir:
 
     def restore_variables(self, model: nn.Module, step: int) -> dict:
         """The variables of `model` for evaluation, as numpy arrays: the averages where there are any."""
-        shapes, folder = build.variable_shapes(model, self.info), self.path / CHECKPOINTS
+        shapes, folder = variable_shapes(model, self.info.image_shape), self.path / CHECKPOINTS
         params, statistics = "params", "batch_stats"
         if self.config.optimizer.ema_decay:
             params = "ema_params"

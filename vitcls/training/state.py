@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from vitcls import optim
+from vitcls.models.variables import init_variables
 
 PyTree = Any
 
@@ -46,12 +47,6 @@ class TrainState(flax.struct.PyTreeNode):
         if self.ema_params is None:
             return {"params": self.params, "batch_stats": self.batch_stats}
         return {"params": self.ema_params, "batch_stats": self.ema_batch_stats}
-
-
-def init_variables(model: nn.Module, key: jax.Array, image_shape: tuple[int, int, int]) -> dict[str, PyTree]:
-    """Initial variables of `model` for images of `image_shape` (H, W, C)."""
-    images = jnp.zeros((1, *image_shape), jnp.float32)
-    return model.init(key, images, train=False)
 
 
 def create_state(
