@@ -124,16 +124,17 @@ class Trainer:
         plan = build.make_plan(config, info)
         self.training = build.make_training(config, info, plan, layout)
         self.state = layout.init(self.training.create_state, jax.random.key(config.seed))
-        self._sums = layout.replicate(jax.device_get(steps.zero_sums()))
+        self._sums = layout.replicate(jax.device_get(steps.zero_sums(self.training.task.means.values())))
+        self._frozen = layout.place(self.training.frozen)
         self._step = 0
         call = steps.make_train_call(
             self.training.train_step, open_batches=self._batches.open, seed=config.seed, length=self._length
         )
         first = self._batches.data(0, self._length)
         start = time.perf_counter()
-        self.compiled = layout.compile_update(call, self.state, self._sums, first)
+        self.compiled = layout.compile_update(call, self.state, self._sums, first, self._frozen)
         if layout.mapped:  # what `pmap` would do at its first call; it cannot for several processes
-            self.compiled = self.compiled.lower(self.state, self._sums, first).compile()
+            self.compiled = self.compiled.lower(self.state, self._sums, first, self._frozen).compile()
         self.compile_seconds = time.perf_counter() - start
 
     @property
@@ -148,7 +149,7 @@ class Trainer:
         for _ in range(self.calls):
             previous = self._sums
             batches = self._batches.data(self._step, self._length)
-            self.state, self._sums = self.compiled(self.state, self._sums, batches)
+            self.state, self._sums = self.compiled(self.state, self._sums, batches, self._frozen)
             self._step += self._length
             jax.block_until_ready(previous)  # as the loop of vitcls.train does: one call ahead, not more
         return jax.block_until_ready(self._sums)["loss"]

@@ -16,8 +16,6 @@ def info(size):
 class Net(nn.Module):
     """One of each thing that is counted: a convolution, a grouped one, a product in a loop, and one outside modules."""
 
-    axis_name: str | None = None
-
     @nn.compact
     def __call__(self, images, *, train):
         x = nn.Conv(8, (3, 3), name="conv")(images)  # 2 * 6 * 6 * 8 * 3 * 3 * 3

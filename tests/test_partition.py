@@ -20,6 +20,7 @@ from vitcls import config as configs
 from vitcls import data
 from vitcls.core import partition
 from vitcls.core.errors import UserError
+from vitcls.core.rng import mapped_axis
 from vitcls.models.layers import Dropout
 from vitcls.train import train_and_evaluate
 from vitcls.training import build, checkpoint, run_dir, steps
@@ -32,14 +33,13 @@ class BatchNormNet(nn.Module):
     """A model whose result depends on the whole batch, through its statistics, and on its dropout."""
 
     num_classes: int
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images, *, train):
         x = nn.Conv(8, (3, 3))(images)
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name)(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=mapped_axis())(x)
         x = jax.nn.relu(x).mean((1, 2))
-        x = Dropout(0.2, axis_name=self.axis_name)(nn.Dense(256)(x), train=train)
+        x = Dropout(0.2)(nn.Dense(256)(x), train=train)
         return nn.Dense(self.num_classes)(x)
 
 
@@ -80,7 +80,7 @@ def with_model(config, info, plan, layout):
     """The training functions of a config, of a model with batch statistics."""
     original = build.make_model
     try:
-        build.make_model = lambda config, info, *, axis_name=None: BatchNormNet(info.num_classes, axis_name)
+        build.make_model = lambda config, info, **options: BatchNormNet(info.num_classes)
         return build.make_training(config, info, plan, layout)
     finally:
         build.make_model = original

@@ -15,7 +15,8 @@ from vitcls import optim
 from vitcls.core import rng
 from vitcls.data import augment as augmentation
 from vitcls.data.augment import to_float, views
-from vitcls.tasks import losses
+from vitcls.tasks import Context, losses
+from vitcls.tasks.classify import Classify
 from vitcls.training import steps
 from vitcls.training.state import create_state
 
@@ -28,11 +29,13 @@ LABELS = np.array([0, 1, 2, 0, 1, 2, 0, 1], np.int32)
 class Linear(nn.Module):
     """Logits are x W + b, so that every derivative is known."""
 
-    axis_name: str | None = None
-
     @nn.compact
     def __call__(self, images, *, train):
         return nn.Dense(NUM_CLASSES)(images.reshape(images.shape[0], -1))
+
+
+LOSS = losses.make_loss("cross_entropy", label_smoothing=0.0, focal_gamma=0.0, class_weights=np.ones(3))
+TASK = Classify().build(Context(("a", "b", "c"), (4, 4, 1), LOSS, open_run=None))
 
 
 def no_augment(keys, images, targets):
@@ -53,22 +56,10 @@ def build(
     total_steps=100,
 ):
     optimizer, model = optimizer or optax.sgd(1.0), model or Linear()
-    train_step = steps.make_train_step(
-        model=model,
-        augment=augment,
-        normalize=steps.make_normalize((0.5,), (0.25,)),
-        loss=losses.make_loss("cross_entropy", label_smoothing=0.0, focal_gamma=0.0, class_weights=np.ones(3)),
-        l2=l2,
-        optimizer=optimizer,
-        schedule=schedule,
-        ema_decay=ema_decay,
-        accumulate=accumulate,
-        nonfinite_limit=limit,
-        total_steps=total_steps,
-        num_classes=NUM_CLASSES,
-        axis_name=None,
-        unit=unit,
-    )
+    normalize = steps.make_normalize((0.5,), (0.25,))
+    tools = steps.make_tools(model, augment=augment, normalize=normalize, num_classes=NUM_CLASSES)
+    update = steps.Update(optimizer, schedule, l2, ema_decay, accumulate, unit, limit, total_steps)
+    train_step = steps.make_train_step(TASK, tools, update)
     schedule_config = configs.ConfigDict({"name": "constant"})
     state = create_state(
         jax.random.key(0),
@@ -199,7 +190,7 @@ def test_the_average_has_the_statistics_of_averaged_parameters():
             seen = self.variable("batch_stats", "seen", lambda: jnp.zeros(()))
             if train:
                 seen.value = seen.value + 1.0
-            return Linear(NUM_CLASSES)(images, train=train)
+            return Linear()(images, train=train)
 
     train_step, state = build(model=Counting(), ema_decay=0.5)
     expected_params, expected_seen = state.params, 0.0
@@ -248,8 +239,8 @@ def test_keys_depend_on_seed_step_and_place_and_not_on_the_layout():
     key = rng.step_key(0, jnp.int32(5))
     assert not np.array_equal(data(key), data(rng.step_key(0, jnp.int32(6))))
     assert not np.array_equal(data(key), data(rng.step_key(1, jnp.int32(5))))
-    whole = data(rng.example_keys(key, 16, None))
-    mapped = jax.pmap(lambda k: rng.example_keys(k, 2, "data"), axis_name="data")(
+    whole = data(rng.example_keys(key, 16))
+    mapped = jax.pmap(lambda k: rng.example_keys(k, 2), axis_name="data")(
         jax.random.wrap_key_data(np.stack([data(key)] * 8))
     )
     np.testing.assert_array_equal(data(mapped).reshape(16, -1), whole)
@@ -265,10 +256,10 @@ def test_an_evaluation_adds_up_the_logits_of_the_views(kind):
     model, weights = Linear(), np.random.default_rng(1).normal(size=(16, NUM_CLASSES)).astype(np.float32)
     variables = {"params": {"Dense_0": {"kernel": weights, "bias": np.zeros(NUM_CLASSES, np.float32)}}}
     eval_step = steps.make_eval_step(
+        TASK,
         model=model,
         views=lambda images: views(kind, to_float(images)),
         normalize=lambda images: images,
-        axis_name=None,
     )
     sums, probabilities = jax.jit(eval_step)(variables, {"image": IMAGES, "label": LABELS, "mask": EVERY})
     images = IMAGES / np.float32(255)

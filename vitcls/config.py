@@ -24,6 +24,7 @@ from vitcls.data.augment import AUGMENTATIONS, TEST_TIME, make_augment
 from vitcls.data.order import MAX_BATCH_SIZE
 from vitcls.data.sources import SOURCES, source_of
 from vitcls.optim import OPTIMIZERS, SCHEDULES
+from vitcls.tasks import TASKS
 from vitcls.tasks.losses import LOSSES
 
 
@@ -110,14 +111,15 @@ _SETTINGS = {
     "checkpoint": CheckpointSettings,
     "report": ReportSettings,
 }
-_REGISTRIES = {"loss": LOSSES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+_REGISTRIES = {"task": TASKS, "loss": LOSSES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
 _ANY_TYPE = ("image_size",)  # keys whose values have two types
 
 
-def default_config(model_name: str) -> ConfigDict:
+def default_config(model_name: str, task_name: str = "classify") -> ConfigDict:
     """Returns a locked config for `model_name`, with every key that vitcls reads.
 
-    The block `model` has one key per field of the model; a field left at None takes the value of the named preset.
+    The block `model` has one key per field of the model; a field left at None takes the value of the named preset. The
+    block `task` has the fields of the training objective.
     """
     config = ConfigDict(defaults(RunSettings))
     config.dataset = SOURCES.block("digits")
@@ -127,6 +129,7 @@ def default_config(model_name: str) -> ConfigDict:
         config.dataset[key] = FieldReference(default, field_type=object)
     config.augment = {name: defaults(entry) for name, entry in AUGMENTATIONS.items()}
     config.model = ConfigDict({"name": model_name, **models.field_placeholders(model_name)})
+    config.task = {"name": task_name} | defaults(TASKS[task_name])
     config.loss = LOSSES.block("cross_entropy")
     config.optimizer = OPTIMIZERS.block("adamw")
     config.schedule = SCHEDULES.block("cosine")
@@ -147,7 +150,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
             "a config is what `default_config(model_name)` of vitcls.config returns, with its block `model`"
         )
     blocks = {key: value for key, value in config.to_dict().items() if key != "model"}
-    resolved = ConfigDict(_complete(blocks, default_config(config.model.name).to_dict()))
+    task_name = config.task.get("name", "classify") if isinstance(config.get("task"), ConfigDict) else "classify"
+    resolved = ConfigDict(_complete(blocks, default_config(config.model.name, task_name).to_dict()))
     name, fields = config.model.name, models.fields(config.model.name)
     given = {key: value for key, value in config.model.items() if key != "name" and value is not None}
     for key, value in given.items():
@@ -158,6 +162,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     check_local(config.dataset.data_dir, "config.dataset.data_dir")
     if config.dataset.data_dir:
         resolved.dataset.data_dir = os.path.abspath(os.path.expanduser(config.dataset.data_dir))
+    if resolved.task.get("teacher"):
+        resolved.task.teacher = os.path.abspath(os.path.expanduser(resolved.task.teacher))
     return resolved.lock()
 
 
@@ -243,7 +249,7 @@ def from_json(text: str) -> ConfigDict:
     """
     try:
         values = _renamed(json.loads(text))
-        config = default_config(values["model"]["name"])
+        config = default_config(values["model"]["name"], values.get("task", {}).get("name", "classify"))
         config.update(_tuples(values))
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"config.json cannot be read: {error}") from None

@@ -34,9 +34,11 @@ def evaluate(path: os.PathLike | str, *, split: str = "test", checkpoint: str = 
             "give the original with --data_dir"
         )
     if data.choose_pipeline(dataset, config.dataset) == "resident":
-        dataset = data.decode(dataset, (split,))
+        dataset = data.decode(
+            dataset, (split, "train") if build.make_bank_step(config, model, trained.info)[0] else (split,)
+        )
     layout = partition.all_devices("data")
-    evaluator = make_evaluator(config, model, trained.info, layout)
+    evaluator = make_evaluator(config, model, trained.info, dataset, layout)
     return write_report(
         trained.path,
         config,

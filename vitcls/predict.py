@@ -34,6 +34,11 @@ def predict(
     """Yields (file, probabilities float32 [K]) for each file in order, or (file, why it cannot be read)."""
     config, info = trained.config, trained.info
     decoding = image_files.Decoding(info.max_value, config.dataset.eval_crop)
+    if build.make_task(config, info).remember is not None:
+        raise UserError(
+            f"a run of config.task.name='{config.task.name}' has no classifier; evaluate it, which compares "
+            "images with those of the training"
+        )
     model = build.make_model(config, info)
     _, variables = trained.restore(model, checkpoint or config.report.checkpoint)
     variables = jax.device_put(variables)

@@ -16,7 +16,7 @@ from vitcls import data, metrics, optim
 from vitcls.core import partition
 from vitcls.core.errors import RunError, Stopped, UserError
 from vitcls.core.partition import Partition
-from vitcls.models import convolutions
+from vitcls.tasks import Task
 from vitcls.training import announce, build, checkpoint, run_dir, steps
 from vitcls.training.build import Plan, Training
 from vitcls.training.evaluator import Evaluator, make_evaluator, split_batches, write_report
@@ -70,7 +70,7 @@ def train_and_evaluate(
             return lock
 
         lock = partition.all_or_none(begin)
-        evaluator = make_evaluator(config, convolutions.for_training(training.model), info, layout)
+        evaluator = make_evaluator(config, training.step_model, info, dataset, layout)
         batches = data.train_batches(
             dataset, config.dataset, partition=layout, batch_size=config.batch_size, seed=config.seed
         )
@@ -177,13 +177,13 @@ def fit(
             progress = progress.trained(seconds_until_ready(sums))
             check_finite(layout.to_host(state.nonfinite), config.nonfinite_limit)
             if log_due:
-                event = progress.interval_event(layout.to_host(sums), config.batch_size) | {
+                event = progress.interval_event(layout.to_host(sums), config.batch_size, training.task.means) | {
                     "train/learning_rate": _learning_rate(training, state, step, layout),
                     "train/epoch": step / plan.steps_per_epoch,
                 }
                 writer.write(step, event)
                 bar.report(step, event)
-                sums, progress = new_sums(layout), progress.next_interval()
+                sums, progress = new_sums(layout, training.task), progress.next_interval()
             scores = None
             if eval_due:
                 totals = evaluator(state.variables, validation)
@@ -209,7 +209,8 @@ def start_or_resume(
     config: configs.ConfigDict, path: pathlib.Path, training: Training, layout: Partition
 ) -> tuple[TrainState, steps.Sums, Progress, int]:
     """The state, the sums of the open logging interval, the progress and the step to go on from."""
-    state, sums = layout.init(training.create_state, jax.random.key(config.seed)), new_sums(layout)
+    state = layout.init(training.create_state, jax.random.key(config.seed))
+    sums = new_sums(layout, training.task)
     progress = Progress()
     step = checkpoint.latest_whole(path / run_dir.CHECKPOINTS, set_aside=False)
     if step is None:
@@ -226,9 +227,9 @@ def start_or_resume(
     return state, sums, Progress.from_record(record), step
 
 
-def new_sums(layout: Partition) -> steps.Sums:
+def new_sums(layout: Partition, task: Task) -> steps.Sums:
     """Sums of a logging interval that has just begun, on the devices."""
-    return layout.replicate(jax.device_get(steps.zero_sums()))
+    return layout.replicate(jax.device_get(steps.zero_sums(task.means.values())))
 
 
 class Update:
@@ -238,6 +239,7 @@ class Update:
         self._train_call = steps.make_train_call(
             training.train_step, open_batches=batches.open, seed=seed, length=length
         )
+        self._frozen = layout.place(training.frozen)
         self._batches = batches
         self._layout = layout
         self._length = length
@@ -256,10 +258,10 @@ class Update:
             what = "the training step" if self._length == 1 else f"{self._length} training steps per call"
             _logger.info("compiling %s ...", what)
             compiling_since = time.perf_counter()
-            self._compiled = self._layout.compile_update(self._train_call, state, sums, batches)
+            self._compiled = self._layout.compile_update(self._train_call, state, sums, batches, self._frozen)
             start = time.perf_counter()
         with jax.transfer_guard("disallow"):
-            state, new_sums = self._compiled(state, sums, batches)
+            state, new_sums = self._compiled(state, sums, batches, self._frozen)
         if first and self._layout.mapped:
             start = time.perf_counter()
         if first:

@@ -268,13 +268,21 @@ class Traced(NamedTuple):
 
 def plain(model: nn.Module) -> nn.Module:
     """`model` without what changes no variable."""
-    fields = {"axis_name": None, "remat": False, "dtype": "float32"}
+    fields = {"remat": False, "dtype": "float32"}
     fields |= {field: 0.0 for field in model.__dataclass_fields__ if "drop" in field}
     return model.clone(**{field: value for field, value in fields.items() if hasattr(model, field)})
 
 
 @functools.cache
-def trace(model: nn.Module, shape: tuple[int, int, int], *, train: bool, key: bool = True, x64: bool = False) -> Traced:
+def trace(
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    *,
+    train: bool,
+    key: bool = True,
+    x64: bool = False,
+    mapped: bool = False,
+) -> Traced:
     """The program that applies `model` to float32 variables and images [2, *shape], with a random key or without."""
     _, variables, _ = trace_init(plain(model), shape, train=False)
 
@@ -288,7 +296,7 @@ def trace(model: nn.Module, shape: tuple[int, int, int], *, train: bool, key: bo
                 yield from walk(part)
 
     images, rngs = jax.ShapeDtypeStruct((2, *shape), jnp.float32), {"dropout": jax.random.key(0)} if key else {}
-    axes = [] if model.axis_name is None else [(model.axis_name, 2)]
+    axes = [("data", 2)] if mapped else []
     with jax.enable_x64(x64):
         program, shapes = jax.make_jaxpr(apply, axis_env=axes, return_shape=True)(variables, images, rngs)
     return Traced(*shapes, list(walk(program.jaxpr)))
@@ -566,7 +574,7 @@ def test_the_documented_intermediates_are_sown(name):
 
 def loaded(name: str) -> nn.Module:
     """The tiny version with all that a large run asks for, so that its program need only be traced once."""
-    return tiny(name, dtype="bfloat16", remat=True).clone(axis_name="data")
+    return tiny(name, dtype="bfloat16", remat=True)
 
 
 @every_model
@@ -578,7 +586,7 @@ def test_variables_do_not_depend_on_the_type_or_on_recomputing(name):
 
 @every_model
 def test_with_bfloat16_only_what_must_be_precise_stays_in_float32(name):
-    traced = trace(loaded(name), image_shape(name), train=True)
+    traced = trace(loaded(name), image_shape(name), train=True, mapped=True)
     assert_logits(traced.logits)
     assert dtypes(traced.changed.get("batch_stats")) <= {"float32"}
     sown = traced.changed["intermediates"]
@@ -595,7 +603,7 @@ def test_with_bfloat16_only_what_must_be_precise_stays_in_float32(name):
 
 @every_model
 def test_batch_norms_and_masks_span_the_devices_of_an_axis(name):
-    traced = trace(loaded(name), image_shape(name), train=True)
+    traced = trace(loaded(name), image_shape(name), train=True, mapped=True)
     norms = len(jax.tree.leaves(traced.changed.get("batch_stats"))) // 2  # each has a mean and a variance
     assert traced.count("psum", "psum_invariant") == norms
     assert traced.count("axis_index") == traced.count("random_bits") > 0

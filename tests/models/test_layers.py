@@ -20,12 +20,10 @@ DROPOUT = {"dropout": jax.random.key(7)}
 class Masks(nn.Module):
     """Element-wise dropout, then whole examples dropped."""
 
-    axis_name: str | None = None
-
     @nn.compact
     def __call__(self, x):
-        x = layers.Dropout(0.3, axis_name=self.axis_name)(x, train=True)
-        return layers.DropPath(0.4, axis_name=self.axis_name)(x, train=True)
+        x = layers.Dropout(0.3)(x, train=True)
+        return layers.DropPath(0.4)(x, train=True)
 
 
 @pytest.mark.eight_devices
@@ -37,7 +35,7 @@ def test_masks_are_the_same_on_one_device_sharded_and_mapped():
     spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
     np.testing.assert_array_equal(jax.jit(lambda x: Masks().apply({}, x, rngs=DROPOUT))(spread), one)
 
-    mapped = jax.pmap(lambda x: Masks("data").apply({}, x, rngs=DROPOUT), axis_name="data")
+    mapped = jax.pmap(lambda x: Masks().apply({}, x, rngs=DROPOUT), axis_name="data")
     np.testing.assert_array_equal(mapped(x.reshape(8, 2, 5, 6)).reshape(x.shape), one)
     assert len({row.tobytes() for row in one if row.any()}) > 4  # the examples differ
 
@@ -282,7 +280,6 @@ def test_rates_grow_linearly_from_zero_to_the_last():
 class Classifier(nn.Module):
     num_classes: int = 3
     dropout: float = 0.5
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, features, train):
@@ -398,7 +395,6 @@ class Checked(nn.Module):
     fractions: tuple[float, ...] = (0.5,)
     remat: bool = False
     dtype: str = "float32"
-    axis_name: str | None = None
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vitcls.core.errors import RunError, UserError
+from vitcls.core.rng import BATCH_AXIS as AXIS
 
-AXIS = "data"
 STRATEGIES = ("data", "fsdp", "pmap")
 PyTree = Any
 T = TypeVar("T")
@@ -40,11 +40,6 @@ class Partition:
     @property
     def mapped(self) -> bool:
         return self.strategy == "pmap"
-
-    @property
-    def axis_name(self) -> str | None:
-        """The axis that collectives inside a step name; None where the step sees the global batch."""
-        return AXIS if self.mapped else None
 
     def sharding(self, *spec: str | None) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*spec))
@@ -71,7 +66,7 @@ class Partition:
         """Inside `jit`: keeps the examples of a batch, made there, spread over the devices."""
         return batch if self.mapped else jax.lax.with_sharding_constraint(batch, self.sharding(AXIS))
 
-    def whole(self, params: PyTree) -> PyTree:
+    def gather_params(self, params: PyTree) -> PyTree:
         """Inside `jit`: gathers parameters that are spread over the devices, so that only the examples of a batch are.
 
         Without it the compiler may move activations between devices in place of parameters.
@@ -112,6 +107,17 @@ class Partition:
             )
         return jax.tree.map(
             lambda x: jax.make_array_from_callback(np.shape(x), self.sharding(), lambda index: np.asarray(x)[index]),
+            tree,
+        )
+
+    def place(self, tree: PyTree) -> PyTree:
+        """Puts a host tree on the devices as a state lies there: under 'fsdp' spread over them."""
+        if self.mapped:
+            return self.replicate(tree)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(
+                np.shape(x), self._leaf_sharding(np.asarray(x)), lambda index: np.asarray(x)[index]
+            ),
             tree,
         )
 
@@ -167,15 +173,15 @@ class Partition:
         shardings = self.state_shardings(jax.eval_shape(create, key))
         return jax.jit(create, out_shardings=shardings)(key)
 
-    def compile_update(self, update: Callable, state: PyTree, sums: PyTree, data: PyTree) -> Callable:
-        """Compiles `update(state, sums, data) -> (state, sums)`; the state is donated.
+    def compile_update(self, update: Callable, state: PyTree, sums: PyTree, *others: PyTree) -> Callable:
+        """Compiles `update(state, sums, *others) -> (state, sums)`; the state is donated.
 
         Under `pmap` it is compiled by its first call, before that is dispatched: several processes cannot do it ahead.
         """
         if self.mapped:
             return self._pmap(update, donate_argnums=0)
         mapped = jax.jit(update, donate_argnums=0, out_shardings=(self.state_shardings(state), self.sharding()))
-        return mapped.lower(state, sums, data).compile(compiler_options=self._compiler_options)
+        return mapped.lower(state, sums, *others).compile(compiler_options=self._compiler_options)
 
     def compile_evaluation(self, evaluate: Callable) -> Callable:
         """Maps `evaluate(variables, batch) -> outputs`; the outputs are the same on every device."""

@@ -4,6 +4,7 @@ A class checks its fields in `__post_init__` with `require`, and raises ValueErr
 which key of the config it is about. Modules are imported when their entry is asked for.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import math
@@ -66,6 +67,10 @@ class Registry(Mapping[str, type]):
         """The dataclass `name` with its fields from `values`, which may have more; raises UserError, naming the key."""
         return fill(self[name], values, key or self.key, check=self._check)
 
+    def about(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """A context in which a ValueError of the entry `name` becomes a UserError that names the key."""
+        return _about(self.key, defaults(self[name]) | (defaults(self.shared) if self.shared else {}))
+
     def check(self, values: Mapping[str, Any], name: str = "") -> None:
         """Raises UserError for a block in which a shared key, or a field of the entry `name`, is impossible.
 
@@ -90,10 +95,17 @@ def fill(entry: type, values: Mapping[str, Any], key: str, *, check: Callable[[A
         for field, default in fields.items()
         if field in values
     }
-    try:
+    with _about(key, fields):
         made = entry(**given)
         check(made)
         return made
+
+
+@contextlib.contextmanager
+def _about(key: str, fields: Mapping[str, Any]) -> Iterator[None]:
+    """Turns a ValueError of an entry, in its own words, into a UserError that names the key."""
+    try:
+        yield
     except UserError:
         raise
     except ValueError as error:

@@ -56,7 +56,7 @@ class Resident:
         visible = self._partition.visible(self._batch_size)
 
         def batch(i: jax.Array) -> dict[str, jax.Array]:
-            places = offset + i * self._batch_size + example_positions(visible, self._partition.axis_name)
+            places = offset + i * self._batch_size + example_positions(visible)
             indices = self._partition.constrain(order[places])
             return self._partition.constrain(
                 {

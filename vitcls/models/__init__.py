@@ -39,7 +39,7 @@ _FAMILIES = (
     airbench,
 )
 _PRESETS: dict[str, Preset] = {name: preset for family in _FAMILIES for name, preset in family.PRESETS.items()}
-_NOT_CONFIGURED = ("num_classes", "axis_name", "parent", "name")
+_NOT_CONFIGURED = ("num_classes", "parent", "name")
 
 
 def names() -> list[str]:

@@ -32,20 +32,17 @@ class Airbench(nn.Module):
     grouped_conv: str = "auto"  # the form of convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute each group in the backward pass
     dtype: str = "float32"  # 'bfloat16'
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         checks.check_fields(self)
         checks.check_size(images.shape, (1 << len(self.widths)) + 1)
         group = layers.checkpointed(Group, self.remat)
-        x = WhitenedPatches(axis_name=self.axis_name, name="whitening")(images, train)
+        x = WhitenedPatches(name="whitening")(images, train)
         x = layers.activation(self.activation)(x.astype(self.dtype))
         self.sow("intermediates", "stem_map", x)
         for i, width in enumerate(self.widths, start=1):
-            x = group(
-                width, self.norm, self.activation, self.grouped_conv, self.dtype, self.axis_name, name=f"group_{i}"
-            )(x, train)
+            x = group(width, self.norm, self.activation, self.grouped_conv, self.dtype, name=f"group_{i}")(x, train)
             self.sow("intermediates", f"group_{i}_map", x)
         return self.logit_scale * layers.classify(self, jnp.max(x, axis=(1, 2)), train=train)
 
@@ -57,8 +54,6 @@ class WhitenedPatches(nn.Module):
     differences of a patch's pixels and of its colours (Ohta et al. 1980), so these are taken, and their variances are
     those of the batch, or running means of them: nothing depends on the data beforehand. In float32.
     """
-
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -73,7 +68,6 @@ class WhitenedPatches(nn.Module):
             epsilon=_WHITENING_EPSILON,
             use_scale=False,
             use_bias=False,
-            axis_name=self.axis_name,
             name="norm",
         )(x)
         bias = self.param("bias", nn.initializers.zeros, (2 * x.shape[-1],))
@@ -103,7 +97,6 @@ class Group(nn.Module):
     activation: str
     grouped_conv: str
     dtype: str
-    axis_name: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -119,9 +112,7 @@ class Group(nn.Module):
                 name=f"conv_{i}",
             )(x)
             x = layers.max_pool(x, 2, 2) if i == 1 else x
-            x = layers.normalize(
-                x, self.norm, train=train, dtype=self.dtype, axis_name=self.axis_name, name=f"norm_{i}"
-            )
+            x = layers.normalize(x, self.norm, train=train, dtype=self.dtype, name=f"norm_{i}")
             x = layers.activation(self.activation)(x)
         return x
 

@@ -29,7 +29,6 @@ class AlexNet(nn.Module):
     grouped_conv: str = "auto"  # the form of the convolutions of two towers; see convolutions.GroupedConv
     remat: bool = False  # recompute the inside of each convolution, norm and activation in the backward pass
     dtype: str = "float32"  # 'bfloat16'
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -53,7 +52,6 @@ class AlexNet(nn.Module):
                 activation=self.activation,
                 grouped_conv=self.grouped_conv,
                 dtype=self.dtype,
-                axis_name=self.axis_name,
                 name=f"conv_{i}",
             )(x, train)
             x = respond(x) if i <= 2 else x

@@ -33,7 +33,6 @@ class ConvNeXt(nn.Module):
     grouped_conv: str = "auto"  # the form of depthwise convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute each block in the backward pass
     dtype: str = "float32"  # 'bfloat16'
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -43,9 +42,7 @@ class ConvNeXt(nn.Module):
         checks.check_stem(self, images.shape, {"standard": 4 << halvings, "small": 1 << halvings})
 
         def normalize(x: jax.Array, name: str) -> jax.Array:
-            return layers.normalize(
-                x, self.norm, train=train, epsilon=_EPSILON, dtype=self.dtype, axis_name=self.axis_name, name=name
-            )
+            return layers.normalize(x, self.norm, train=train, epsilon=_EPSILON, dtype=self.dtype, name=name)
 
         def conv(features: int, size: int, stride: int, padding: int, name: str) -> nn.Module:
             return convolutions.conv(
@@ -79,7 +76,6 @@ class ConvNeXt(nn.Module):
                     drop_path=next(rates),
                     grouped_conv=self.grouped_conv,
                     dtype=self.dtype,
-                    axis_name=self.axis_name,
                     name=f"stage_{stage}_block_{i}",
                 )(x, train)
             self.sow("intermediates", f"stage_{stage}_map", x)
@@ -99,7 +95,6 @@ class Block(nn.Module):
     drop_path: float
     grouped_conv: str
     dtype: str
-    axis_name: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -113,12 +108,12 @@ class Block(nn.Module):
             dtype=self.dtype,
             name="depthwise",
         )(x)
-        y = layers.normalize(y, self.norm, train=train, epsilon=_EPSILON, dtype=self.dtype, axis_name=self.axis_name)
+        y = layers.normalize(y, self.norm, train=train, epsilon=_EPSILON, dtype=self.dtype)
         y = nn.Dense(self.expansion * width, dtype=self.dtype, name="expand")(y)
         y = nn.Dense(width, dtype=self.dtype, name="project")(layers.activation(self.activation)(y))
         if self.layer_scale:
             y = layers.LayerScale(self.layer_scale, name="layer_scale")(y)
-        return x + layers.DropPath(self.drop_path, self.axis_name)(y, train=train)
+        return x + layers.DropPath(self.drop_path)(y, train=train)
 
 
 PRESETS = {

@@ -35,7 +35,6 @@ class DenseNet(nn.Module):
     grouped_conv: str = "auto"  # the form of convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute each layer in the backward pass
     dtype: str = "float32"  # 'bfloat16'
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -46,9 +45,7 @@ class DenseNet(nn.Module):
         checks.check_stem(self, images.shape, {"standard": 4 << halvings, "small": 1 << halvings})
 
         act = layers.activation(self.activation)
-        normalize = functools.partial(
-            layers.normalize, kind=self.norm, train=train, dtype=self.dtype, axis_name=self.axis_name
-        )
+        normalize = functools.partial(layers.normalize, kind=self.norm, train=train, dtype=self.dtype)
         x = images.astype(self.dtype)
         size, stride = (3, 1) if self.stem == "small" else (7, 2)
         conv = functools.partial(convolutions.conv, grouped_conv=self.grouped_conv, dtype=self.dtype)
@@ -74,7 +71,6 @@ class DenseNet(nn.Module):
                     dropout=self.layer_dropout,
                     grouped_conv=self.grouped_conv,
                     dtype=self.dtype,
-                    axis_name=self.axis_name,
                     name=f"stage_{stage}_layer_{i}",
                 )(x, train)
                 x = jnp.concatenate([x, new], axis=-1)
@@ -93,17 +89,14 @@ class DenseLayer(nn.Module):
     dropout: float
     grouped_conv: str
     dtype: str
-    axis_name: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         for i, (features, size) in enumerate(((self.bottleneck * self.growth_rate, 1), (self.growth_rate, 3)), start=1):
-            x = layers.normalize(
-                x, self.norm, train=train, dtype=self.dtype, axis_name=self.axis_name, name=f"norm_{i}"
-            )
+            x = layers.normalize(x, self.norm, train=train, dtype=self.dtype, name=f"norm_{i}")
             conv = convolutions.conv(features, size, grouped_conv=self.grouped_conv, dtype=self.dtype, name=f"conv_{i}")
             x = conv(self.activation(x))
-        return layers.Dropout(self.dropout, axis_name=self.axis_name)(x, train=train)
+        return layers.Dropout(self.dropout)(x, train=train)
 
 
 PRESETS = {

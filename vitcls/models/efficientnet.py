@@ -34,7 +34,6 @@ class EfficientNet(nn.Module):
     grouped_conv: str = "auto"  # the form of depthwise convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute each block in the backward pass
     dtype: str = "float32"  # 'bfloat16'
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -48,7 +47,6 @@ class EfficientNet(nn.Module):
             activation=self.activation,
             grouped_conv=self.grouped_conv,
             dtype=self.dtype,
-            axis_name=self.axis_name,
         )
 
         def width(channels: int) -> int:
@@ -74,7 +72,6 @@ class EfficientNet(nn.Module):
                     gate_activation=self.activation,
                     drop_path=next(rates),
                     dtype=self.dtype,
-                    axis_name=self.axis_name,
                     name=f"stage_{stage + 1}_block_{i + 1}",
                 )(x, train)
             self.sow("intermediates", f"stage_{stage + 1}_map", x)

@@ -78,7 +78,6 @@ class _Inception(nn.Module):
     grouped_conv: str = "auto"  # the form of convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute each inception module in the backward pass
     dtype: str = "float32"  # 'bfloat16'
-    axis_name: str | None = None
 
     def _unit(self) -> Callable[..., layers.ConvNorm]:
         return functools.partial(
@@ -89,7 +88,6 @@ class _Inception(nn.Module):
             activation=self.activation,
             grouped_conv=self.grouped_conv,
             dtype=self.dtype,
-            axis_name=self.axis_name,
         )
 
     def _mix(self, name: str, branches: dict, x: jax.Array, train: bool) -> jax.Array:

@@ -27,7 +27,6 @@ class InvertedResidual(nn.Module):
     gate: Callable[[jax.Array], jax.Array] = jax.nn.sigmoid
     drop_path: float = 0.0
     dtype: str = "float32"
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -49,7 +48,7 @@ class InvertedResidual(nn.Module):
         y = self.unit(self.features, 1, activation=self.last_activation, name="project")(y, train=train)
         if y.shape != x.shape:
             return y
-        return x + layers.DropPath(self.drop_path, self.axis_name)(y, train=train)
+        return x + layers.DropPath(self.drop_path)(y, train=train)
 
 
 def strides_for(stem: str, strides: Iterable[int]) -> list[int]:

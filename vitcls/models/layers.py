@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcls.core import errors
-from vitcls.core.rng import example_keys
+from vitcls.core import errors, rng
 from vitcls.models import convolutions
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -50,14 +49,13 @@ class Dropout(nn.Module):
 
     rate: float
     shared_axes: tuple[int, ...] = ()
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         if not train or self.rate == 0.0:
             return x
         shape = [1 if axis in self.shared_axes else size for axis, size in enumerate(x.shape)][1:]
-        keys = example_keys(self.make_rng("dropout"), x.shape[0], self.axis_name)
+        keys = rng.example_keys(self.make_rng("dropout"), x.shape[0])
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.rate, shape))(keys)
         return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros((), x.dtype)).astype(x.dtype)
 
@@ -69,11 +67,10 @@ class DropPath(nn.Module):
     """
 
     rate: float
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        return Dropout(self.rate, tuple(range(1, x.ndim)), self.axis_name)(x, train=train)
+        return Dropout(self.rate, tuple(range(1, x.ndim)))(x, train=train)
 
 
 class LayerScale(nn.Module):
@@ -110,7 +107,6 @@ def normalize(
     train: bool,
     epsilon: float = 1e-5,
     dtype: str = "float32",
-    axis_name: str | None = None,
     name: str = "norm",
 ) -> jax.Array:
     """Normalises [B, ..., C] with a scale and a shift per channel, which are submodules of the calling module.
@@ -126,7 +122,7 @@ def normalize(
                 momentum=0.9,
                 epsilon=epsilon,
                 dtype=dtype,
-                axis_name=axis_name,
+                axis_name=rng.mapped_axis(),
                 name=name,
             )
         case "layer":
@@ -154,7 +150,6 @@ class ConvNorm(nn.Module):
     activation: str = "relu"
     grouped_conv: str = "auto"
     dtype: str = "float32"
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -168,7 +163,7 @@ class ConvNorm(nn.Module):
             grouped_conv=self.grouped_conv,
             dtype=self.dtype,
         )(x)
-        x = normalize(x, self.norm, train=train, epsilon=self.epsilon, dtype=self.dtype, axis_name=self.axis_name)
+        x = normalize(x, self.norm, train=train, epsilon=self.epsilon, dtype=self.dtype)
         return activation(self.activation)(x)
 
 
@@ -235,11 +230,11 @@ def local_response_norm(x: jax.Array, *, size: int = 5, alpha: float = 1e-4, bet
 def classify(model: nn.Module, features: jax.Array, *, train: bool) -> jax.Array:
     """Sows 'features' [B, D] and maps them, after dropout, to logits float32 [B, num_classes] with the layer 'head'.
 
-    `model` is the calling module, with the fields num_classes, dropout and axis_name.
+    `model` is the calling module, with the fields num_classes and dropout.
     """
     features = features.astype(jnp.float32)
     model.sow("intermediates", "features", features)
-    features = Dropout(model.dropout, axis_name=model.axis_name)(features, train=train)
+    features = Dropout(model.dropout)(features, train=train)
     return head(features, model.num_classes)
 
 
@@ -260,7 +255,7 @@ def classify_flat(model: nn.Module, x: jax.Array, *, side: int, train: bool) -> 
     act = activation(model.activation)
     x = resize_by_mean(x, side, side).reshape(x.shape[0], -1)
     x = act(nn.Dense(model.head_width, dtype=model.dtype, name="hidden_1")(x))
-    x = Dropout(model.dropout, axis_name=model.axis_name)(x, train=train)
+    x = Dropout(model.dropout)(x, train=train)
     x = act(nn.Dense(model.head_width, dtype=model.dtype, name="hidden_2")(x))
     return classify(model, x, train=train)
 

@@ -31,7 +31,6 @@ class _MobileNet(nn.Module):
     grouped_conv: str = "auto"  # the form of depthwise convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute each block in the backward pass
     dtype: str = "float32"  # 'bfloat16'
-    axis_name: str | None = None
 
     def _unit(self):
         return functools.partial(
@@ -42,7 +41,6 @@ class _MobileNet(nn.Module):
             activation=self.activation,
             grouped_conv=self.grouped_conv,
             dtype=self.dtype,
-            axis_name=self.axis_name,
         )
 
     def _stem(self, images: jax.Array, features: int, train: bool) -> jax.Array:
@@ -115,7 +113,6 @@ class MobileNetV2(_MobileNet):
                     activation=self.activation,
                     last_activation="linear" if self.linear_bottleneck else self.activation,
                     dtype=self.dtype,
-                    axis_name=self.axis_name,
                     name=f"stage_{stage}_block_{i}",
                 )(x, train)
             self.sow("intermediates", f"stage_{stage}_map", x)
@@ -156,7 +153,6 @@ class MobileNetV3(_MobileNet):
                     squeeze_excite=gate_width if gated else 0,
                     gate=jax.nn.hard_sigmoid,
                     dtype=self.dtype,
-                    axis_name=self.axis_name,
                     name=f"stage_{stage}_block_{i}",
                 )(x, train)
             self.sow("intermediates", f"stage_{stage}_map", x)

@@ -42,7 +42,6 @@ class ResNet(nn.Module):
     grouped_conv: str = "auto"  # the form of grouped convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute each block in the backward pass
     dtype: str = "float32"  # 'bfloat16'
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -73,7 +72,6 @@ class ResNet(nn.Module):
                     activation=self.activation,
                     dropout=self.block_dropout,
                     drop_path=next(rates),
-                    axis_name=self.axis_name,
                     name=f"stage_{stage + 1}_block_{i + 1}",
                 )(x, train)
             x = self._after_stage(x, stage + 1, unit, train=train)
@@ -89,7 +87,6 @@ class ResNet(nn.Module):
             activation=self.activation,
             grouped_conv=self.grouped_conv,
             dtype=self.dtype,
-            axis_name=self.axis_name,
         )
 
     def _check(self, shape: tuple[int, ...]) -> None:
@@ -126,11 +123,10 @@ class ResidualBlock(nn.Module):
     activation: str
     dropout: float
     drop_path: float
-    axis_name: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        dropout = layers.Dropout(self.dropout, axis_name=self.axis_name)
+        dropout = layers.Dropout(self.dropout)
         if self.kind == "basic":
             y = self.unit(self.inner, 3, stride=self.stride, groups=self.groups, name="conv_1")(x, train=train)
             y = dropout(y, train=train)
@@ -141,7 +137,7 @@ class ResidualBlock(nn.Module):
             y = self.unit(self.inner, 3, stride=second, groups=self.groups, name="conv_2")(y, train=train)
             y = dropout(y, train=train)
             y = self.unit(self.features, 1, activation="linear", name="conv_3")(y, train=train)
-        y = layers.DropPath(self.drop_path, self.axis_name)(y, train=train)
+        y = layers.DropPath(self.drop_path)(y, train=train)
         return layers.activation(self.activation)(self._skip(x, train) + y)
 
     def _skip(self, x: jax.Array, train: bool) -> jax.Array:

@@ -34,7 +34,6 @@ class LeNet5(nn.Module):
     grouped_conv: str = "auto"  # the form of convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute the inside of each convolution and activation in the backward pass
     dtype: str = "float32"  # 'bfloat16'
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -54,7 +53,6 @@ class LeNet5(nn.Module):
                 activation=self.activation,
                 grouped_conv=self.grouped_conv,
                 dtype=self.dtype,
-                axis_name=self.axis_name,
                 name=f"conv_{i}",
             )(x, train)
             self.sow("intermediates", f"conv_{i}_map", x)
@@ -87,7 +85,6 @@ class PaperCNN(nn.Module):
     grouped_conv: str = "auto"  # the form of convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute each convolution's block in the backward pass
     dtype: str = "float32"  # 'bfloat16'
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -108,7 +105,6 @@ class PaperCNN(nn.Module):
                     self.activation,
                     self.grouped_conv,
                     self.dtype,
-                    self.axis_name,
                     name=f"stage_{stage}_block_{i}",
                 )(x, train)
             x = layers.max_pool(x, 2, 2)
@@ -127,7 +123,6 @@ class ConvBlock(nn.Module):
     activation: str
     grouped_conv: str
     dtype: str
-    axis_name: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -138,7 +133,6 @@ class ConvBlock(nn.Module):
             activation="linear",
             grouped_conv=self.grouped_conv,
             dtype=self.dtype,
-            axis_name=self.axis_name,
             name="conv",
         )(x, train)
         if self.residual:

@@ -32,7 +32,7 @@ def _flops_by_part(model: nn.Module, image_shape: ImageShape, *, products_only: 
     shapes = variable_shapes(model, image_shape)
     image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
     plain = {"grouped_conv": "xla", "attention": "xla"}  # so that no platform or kernel counts otherwise
-    model = model.clone(axis_name=None, **{field: form for field, form in plain.items() if hasattr(model, field)})
+    model = model.clone(**{field: form for field, form in plain.items() if hasattr(model, field)})
     trace = jax.make_jaxpr(lambda variables, images: model.apply(variables, images, train=False))
     return flops.count(trace(shapes, image).jaxpr, products_only=products_only)
 

@@ -13,7 +13,7 @@ ImageShape = tuple[int, int, int]  # H, W, C
 
 def variable_shapes(model: nn.Module, image_shape: ImageShape) -> dict[str, PyTree]:
     """The shapes of the variables of `model` for images of `image_shape`."""
-    return _variable_shapes(model.clone(axis_name=None), image_shape)
+    return _variable_shapes(model, image_shape)
 
 
 @functools.lru_cache(maxsize=8)  # every command asks several times, and tracing a deep model takes half a second

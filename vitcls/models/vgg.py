@@ -28,7 +28,6 @@ class VGG(nn.Module):
     grouped_conv: str = "auto"  # the form of convolutions; see convolutions.GroupedConv
     remat: bool = False  # recompute each stage in the backward pass
     dtype: str = "float32"  # 'bfloat16'
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -47,7 +46,6 @@ class VGG(nn.Module):
                 self.activation,
                 self.grouped_conv,
                 self.dtype,
-                self.axis_name,
                 name=f"stage_{i}",
             )(x, train)
             self.sow("intermediates", f"stage_{i}_map", x)
@@ -64,7 +62,6 @@ class Stage(nn.Module):
     activation: str
     grouped_conv: str
     dtype: str
-    axis_name: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -77,7 +74,6 @@ class Stage(nn.Module):
                 activation=self.activation,
                 grouped_conv=self.grouped_conv,
                 dtype=self.dtype,
-                axis_name=self.axis_name,
                 name=f"conv_{i}",
             )(x, train=train)
         return x

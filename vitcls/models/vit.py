@@ -61,7 +61,6 @@ class VisionTransformer(nn.Module):
     grouped_conv: str = "auto"  # of local_conv; see convolutions.GroupedConv
     remat: bool = False  # recompute each block in the backward pass
     dtype: str = "float32"  # 'bfloat16'
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -87,7 +86,6 @@ class VisionTransformer(nn.Module):
                 squeeze_excite=self.squeeze_excite,
                 grouped_conv=self.grouped_conv,
                 dtype=self.dtype,
-                axis_name=self.axis_name,
                 name=f"block_{i}",
             )(tokens, train)
         tokens = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(tokens)
@@ -146,7 +144,7 @@ class VisionTransformer(nn.Module):
                 token = token + self.param("class_position_embedding", init, (1, 1, self.hidden_dim))
             token = jnp.broadcast_to(token.astype(tokens.dtype), (batch, 1, self.hidden_dim))
             tokens = jnp.concatenate([token, tokens], axis=1)
-        return layers.Dropout(self.dropout, axis_name=self.axis_name)(tokens, train=train)
+        return layers.Dropout(self.dropout)(tokens, train=train)
 
     def _learned_positions(self, rows: int, columns: int) -> jax.Array:
         """[rows * columns, D]; from the stored grid, whatever its size."""
@@ -242,14 +240,13 @@ class Block(nn.Module):
     squeeze_excite: float
     grouped_conv: str
     dtype: str
-    axis_name: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         def residual(branch: jax.Array, name: str) -> jax.Array:
             if self.layer_scale:
                 branch = layers.LayerScale(self.layer_scale, name=f"{name}_scale")(branch)
-            return layers.DropPath(self.drop_path, self.axis_name)(branch, train=train)
+            return layers.DropPath(self.drop_path)(branch, train=train)
 
         attend = SelfAttention(
             num_heads=self.num_heads,
@@ -258,7 +255,6 @@ class Block(nn.Module):
             attention_dropout=self.attention_dropout,
             attention=self.attention,
             dtype=self.dtype,
-            axis_name=self.axis_name,
             name="attention",
         )
         feed_forward = FeedForward(
@@ -270,7 +266,6 @@ class Block(nn.Module):
             squeeze_excite=self.squeeze_excite,
             grouped_conv=self.grouped_conv,
             dtype=self.dtype,
-            axis_name=self.axis_name,
             name="feed_forward",
         )
         y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="attention_norm")(x)
@@ -288,7 +283,6 @@ class SelfAttention(nn.Module):
     attention_dropout: float
     attention: str
     dtype: str
-    axis_name: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -306,12 +300,12 @@ class SelfAttention(nn.Module):
             if explicit:
                 weights = attention_weights(query, key)
                 self.sow("intermediates", "attention_weights", weights)
-                weights = layers.Dropout(self.attention_dropout, axis_name=self.axis_name)(weights, train=train)
+                weights = layers.Dropout(self.attention_dropout)(weights, train=train)
                 mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
             else:
                 mixed = jax.nn.dot_product_attention(query, key, value, implementation=self.attention)
         out = nn.Dense(dim, dtype=self.dtype, kernel_init=xavier, name="project")(mixed.reshape(batch, tokens, dim))
-        return layers.Dropout(self.dropout, axis_name=self.axis_name)(out, train=train)
+        return layers.Dropout(self.dropout)(out, train=train)
 
 
 def attention_weights(query: jax.Array, key: jax.Array) -> jax.Array:
@@ -342,12 +336,11 @@ class FeedForward(nn.Module):
     squeeze_excite: float
     grouped_conv: str
     dtype: str
-    axis_name: str | None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         act, xavier = layers.activation(self.activation), nn.initializers.xavier_uniform()
-        dropout = layers.Dropout(self.dropout, axis_name=self.axis_name, name="dropout")
+        dropout = layers.Dropout(self.dropout, name="dropout")
         hidden = act(nn.Dense(self.mlp_dim, dtype=self.dtype, kernel_init=xavier, name="expand")(x))
         if self.local_conv:
             split = hidden.shape[1] - math.prod(self.grid)  # 1 with a class token

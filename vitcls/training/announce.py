@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from vitcls.core.partition import Partition
+from vitcls.core.rng import BATCH_AXIS
 from vitcls.data import DatasetInfo, resident_bytes
 from vitcls.models import summary
 from vitcls.training.build import Plan, Training
@@ -42,14 +43,14 @@ def log_first_step(config, info: DatasetInfo, training: Training, layout: Partit
     state = jax.eval_shape(training.create_state, jax.random.key(0))
     step, shape = training.train_step, (config.batch_size,)
     if layout.mapped:
-        step = jax.vmap(step, in_axes=(None, 0, None), axis_name=layout.axis_name)
+        step = jax.vmap(step, in_axes=(None, 0, None, None), axis_name=BATCH_AXIS)
         shape = (layout.mesh.size, layout.visible(config.batch_size))
     batch = {
         "image": jax.ShapeDtypeStruct((*shape, *info.image_shape), np.uint8),
         "label": jax.ShapeDtypeStruct(shape, np.int32),
         "mask": jax.ShapeDtypeStruct(shape, np.float32),
     }
-    jax.eval_shape(step, state, batch, jax.random.key(0))
+    jax.eval_shape(step, state, batch, jax.random.key(0), training.frozen)
     _logger.info("dry run: the first step has been traced; nothing was run and nothing was written")
 
 

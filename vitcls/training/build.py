@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,9 +19,11 @@ from vitcls.data import DatasetInfo
 from vitcls.data.augment import make_augment, mixes_pairs, to_float, views
 from vitcls.models import convolutions
 from vitcls.models.variables import variable_shapes
-from vitcls.tasks import losses
-from vitcls.training import steps
+from vitcls.tasks import TASKS, Context, Task, TrainedRun, losses
+from vitcls.training import run_dir, steps
 from vitcls.training.state import create_state
+
+PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +65,38 @@ def examples_kept_together(config) -> int:
     return 2 if mixes_pairs(config.augment) else 1
 
 
-def make_model(config, info: DatasetInfo, *, axis_name: str | None = None) -> nn.Module:
-    """The model of a config; raises UserError, by shapes alone, where it cannot take the images."""
+def make_task(config, info: DatasetInfo) -> Task:
+    """The training objective of a config; raises UserError where it cannot be that of these data."""
+    class_weights = losses.class_weights(tuple(config.loss.class_weights), np.asarray(info.class_counts))
+    context = Context(
+        class_names=info.class_names,
+        image_shape=info.image_shape,
+        loss=losses.make_loss(**dict(config.loss) | {"class_weights": class_weights}),
+        open_run=_open_run,
+    )
+    return TASKS.create(config.task.name, config.task).build(context)
+
+
+def _open_run(path: str) -> TrainedRun:
+    """The weights that the report of a workdir is about."""
+    trained = run_dir.open_workdir(path)
+    model = make_model(trained.config, trained.info)
+    _, variables = trained.restore(model, trained.config.report.checkpoint)
+    normalize = steps.make_normalize(trained.info.mean, trained.info.std)
+    return TrainedRun(model, variables, trained.info.class_names, trained.info.image_shape, normalize)
+
+
+def make_model(config, info: DatasetInfo, *, for_training: bool = False) -> nn.Module:
+    """The model of a config, with what its task adds.
+
+    Raises UserError, by shapes alone, where it cannot take the images. `for_training` chooses the form of convolutions
+    that trains the fastest here; the variables are the same.
+    """
     fields = {key: value for key, value in config.model.items() if key != "name"}
-    model = models.create(config.model.name, info.num_classes, **fields).clone(axis_name=axis_name)
+    model = models.create(config.model.name, info.num_classes, **fields)
+    if for_training:
+        model = convolutions.for_training(model)
+    model = make_task(config, info).wrap(model)
     try:
         variable_shapes(model, info.image_shape)
     except UserError:
@@ -83,15 +114,26 @@ def make_model(config, info: DatasetInfo, *, axis_name: str | None = None) -> nn
 class Training:
     """The pure functions of a training run and what describes them."""
 
+    task: Task
     model: nn.Module
+    step_model: nn.Module  # the same in the form that trains the fastest on this platform
     schedule: optax.Schedule
     create_state: Callable  # key -> TrainState
-    train_step: Callable  # (state, batch, key) -> (state, sums)
+    train_step: Callable  # (state, batch, key, frozen) -> (state, sums)
+    frozen: PyTree  # of the task, on the host
 
 
 def make_training(config, info: DatasetInfo, plan: Plan, layout: Partition) -> Training:
     """Builds the training functions of a config for the devices of `layout`; no device work."""
-    model = make_model(config, info, axis_name=layout.axis_name)
+    task, model = make_task(config, info), make_model(config, info)
+    step_model = make_model(config, info, for_training=True)
+    if config.optimizer.accumulate > 1 and not task.separable:
+        raise UserError(
+            f"config.optimizer.accumulate={config.optimizer.accumulate} is not for config.task.name="
+            f"'{config.task.name}', whose loss is of a whole batch; set it to 1"
+        )
+    with TASKS.about(config.task.name):
+        frozen = task.frozen()
     optimizer = optim.make_optimizer(config.optimizer, variable_shapes(model, info.image_shape)["params"])
     schedule = optim.make_schedule(
         config.schedule,
@@ -100,48 +142,58 @@ def make_training(config, info: DatasetInfo, plan: Plan, layout: Partition) -> T
         num_examples=info.num_examples["train"],
         total_steps=plan.total,
     )
-    class_weights = losses.class_weights(tuple(config.loss.class_weights), np.asarray(info.class_counts))
-    loss = losses.make_loss(**dict(config.loss) | {"class_weights": class_weights})
-    train_step = steps.make_train_step(
-        model=convolutions.for_training(model),
+    tools = steps.make_tools(
+        step_model,
         augment=make_augment(config.augment),
         normalize=steps.make_normalize(info.mean, info.std),
-        loss=loss,
+        num_classes=info.num_classes,
+        gather_params=layout.gather_params,
+    )
+    update = steps.Update(
+        optimizer,
+        schedule,
         l2=config.loss.l2,
-        optimizer=optimizer,
-        schedule=schedule,
         ema_decay=config.optimizer.ema_decay,
         accumulate=config.optimizer.accumulate,
+        unit=examples_kept_together(config),
         nonfinite_limit=config.nonfinite_limit,
         total_steps=plan.total,
-        num_classes=info.num_classes,
-        whole=layout.whole,
-        axis_name=layout.axis_name,
-        unit=examples_kept_together(config),
     )
 
     def create(key: jax.Array):
         return create_state(
             key,
-            model=model.clone(axis_name=None),  # initialised outside of any mapped axis
+            model=model,
             image_shape=info.image_shape,
             optimizer=optimizer,
             ema=config.optimizer.ema_decay > 0,
             schedule_config=config.schedule,
+            init_task=task.init,
         )
 
-    return Training(model, schedule, create, _with_precision(train_step, config))
+    train_step = _with_precision(steps.make_train_step(task, tools, update), config)
+    return Training(task, model, step_model, schedule, create, train_step, frozen)
 
 
 def make_eval_step(config, model: nn.Module, info: DatasetInfo) -> Callable:
-    """eval_step(variables, batch) of a model on its data's own normalisation."""
+    """eval_step(variables, batch, bank=None) of a model on its data's own normalisation."""
     eval_step = steps.make_eval_step(
+        make_task(config, info),
         model=model,
         views=lambda images: views(config.test_time_augmentation, to_float(images)),
         normalize=steps.make_normalize(info.mean, info.std),
-        axis_name=model.axis_name,
     )
     return _with_precision(eval_step, config)
+
+
+def make_bank_step(config, model: nn.Module, info: DatasetInfo) -> tuple[Callable | None, int]:
+    """(bank_step(variables, batch), size of the bank) of a task that predicts by what it remembers; else (None, 0)."""
+    task = make_task(config, info)
+    if task.remember is None:
+        return None, 0
+    normalize = steps.make_normalize(info.mean, info.std)
+    bank_step = steps.make_bank_step(task, model=model, to_float=to_float, normalize=normalize)
+    return _with_precision(bank_step, config), task.bank_size
 
 
 def _with_precision(step: Callable, config) -> Callable:

@@ -5,6 +5,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,28 +18,34 @@ from vitcls.models import summary
 from vitcls.models.variables import variable_shapes
 from vitcls.training import build, facts, metrics_log
 
+PyTree = Any
 _TIMED_SECONDS = 2.0  # for each of the two timings, and never fewer than _TIMED_RUNS calls
 _TIMED_RUNS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """A compiled eval_step and the devices it runs on."""
+    """A compiled eval_step and the devices it runs on; for a task that remembers, how and what."""
 
     layout: Partition
     eval_step: Callable
+    bank_step: Callable | None = None
+    bank_batches: Iterable[dict] = ()  # of the training split
 
-    def __call__(self, variables, batches: Iterable[dict], probabilities: np.ndarray | None = None) -> metrics.Sums:
+    def __call__(
+        self, variables, batches: Iterable[dict], probabilities: np.ndarray | None = None, bank: PyTree = None
+    ) -> metrics.Sums:
         """metrics.evaluation_sums over all batches, on the host.
 
         With `probabilities`, float32 [N, K], those of the first N examples are written there. Each batch's are fetched
-        while the devices work on the next, and none stay there.
+        while the devices work on the next, and none stay there. `bank` is what `remember` gives, made if left out.
         """
         total, before, rows, start = None, None, None, 0
+        bank = self.remember(variables) if bank is None else bank
         for batch in batches:
             jax.block_until_ready(before)  # else all batches of a fast source would wait on the devices
             before = total
-            sums, new_rows = self.eval_step(variables, batch)
+            sums, new_rows = self.eval_step(variables, batch, bank)
             total = sums if total is None else metrics.merge(total, sums)
             if probabilities is not None:
                 start += 0 if rows is None else self._fetch(rows, probabilities[start:])
@@ -47,6 +54,15 @@ class Evaluator:
             self._fetch(rows, probabilities[start:])
         return self.layout.to_host(total)
 
+    def remember(self, variables) -> PyTree:
+        """The bank that the task predicts by, on the devices; None for a task that needs none."""
+        if self.bank_step is None:
+            return None
+        parts = [self.layout.to_host(self.bank_step(variables, batch)) for batch in self.bank_batches]
+        bank = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+        kept = bank.pop("mask") > 0
+        return self.layout.replicate(jax.tree.map(lambda rows: rows[kept], bank))
+
     def _fetch(self, rows: jax.Array, place: np.ndarray) -> int:
         """Writes a batch's probabilities at the start of `place`, which may be too short for its padding."""
         host = self.layout.to_host(rows)[: len(place)]
@@ -54,9 +70,17 @@ class Evaluator:
         return len(host)
 
 
-def make_evaluator(config, model, info: DatasetInfo, layout: Partition) -> Evaluator:
+def make_evaluator(config, model, info: DatasetInfo, dataset: data.Dataset, layout: Partition) -> Evaluator:
     """Compiles (at its first call) the evaluation of `model` over the devices of `layout`."""
-    return Evaluator(layout, layout.compile_evaluation(build.make_eval_step(config, model, info)))
+    eval_step = layout.compile_evaluation(build.make_eval_step(config, model, info))
+    bank_step, size = build.make_bank_step(config, model, info)
+    if bank_step is None:
+        return Evaluator(layout, eval_step)
+    count = len(dataset.train.labels)
+    sample = np.sort(np.random.default_rng(0).permutation(count)[:size])
+    remembered = dataclasses.replace(dataset, train=dataset.train.take(sample))
+    batches = split_batches(remembered, "train", layout, config)
+    return Evaluator(layout, eval_step, layout.compile_evaluation(bank_step), batches)
 
 
 def split_batches(dataset: data.Dataset, split: str, layout: Partition, config) -> data.EvaluationBatches:
@@ -92,15 +116,16 @@ def write_report(
     batches = split_batches(dataset, split, evaluator.layout, config)
     examples = getattr(dataset, split)
     probabilities = np.empty((len(examples.labels), info.num_classes), np.float32)
-    sums = evaluator(variables, batches, probabilities)
+    bank = evaluator.remember(variables)
+    sums = evaluator(variables, batches, probabilities, bank)
     timings = {}
     if config.report.timing:
-        timings["images_per_second"] = measure_throughput(evaluator, variables, batches)
+        timings["images_per_second"] = measure_throughput(evaluator, variables, batches, bank)
     learned = evaluator.layout.to_host(models.learned_weights(model, variables["params"]))
     if jax.process_index():
         return {}
     if config.report.timing:
-        timings["latency_ms"] = measure_latency(config, model, info)
+        timings["latency_ms"] = measure_latency(config, model, info, evaluator.layout.to_host(bank))
 
     roc = metrics.roc_curves(examples.labels, probabilities)
     history = metrics_log.read_history(path)
@@ -128,32 +153,32 @@ def write_report(
     return results
 
 
-def measure_latency(config, model, info: DatasetInfo) -> dict[str, float]:
+def measure_latency(config, model, info: DatasetInfo, bank: PyTree = None) -> dict[str, float]:
     """Milliseconds from one image on the host to its probabilities on the host: median and 95th percentile."""
     shapes = variable_shapes(model, info.image_shape)
     variables = jax.device_put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
-    eval_step = build.make_eval_step(config, model.clone(axis_name=None), info)
+    eval_step, bank = build.make_eval_step(config, model, info), jax.device_put(bank)
 
     @jax.jit
-    def classify(variables, batch):
-        return eval_step(variables, batch)[1]
+    def classify(variables, batch, bank):
+        return eval_step(variables, batch, bank)[1]
 
     batch = {
         "image": np.zeros((1, *info.image_shape), np.uint8),
         "label": np.zeros(1, np.int32),
         "mask": np.ones(1, np.float32),
     }
-    seconds = _time(lambda: jax.device_get(classify(variables, jax.device_put(batch))), _TIMED_SECONDS)
+    seconds = _time(lambda: jax.device_get(classify(variables, jax.device_put(batch), bank)), _TIMED_SECONDS)
     return {"median": 1e3 * statistics.median(seconds), "p95": 1e3 * float(np.percentile(seconds, 95))}
 
 
-def measure_throughput(evaluator: Evaluator, variables, batches: data.EvaluationBatches) -> float:
+def measure_throughput(evaluator: Evaluator, variables, batches: data.EvaluationBatches, bank: PyTree = None) -> float:
     """Images per second of inference on batches that are on the devices already; the median of several runs."""
     batch = next(iter(batches))
     size = batch["mask"].size * (jax.process_count() if evaluator.layout.mapped else 1)
     # Processes take part in the same calls, so they must all make the same number of them.
     at_least = _TIMED_SECONDS if jax.process_count() == 1 else 0.0
-    seconds = _time(lambda: jax.block_until_ready(evaluator.eval_step(variables, batch)), at_least)
+    seconds = _time(lambda: jax.block_until_ready(evaluator.eval_step(variables, batch, bank)), at_least)
     return size / statistics.median(seconds)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+from collections.abc import Mapping
 
 from flax.training.early_stopping import EarlyStopping
 
@@ -30,15 +31,18 @@ class Progress:
     def next_interval(self) -> "Progress":
         return dataclasses.replace(self, interval_seconds=0.0)
 
-    def interval_event(self, sums: dict[str, float], batch_size: int) -> dict[str, float]:
-        """The event of a logging interval from its sums (steps.TRAIN_SUMS): means over examples and updates."""
+    def interval_event(self, sums: dict[str, float], batch_size: int, means: Mapping[str, str]) -> dict[str, float]:
+        """The event of a logging interval from its sums (steps.zero_sums): means over examples and updates.
+
+        `means`: those of the task, name -> which of the sums.
+        """
         count, updates = float(sums["count"]), float(sums["updates"])
         event = {}
         if updates:
             event = {
                 "train/loss": float(sums["loss"]) / count,
                 "train/l2": float(sums["l2"]) / count,
-                "train/accuracy": float(sums["correct"]) / count,
+                **{f"train/{name}": float(sums[key]) / count for name, key in means.items()},
                 "train/gradient_norm": float(sums["gradient_norm"]) / updates,
             }
         tried = updates + float(sums["skipped"])

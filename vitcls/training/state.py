@@ -1,5 +1,6 @@
 """TrainState: everything that training changes, and how it is created."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -40,6 +41,7 @@ class TrainState(flax.struct.PyTreeNode):
     ema_batch_stats: PyTree
     plateau: PyTree  # optax.contrib.ReduceLROnPlateauState
     nonfinite: NonFinite
+    task: PyTree = None  # what the training objective keeps besides
 
     @property
     def variables(self) -> dict[str, PyTree]:
@@ -57,6 +59,7 @@ def create_state(
     optimizer: optax.GradientTransformation,
     ema: bool,
     schedule_config,
+    init_task: Callable[[jax.Array, PyTree], PyTree] = lambda key, variables: None,
 ) -> TrainState:
     """A state at step 0; pure, so that it can be traced for its shapes or jitted on its shardings."""
     variables = init_variables(model, key, image_shape)
@@ -72,4 +75,5 @@ def create_state(
         nonfinite=NonFinite(
             streak=jnp.zeros((), jnp.int32), total=jnp.zeros((), jnp.int32), last_step=jnp.full((), -1, jnp.int32)
         ),
+        task=init_task(key, variables),
     )

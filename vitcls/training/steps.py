@@ -1,7 +1,7 @@
 """train_step and eval_step: pure functions of their arguments; no files, no devices, no globals."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,18 +10,18 @@ import optax
 
 from vitcls import metrics, optim
 from vitcls.core import rng
-from vitcls.tasks import losses
+from vitcls.tasks.base import Aux, Batch, Output, Task, Tools
+from vitcls.tasks.losses import l2_penalty
 from vitcls.training.state import NonFinite, TrainState
 
-Batch = dict[str, jax.Array]  # image uint8 [B, H, W, C], label int32 [B], mask float32 [B]
 Sums = dict[str, jax.Array]
 PyTree = Any
-TRAIN_SUMS = ("loss", "l2", "correct", "count", "gradient_norm", "updates", "skipped")
+_OWN_SUMS = ("loss", "l2", "count", "gradient_norm", "updates", "skipped")
 
 
-def zero_sums() -> Sums:
-    """Where the sums of a logging interval start, float32 scalars."""
-    return {name: jnp.zeros((), jnp.float32) for name in TRAIN_SUMS}
+def zero_sums(means: Iterable[str] = ("correct",)) -> Sums:
+    """Where the sums of a logging interval start, float32 scalars: those of every step, and those that a task means."""
+    return {name: jnp.zeros((), jnp.float32) for name in (*_OWN_SUMS, *means)}
 
 
 def make_normalize(mean, std) -> Callable[[jax.Array], jax.Array]:
@@ -30,108 +30,149 @@ def make_normalize(mean, std) -> Callable[[jax.Array], jax.Array]:
     return lambda images: (images - mean[None, None, None, :]) / std[None, None, None, :]
 
 
-def make_train_step(
-    *,
+def make_tools(
     model: nn.Module,
+    *,
     augment: Callable,
     normalize: Callable,
-    loss: Callable,
-    l2: float,
-    optimizer: optax.GradientTransformation,
-    schedule: Callable,
-    ema_decay: float,
-    accumulate: int,
-    nonfinite_limit: int,
-    total_steps: int,
     num_classes: int,
-    whole: Callable[[Any], Any] = lambda params: params,
-    axis_name: str | None,
-    unit: int = 1,
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Sums]]:
-    """Builds train_step(state, batch, key) -> (state, sums over the batch).
+    gather_params: Callable[[PyTree], PyTree] = lambda params: params,
+) -> Tools:
+    """What the step lends to a task, for `model` as it is trained."""
 
-    The objective is the mean of `loss` over the unmasked examples plus l2 / 2 times the sum of squares of the
-    decayed parameters (the papers' "Adam + L2"). The batch is the global one (`axis_name` None) or, under `pmap`,
-    this device's part of it. With `accumulate` > 1 it is augmented and processed in so many parts, for the memory of
-    one; `unit` neighbours stay together. From step `total_steps` on it changes nothing and counts nothing, so that a
-    last call of fewer steps is the same program.
-    `whole` makes parameters that are spread over the devices whole on each, for the model.
-    """
-
-    def global_sum(tree):
-        return tree if axis_name is None else jax.lax.psum(tree, axis_name)
-
-    def objective(params, batch_stats, part, key, count):
+    def forward(params, batch_stats, images, key, *, sow=False) -> Output:
         logits, updated = model.apply(
-            {"params": whole(params), "batch_stats": batch_stats},
-            part["image"],
+            {"params": gather_params(params), "batch_stats": batch_stats},
+            images,
             train=True,
             rngs={"dropout": key},
-            mutable=["batch_stats"],
+            mutable=["batch_stats", *(["intermediates"] if sow else [])],
         )
-        total = jnp.sum(part["mask"] * loss(logits, part["target"]))
-        hits = jnp.argmax(logits, axis=-1) == jnp.argmax(part["target"], axis=-1)
-        sums = {"loss": total, "correct": jnp.sum(part["mask"] * hits)}
-        return total / count, (updated.get("batch_stats", batch_stats), sums)
+        return Output(logits, updated.get("batch_stats", batch_stats), updated.get("intermediates", {}))
 
-    def one_part(state, key, count, carry, part):
-        """Adds the gradients and sums of a part, images still uint8, to those of the parts before it."""
-        batch_stats, summed = carry
-        images, targets = augment(part["key"], part["image"], jax.nn.one_hot(part["label"], num_classes))
-        examples = {"image": normalize(images), "target": targets, "mask": part["mask"]}
-        part_key = jax.random.fold_in(key, part["index"])
-        (_, (batch_stats, sums)), grads = jax.value_and_grad(objective, has_aux=True)(
-            state.params, batch_stats, examples, part_key, count
-        )
-        return batch_stats, jax.tree.map(jnp.add, summed, (grads, sums))
+    return Tools(forward, augment, normalize, gather_params, _gather_batch, rng.example_positions, num_classes)
 
-    def gradients(state, batch, key, count):
-        """Sums over the parts of gradients and metrics, and the batch statistics after the last part."""
-        carry = (state.batch_stats, jax.tree.map(jnp.zeros_like, (state.params, {"loss": count, "correct": count})))
-        if accumulate == 1:
-            carry = one_part(state, key, count, carry, batch | {"index": jnp.zeros((), jnp.int32)})
-        else:
-            parts = split_into_parts(batch, accumulate, unit) | {"index": jnp.arange(accumulate)}
-            carry, _ = jax.lax.scan(lambda carry, part: (one_part(state, key, count, carry, part), None), carry, parts)
-        batch_stats, summed = carry
-        return batch_stats, *global_sum(summed)
 
-    def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Sums]:
+def _global_sum(tree: PyTree) -> PyTree:
+    """The sum over the devices of a mapped axis; under `jit` a sum over the batch is that already."""
+    axis = rng.mapped_axis()
+    return tree if axis is None else jax.lax.psum(tree, axis)
+
+
+def _gather_batch(tree: PyTree) -> PyTree:
+    axis = rng.mapped_axis()
+    return tree if axis is None else jax.lax.all_gather(tree, axis, tiled=True)
+
+
+class Update(NamedTuple):
+    """How gradients become new parameters."""
+
+    optimizer: optax.GradientTransformation  # at learning rate 1
+    schedule: Callable[[jax.Array], jax.Array]  # step -> learning rate
+    l2: float = 0.0
+    ema_decay: float = 0.0
+    accumulate: int = 1  # parts of a batch, one after the other
+    unit: int = 1  # neighbours in a batch that stay in one part
+    nonfinite_limit: int = 10
+    total_steps: int = 2**31 - 1
+
+
+def make_train_step(task: Task, tools: Tools, update: Update) -> Callable[..., tuple[TrainState, Sums]]:
+    """Builds train_step(state, batch, key, frozen=None) -> (state, sums over the batch).
+
+    The objective is the mean of the task's loss over the unmasked examples plus l2 / 2 times the sum of squares of the
+    decayed parameters (the papers' "Adam + L2"). The batch is the global one or, under `pmap`, this device's part of
+    it. With `accumulate` > 1 it is augmented and processed in so many parts, for the memory of one. From step
+    `total_steps` on it changes nothing and counts nothing, so that a last call of fewer steps is the same program.
+    `frozen` holds the arrays of `task.frozen`.
+    """
+
+    def train_step(state: TrainState, batch: Batch, key: jax.Array, frozen: PyTree = None) -> tuple[TrainState, Sums]:
         augment_key, dropout_key = jax.random.split(key)
-        batch = batch | {"key": rng.example_keys(augment_key, batch["label"].shape[0], axis_name)}
-        count = global_sum(jnp.sum(batch["mask"]))
+        batch = batch | {"key": rng.example_keys(augment_key, batch["label"].shape[0])}
+        count = _global_sum(jnp.sum(batch["mask"]))
 
-        batch_stats, grads, sums = gradients(state, batch, dropout_key, count)
+        batch_stats, grads, sums = _gradients(task, tools, update, state, batch, frozen, dropout_key, count)
         penalty = jnp.zeros((), jnp.float32)
-        if l2:
+        if update.l2:
             mask = optim.decay_mask(state.params)
-            penalty, decay = jax.value_and_grad(lambda params: l2 * losses.l2_penalty(params, mask))(state.params)
+            penalty, decay = jax.value_and_grad(lambda params: update.l2 * l2_penalty(params, mask))(state.params)
             grads = jax.tree.map(jnp.add, grads, decay)
 
         gradient_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums["loss"] + penalty) & jnp.isfinite(gradient_norm)
-        due = state.step < total_steps
-        applied = due & finite & (state.nonfinite.streak < nonfinite_limit)
+        due = state.step < update.total_steps
+        applied = due & finite & (state.nonfinite.streak < update.nonfinite_limit)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        learning_rate = schedule(state.step) * (1.0 if state.plateau is None else state.plateau.scale)
-        params = jax.tree.map(lambda p, u: p + (learning_rate * u).astype(p.dtype), state.params, updates)
-        new = {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}
-        if state.ema_params is not None:
-            average = (state.ema_params, state.ema_batch_stats)
-            average = optim.ema_update(average, (params, batch_stats), ema_decay, state.step)
-            new |= dict(zip(("ema_params", "ema_batch_stats"), average, strict=True))
+        new = _updated(task, update, state, grads, batch_stats, sums)
         old = {name: getattr(state, name) for name in new}
         state = state.replace(
             **jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old),
             step=state.step + due.astype(jnp.int32),
-            nonfinite=_count_skips(state.nonfinite, state.step, due, finite, nonfinite_limit),
+            nonfinite=_count_skips(state.nonfinite, state.step, due, finite, update.nonfinite_limit),
         )
+        sums = {name: sums[name] for name in ("loss", *task.means.values())}
         sums |= {"l2": penalty * count, "count": count, "gradient_norm": gradient_norm, "updates": 1.0}
         sums = {name: jnp.where(applied, value, 0.0).astype(jnp.float32) for name, value in sums.items()}
         return state, sums | {"skipped": jnp.where(due & ~applied, 1.0, 0.0)}
 
     return train_step
+
+
+def _gradients(
+    task: Task,
+    tools: Tools,
+    update: Update,
+    state: TrainState,
+    batch: Batch,
+    frozen: PyTree,
+    key: jax.Array,
+    count: jax.Array,
+) -> tuple[PyTree, PyTree, Sums]:
+    """The batch statistics after the last part of a batch, and the sums over its parts of gradients and of Aux.sums."""
+
+    def objective(params, batch_stats, inputs, mask, key):
+        losses, aux = task.loss(tools, params, batch_stats, inputs, state.task, frozen, key)
+        total = jnp.sum(mask * losses)
+        sums = {name: jnp.tensordot(mask, values.astype(jnp.float32), 1) for name, values in aux.sums.items()}
+        return total / count, Aux(aux.batch_stats, {"loss": total} | sums)
+
+    def one_part(batch_stats, part, index):
+        """(batch statistics, (gradients, sums)) of a part, whose images are still uint8."""
+        inputs, part_key = task.inputs(tools, part), jax.random.fold_in(key, index)
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        (_, aux), grads = gradient(state.params, batch_stats, inputs, part["mask"], part_key)
+        return aux.batch_stats, (grads, aux.sums)
+
+    if update.accumulate == 1:
+        batch_stats, summed = one_part(state.batch_stats, batch, jnp.zeros((), jnp.int32))
+        return batch_stats, *_global_sum(summed)
+
+    def add_part(carry, indexed):
+        batch_stats, summed = one_part(carry[0], *indexed)
+        return (batch_stats, jax.tree.map(jnp.add, carry[1], summed)), None
+
+    parts = split_into_parts(batch, update.accumulate, update.unit), jnp.arange(update.accumulate)
+    _, shapes = jax.eval_shape(one_part, state.batch_stats, *jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (batch_stats, summed), _ = jax.lax.scan(add_part, (state.batch_stats, zeros), parts)
+    return batch_stats, *_global_sum(summed)
+
+
+def _updated(
+    task: Task, update: Update, state: TrainState, grads: PyTree, batch_stats: PyTree, sums: Sums
+) -> dict[str, PyTree]:
+    """The fields of the state that an update changes."""
+    updates, opt_state = update.optimizer.update(grads, state.opt_state, state.params)
+    learning_rate = update.schedule(state.step) * (1.0 if state.plateau is None else state.plateau.scale)
+    params = jax.tree.map(lambda p, u: p + (learning_rate * u).astype(p.dtype), state.params, updates)
+    new = {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}
+    new["task"] = task.update(state.task, params, sums)
+    if state.ema_params is not None:
+        average = (state.ema_params, state.ema_batch_stats)
+        average = optim.ema_update(average, (params, batch_stats), update.ema_decay, state.step)
+        new |= dict(zip(("ema_params", "ema_batch_stats"), average, strict=True))
+    return new
 
 
 def split_into_parts(batch: PyTree, parts: int, unit: int) -> PyTree:
@@ -160,18 +201,19 @@ def _count_skips(counts: NonFinite, step: jax.Array, due: jax.Array, finite: jax
 
 def make_train_call(
     train_step: Callable, *, open_batches: Callable[[Any, jax.Array, int], Callable], seed: int, length: int
-) -> Callable[[TrainState, Sums, Any], tuple[TrainState, Sums]]:
-    """Builds train_call(state, sums, data): `length` steps in one dispatch (fewer at the end), metrics added to `sums`.
+) -> Callable[[TrainState, Sums, Any, PyTree], tuple[TrainState, Sums]]:
+    """Builds train_call(state, sums, data, frozen): `length` steps in one dispatch (fewer at the end).
 
-    `open_batches(data, step, length)` gives the function i -> batch of step + i (see vitcls.data).
+    Metrics are added to `sums`. `open_batches(data, step, length)` gives the function i -> batch of step + i (see
+    vitcls.data).
     """
 
-    def train_call(state: TrainState, sums: Sums, data: Any) -> tuple[TrainState, Sums]:
+    def train_call(state: TrainState, sums: Sums, data: Any, frozen: PyTree = None) -> tuple[TrainState, Sums]:
         batch = open_batches(data, state.step, length)
 
         def one_step(carry, i):
             state, sums = carry
-            state, new_sums = train_step(state, batch(i), rng.step_key(seed, state.step))
+            state, new_sums = train_step(state, batch(i), rng.step_key(seed, state.step), frozen)
             return (state, jax.tree.map(jnp.add, sums, new_sums)), None
 
         if length == 1:  # XLA's CPU backend is slow with convolutions inside a loop, even one of a single turn
@@ -181,24 +223,42 @@ def make_train_call(
     return train_call
 
 
+def make_apply(model: nn.Module, normalize: Callable) -> Callable[..., Output]:
+    """apply(variables, images in [0, 1], *, sow=False) -> Output, of a forward pass in evaluation."""
+
+    def apply(variables: PyTree, images: jax.Array, *, sow: bool = False) -> Output:
+        mutable = ["intermediates"] if sow else False
+        result = model.apply(variables, normalize(images), train=False, mutable=mutable)
+        logits, changed = result if sow else (result, {})
+        return Output(logits, variables.get("batch_stats", {}), changed.get("intermediates", {}))
+
+    return apply
+
+
 def make_eval_step(
-    *, model: nn.Module, views: Callable, normalize: Callable, axis_name: str | None
-) -> Callable[[dict, Batch], tuple[Sums, jax.Array]]:
-    """Builds eval_step(variables, batch) -> (metrics.evaluation_sums over the batch, probabilities [B, K]).
+    task: Task, *, model: nn.Module, views: Callable, normalize: Callable
+) -> Callable[..., tuple[Sums, jax.Array]]:
+    """Builds eval_step(variables, batch, bank=None) -> (metrics.evaluation_sums over the batch, probabilities [B, K]).
 
     Both are of the global batch, on every device. `views(images uint8)` are pairs of a weight and images float32 in
     [0, 1]; the logits are the sum of theirs.
     """
+    apply = make_apply(model, normalize)
 
-    def eval_step(variables: dict, batch: Batch) -> tuple[Sums, jax.Array]:
-        logits = sum(
-            weight * model.apply(variables, normalize(images), train=False) for weight, images in views(batch["image"])
-        )
+    def eval_step(variables: dict, batch: Batch, bank: PyTree = None) -> tuple[Sums, jax.Array]:
+        logits = sum(weight * task.predict(apply, variables, images, bank) for weight, images in views(batch["image"]))
         sums = metrics.evaluation_sums(logits, batch["label"], batch["mask"])
-        probabilities = jax.nn.softmax(logits, axis=-1)
-        if axis_name is not None:
-            sums = jax.lax.psum(sums, axis_name)
-            probabilities = jax.lax.all_gather(probabilities, axis_name, tiled=True)
-        return sums, probabilities
+        return _global_sum(sums), _gather_batch(jax.nn.softmax(logits, axis=-1))
 
     return eval_step
+
+
+def make_bank_step(task: Task, *, model: nn.Module, to_float: Callable, normalize: Callable) -> Callable[..., PyTree]:
+    """Builds bank_step(variables, batch) -> what the task remembers of the batch, rows of the global batch."""
+    apply = make_apply(model, normalize)
+
+    def bank_step(variables: dict, batch: Batch) -> PyTree:
+        rows = task.remember(apply, variables, to_float(batch["image"]))
+        return _gather_batch({"rows": rows, "label": batch["label"], "mask": batch["mask"]})
+
+    return bank_step

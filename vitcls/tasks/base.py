@@ -1,0 +1,96 @@
+"""What a training objective is: a record of pure functions, as `optax.GradientTransformation` is one.
+
+The training step (vitcls.training.steps) keeps what all objectives share: accumulation, L2, the guard against what is
+not finite, the average of parameters, counting, and the layout over devices. A task says what is computed from a batch.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+
+PyTree = Any
+Batch = dict[str, jax.Array]  # image uint8 [B, H, W, C], label int32 [B], mask float32 [B], key [B]
+
+
+class Output(NamedTuple):
+    """What a forward pass gives."""
+
+    logits: jax.Array  # float32 [B, K]
+    batch_stats: PyTree  # after the pass
+    sown: dict[str, Any]  # 'features' [B, D] and the rest, if they were asked for
+
+
+class Tools(NamedTuple):
+    """What the training step lends to a task, so that it need not know how arrays lie on the devices."""
+
+    forward: Callable[..., Output]  # (params, batch_stats, images, key, *, sow=False), in training
+    augment: Callable  # (keys [B], images uint8, targets [B, K]) -> (images float32 in [0, 1], targets)
+    normalize: Callable[[jax.Array], jax.Array]  # images in [0, 1] -> what the model takes
+    gather_params: Callable[[PyTree], PyTree]  # makes parameters that are spread over the devices whole on each
+    gather_batch: Callable[[PyTree], PyTree]  # rows of this device [b, ...] -> of the global batch [B, ...]
+    positions: Callable[[int], jax.Array]  # b -> int32 [b], the places of this device's examples in the global batch
+    num_classes: int
+
+
+class Aux(NamedTuple):
+    """What a loss gives besides its values."""
+
+    batch_stats: PyTree
+    sums: dict[str, jax.Array]  # [B, ...]: the step sums them over the unmasked examples
+
+
+class Context(NamedTuple):
+    """What a task is built from."""
+
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]  # H, W, C
+    loss: Callable[[jax.Array, jax.Array], jax.Array]  # config.loss: (logits [B, K], targets [B, K]) -> [B]
+    open_run: Callable[[str], "TrainedRun"]  # the best or last checkpoint of a workdir; raises UserError
+
+
+class TrainedRun(NamedTuple):
+    """A network that was trained before."""
+
+    model: nn.Module
+    variables: dict[str, PyTree]  # numpy
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    normalize: Callable[[jax.Array], jax.Array]
+
+
+def one_view(tools: Tools, batch: Batch) -> dict[str, jax.Array]:
+    """'image' float32 [B, H, W, C], augmented and normalised, and its 'target' [B, K]."""
+    images, targets = tools.augment(batch["key"], batch["image"], jax.nn.one_hot(batch["label"], tools.num_classes))
+    return {"image": tools.normalize(images), "target": targets}
+
+
+def own_logits(apply: Callable, variables: PyTree, images: jax.Array, bank: PyTree) -> jax.Array:
+    """The logits of the model itself."""
+    return apply(variables, images).logits
+
+
+class Task(NamedTuple):
+    """A training objective. Whatever is left out is that of plain classification."""
+
+    # (tools, params, batch_stats, inputs, extra, frozen, key) -> (loss [B], Aux)
+    loss: Callable[..., tuple[jax.Array, Aux]]
+    # (tools, batch) -> inputs, leaves [B, ...]: one view of each image, or several
+    inputs: Callable[[Tools, Batch], PyTree] = one_view
+    # model -> model, such as one with a projection head; its parameters are trained, evaluated and saved
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model
+    # (key, variables) -> extra state that is trained along: a queue, a centre, a teacher's average; saved and resumed
+    init: Callable[[jax.Array, PyTree], PyTree] = lambda key, variables: None
+    # (extra, params, sums) -> extra after an update; `sums` are Aux.sums over the batch
+    update: Callable[..., PyTree] = lambda extra, params, sums: extra
+    # Gives the arrays that stay what they are, such as a teacher's: an argument of the compiled step, and never saved.
+    frozen: Callable[[], PyTree] = lambda: None
+    # Logged as train/NAME: which of Aux.sums, [B], to divide by the number of examples.
+    means: Mapping[str, str] = {"accuracy": "correct"}
+    # (apply, variables, images, bank) -> logits [B, K]; `apply(variables, images, *, sow=False)` gives an Output
+    predict: Callable[..., jax.Array] = own_logits
+    # (apply, variables, images) -> rows [B, ...], collected over the training split into the `bank` of `predict`
+    remember: Callable[..., PyTree] | None = None
+    bank_size: int = 0  # training images in the bank, at most
+    separable: bool = True  # False where the loss couples the examples of a batch, which then cannot be in parts
