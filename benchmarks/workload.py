@@ -4,7 +4,6 @@ The step is the real one (augmentation, loss, optimizer, non-finite guard, metri
 functions as a run of `vitcls.main`.
 """
 
-import ast
 import pathlib
 import time
 from typing import Any
@@ -13,8 +12,7 @@ import jax
 import numpy as np
 
 from vitcls import config as configs
-from vitcls import models
-from vitcls.core.errors import UserError
+from vitcls import config_file, models
 from vitcls.core.partition import Partition
 from vitcls.data import DatasetInfo
 from vitcls.data.resident import Resident
@@ -32,14 +30,7 @@ def make_config(model: str, batch_size: int, *, dtype: str = "float32", override
     config.model.dtype = dtype
     for override in overrides:
         key, _, text = override.partition("=")
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
-        try:
-            config.update_from_flattened_dict({key: value})
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"--override '{override}': {' '.join(str(error).split())}; see vitcls/config.py") from None
+        config_file.override(config, key, text)
     config = configs.resolve(config)
     configs.validate(config)
     return config
@@ -75,7 +66,7 @@ def dataset_fields(name: str, data_dir: str) -> dict[str, str]:
 
 def dataset_overrides(name: str, data_dir: str) -> tuple[str, ...]:
     """The same for `make_config`."""
-    return tuple(f"{key}={value!r}" for key, value in dataset_fields(name, data_dir).items())
+    return tuple(f"{key}={value}" for key, value in dataset_fields(name, data_dir).items())
 
 
 class ConstantBatch:

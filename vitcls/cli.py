@@ -5,29 +5,79 @@ Exit codes: 0 done; 1 failure; 2 bad config, flags or input (one line on stderr)
 
 import argparse
 import importlib
+import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 from vitcls.core import cluster, errors, terminal
 from vitcls.core.cache import cache_dir
 from vitcls.core.errors import RunError, Stopped, UserError
 
+
+class Verb(NamedTuple):
+    """A command: `vitcls VERB` is `python -m MODULE`."""
+
+    module: str
+    group: str  # what one wants
+    help: str
+
+
 VERBS = {
-    "train": "vitcls.main",
-    "evaluate": "vitcls.evaluate",
-    "predict": "vitcls.predict",
-    "prepare": "vitcls.prepare",
-    "models": "vitcls.models.__main__",
+    "train": Verb("vitcls.main", "train", "train a config, or go on with its run, and write the report"),
+    "evaluate": Verb("vitcls.evaluate", "compare", "evaluate a run on a split and write its report again"),
+    "predict": Verb("vitcls.predict", "use", "label image files with a run"),
+    "prepare": Verb("vitcls.prepare", "data", "download and prepare a data set of TensorFlow Datasets"),
+    "models": Verb("vitcls.models", "help", "the table of models: parameters, FLOPs, memory, paper"),
 }
 
 
+def program(verb: str) -> str:
+    """How this process was asked for a command: 'vitcls VERB', or 'python -m vitcls.VERB'."""
+    as_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
+    return f"python -m {VERBS[verb].module}" if as_module else f"vitcls {verb}"
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line that the caller prints."""
+    """argparse, but an error is one line that the caller prints, and a flag has one name only."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
+
+    def parse_args(self, args=None, namespace=None):
+        flags, rest = self.parse_known_args(args, namespace)
+        for text in rest:
+            if text.startswith("--"):
+                raise errors.unknown(
+                    "flag", text.partition("=")[0], [f for f in self._option_string_actions if f[:2] == "--"]
+                )
+            raise UserError(f"'{text}' belongs to no flag; flags are --NAME=VALUE, see --help")
+        return flags
 
     def error(self, message: str):
         raise UserError(f"{message}; see --help")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=118)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of all commands on a trained run."""
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="that of the run")
+    parser.add_argument(
+        "--checkpoint", default="", metavar="STEP", help="'last', 'best' or a step; default: config.report.checkpoint"
+    )
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of all commands that run on several processes; the environment says it for most clusters."""
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, for several processes")
+    parser.add_argument("--num_processes", type=int, metavar="N", help="how many processes take part")
+    parser.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0")
 
 
 def run(command: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
@@ -36,6 +86,8 @@ def run(command: Callable[[list[str]], int | None], argv: list[str] | None = Non
     quiet_libraries()
     try:
         return command(sys.argv[1:] if argv is None else argv) or 0
+    except SystemExit as exit:  # of --help
+        return exit.code or 0
     except BrokenPipeError:  # as of `| head`: nobody reads on
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (what is left is flushed there at the end)
         return 0
@@ -116,10 +168,24 @@ def main() -> int:
     """The installed script `vitcls`."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: vitcls {{{','.join(VERBS)}}} ...\n\nvitcls VERB --help tells more of each.")
+        print(help_text())
         return 0 if arguments else 2
     verb, *rest = arguments
     if verb not in VERBS:
-        print(f"error: {errors.unknown('verb', verb, VERBS)}", file=sys.stderr)
+        print(f"error: {errors.unknown('command', verb, VERBS)}", file=sys.stderr)
         return 2
-    return run(importlib.import_module(VERBS[verb]).main, rest)
+    return run(importlib.import_module(_door(VERBS[verb].module)).main, rest)
+
+
+def _door(module: str) -> str:
+    """The module that `python -m` runs."""
+    spec = importlib.util.find_spec(module)
+    return f"{module}.__main__" if spec.submodule_search_locations else module
+
+
+def help_text() -> str:
+    """All commands, by what one wants."""
+    lines = ["usage: vitcls COMMAND ...", "", "vitcls COMMAND --help tells more of each.", ""]
+    for group in dict.fromkeys(verb.group for verb in VERBS.values()):
+        lines += [f"{group}:", *(f"  {name:<10} {verb.help}" for name, verb in VERBS.items() if verb.group == group)]
+    return "\n".join(lines)

@@ -59,10 +59,9 @@ def _kind_of(names: tuple[str, ...], shape: tuple[int, ...], num_examples: dict[
 
 
 def main(argv: list[str]) -> None:
-    parser = cli.Parser(prog="python -m vitcls.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", required=True, help="that of the run")
+    parser = cli.Parser(prog=cli.program("evaluate"), description=__doc__.splitlines()[0])
+    cli.add_run_arguments(parser)
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: test")
-    parser.add_argument("--checkpoint", default="", help="'last', 'best' or a step; default: config.report.checkpoint")
     parser.add_argument("--data_dir", default="", help="where the data are now, if they have moved")
     flags = parser.parse_args(argv)
     cli.start_jax()

@@ -4,173 +4,88 @@ python -m vitcls.main --config=configs/vit_digits.py --workdir=DIR [--config.a.b
     [--profile_steps=FIRST:LAST] [--data_dir=DIR]
 """
 
-import os
-import re
+import argparse
 import sys
-import traceback
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
-
-from vitcls import cli
-from vitcls.core import errors
+from vitcls import cli, config_file
 from vitcls.core.errors import UserError
 from vitcls.train import train_and_evaluate
 from vitcls.training import facts, run_dir
 from vitcls.training.profiling import parse_steps
 
+_KEYS = (  # that are used the most
+    ("model.name=NAME", "another model, with its own keys; vitcls models lists them"),
+    ("task.name=NAME", "another training objective: classify, distill, simclr"),
+    ("dataset.data_dir=DIR", "where the data are"),
+    ("batch_size=N", "examples per update, over all devices"),
+    ("total='N epochs'", "the length of the run; durations are steps, epochs, examples or %"),
+    ("optimizer.learning_rate=X", "the highest learning rate"),
+    ("partition.strategy=NAME", "data, fsdp or pmap"),
+    ("seed=N", "of initial weights, order and augmentation"),
+)
 
-def define_flags() -> flags.FlagValues:
-    """Fresh flags of the command, so that it can run more than once in a process."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "Path of the config, and after a colon its preset.", flag_values=values
+
+def make_parser() -> argparse.ArgumentParser:
+    keys = "\n".join(f"  --config.{key:<26} {what}" for key, what in _KEYS)
+    parser = cli.Parser(
+        prog=cli.program("train"),
+        description=__doc__.splitlines()[0],
+        epilog=f"keys of the config:\n{keys}\n  --config.KEY=VALUE {'':<15} any other; vitcls/config.py has them all",
     )
-    flags.DEFINE_string(
-        "workdir", None, "Where the run lives: config, metrics, checkpoints, report.", flag_values=values
-    )
-    flags.DEFINE_string(
-        "data_dir", "", "Where the data of a run are now, if they have moved since it began.", flag_values=values
-    )
-    flags.DEFINE_bool("dry_run", False, "Check everything up to the first step by shapes alone.", flag_values=values)
-    flags.DEFINE_string(
-        "profile_steps", None, "FIRST:LAST; writes a trace of these steps to WORKDIR/profile.", flag_values=values
-    )
-    flags.DEFINE_string("coordinator", None, "host:port of process 0, for several processes.", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "How many processes take part.", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", flag_values=values)
-    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
-    return values
+    parser.add_argument("--config", metavar="FILE[:PRESET]", help="the config file, and after a colon its preset")
+    parser.add_argument("--workdir", metavar="DIR", help="where the run lives: config, metrics, checkpoints, report")
+    parser.add_argument("--data_dir", metavar="DIR", default="", help="where the data are now, if they have moved")
+    parser.add_argument("--dry_run", action="store_true", help="check everything up to the first step by shapes alone")
+    parser.add_argument("--profile_steps", metavar="FIRST:LAST", help="trace these steps into WORKDIR/profile")
+    cli.add_process_arguments(parser)
+    return parser
 
 
-def help_text(values: flags.FlagValues) -> str:
-    """The usage and every flag with its help."""
-    lines = [__doc__.strip(), ""]
-    for name in values:
-        flag = values[name]
-        if name == flag.name:  # and not its short form
-            form = f"-{flag.short_name}, " * bool(flag.short_name) + f"--{name}" + "=VALUE" * (not flag.boolean)
-            lines.append(f"  {form:<22} {flag.help}")
-    lines.append(f"  {'--config.KEY=VALUE':<22} Another value for a key of the config; vitcls/config.py has all keys.")
-    return "\n".join(lines)
-
-
-def parse(argv: list[str]) -> flags.FlagValues:
+def parse(argv: list[str]) -> argparse.Namespace:
     """Parses the flags and loads the config; raises UserError with one line for whatever is wrong."""
-    arguments = sys.argv
-    try:
-        return _parse(argv)
-    finally:
-        sys.argv = arguments  # as the command was started, for the report
+    rest, overrides = _split(argv)
+    flags = make_parser().parse_args(rest)
+    if not flags.config:
+        raise UserError("--config=FILE is missing, such as --config=configs/vit_digits.py")
+    flags.config = config_file.load(flags.config, overrides)
+    return flags
 
 
-def _parse(argv: list[str]) -> flags.FlagValues:
-    values = define_flags()
-    overrides = [argument for argument in argv if argument.lstrip("-").startswith("config.")]
-    others = [argument for argument in argv if argument not in overrides]
-    path = next((text.partition("=")[2] for text in others if text.lstrip("-").startswith("config=")), "")
-    if any(text.lstrip("-") == "config=" for text in others):
-        raise UserError("--config= names no file; give one, such as --config=configs/vit_digits.py")
-    if path and not os.path.isfile(path.partition(":")[0]):
-        raise UserError(f"the config file '{path.partition(':')[0]}' is not there; see the directory configs/")
-    try:
-        sys.argv = [sys.argv[0], *others]
-        values(sys.argv)  # config_flags reads overrides from sys.argv
-        if not (values.help or values.config):
-            raise UserError("--config=FILE is missing, such as --config=configs/vit_digits.py")
-        for override in overrides:
-            _check_override(values.config, override, argv)
-        values = define_flags()
-        sys.argv = [sys.argv[0], *argv]
-        rest = values(sys.argv)[1:]
-    except flags.Error as error:
-        raise UserError(_in_one_line(str(error), path)) from None
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:  # whatever a config file can do
-        raise UserError(_of_config_file(error, path)) from None
-    if rest:
-        raise UserError(f"'{rest[0]}' belongs to no flag; flags are --NAME=VALUE, see --help")
-    return values
-
-
-def _of_config_file(error: BaseException, path: str) -> str:
-    """What a config file raised, in one line, with the line of the file."""
-    file = path.partition(":")[0]
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(file)]
-    place = f"{file}, line {lines[-1]}," if lines else file
-    text = " ".join(str(error).split())
-    if unknown := re.search(r'Key "(.+?)" does not exist and cannot be added', text):
-        hint = re.search(r'Did you mean "(.+?)"', text)
-        return f"{place} sets '{unknown[1]}', which is no key there" + (f"; did you mean '{hint[1]}'?" if hint else "")
-    if isinstance(error, SystemExit):
-        return f"{place} ends the program (SystemExit: {text}); a config file returns its config from get_config()"
-    return f"{place} cannot be loaded: {type(error).__name__}: {text}"
-
-
-_NO_NUMBER = {
-    "invalid literal for int() with base 10": "is not a whole number",
-    "could not convert string to float": "is not a number",
-}
-
-
-def _in_one_line(message: str, path: str) -> str:
-    """What the flags complain of; of a config file that raised, its line and the error without the traceback."""
-    config_file, _, preset = path.partition(":")
-    if preset and "get_config() takes 0 positional arguments but 1 was given" in message:
-        return f"{config_file} has no presets, so it takes no ':{preset}'"
-    if "Traceback (most recent call last)" in message:
-        numbers = re.findall(rf'File "[^"]*{re.escape(os.path.basename(config_file))}", line (\d+)', message)
-        error = re.split(r"\n +.*\n(?! )", message)[-1]  # what comes after the last line that is indented
-        place = f"{config_file}, line {numbers[-1]}," if numbers else config_file
-        ours = f"{UserError.__module__}.{UserError.__qualname__}: "  # says enough by itself
-        message = error.removeprefix(ours) if error.startswith(ours) else f"{place} cannot be loaded: {error}"
-    for complaint, words in _NO_NUMBER.items():
-        message = re.sub(rf"^flag (.*): {re.escape(complaint)}.*", rf"\1 {words}", message)
-    return " ".join(message.split())
-
-
-def _check_override(config: ConfigDict, override: str, argv: list[str]) -> None:
-    """Raises UserError for a key that is not there, and for one without a value, which would take the next flag."""
-    name, equals, _ = override.lstrip("-").partition("=")
-    key = name.removeprefix("config.")
-    node = config
-    for part in key.split("."):
-        if not isinstance(node, ConfigDict) or part not in node:
-            raise errors.unknown("config key", key, _keys(config))
-        node = node[part]
-    following = [*argv, "--"][argv.index(override) + 1]
-    if not equals and not isinstance(node, bool) and following.startswith("--"):
-        raise UserError(f"--{name} has no value; write --{name}=VALUE")
-
-
-def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    names = []
-    for key in config:
-        value = config.get_ref(key).get() if config.get_type(key) is not ConfigDict else config[key]
-        names += _keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [prefix + key]
-    return names
+def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
+    """The arguments that are no overrides, and the overrides as (key, text); None for one without a value."""
+    rest, overrides = [], []
+    arguments = iter([*argv, None])
+    argument = next(arguments)
+    while argument is not None:
+        following = next(arguments)
+        if not argument.startswith("--config."):
+            rest.append(argument)
+        elif "=" in argument or following is None or following.startswith("--"):
+            key, equals, text = argument.removeprefix("--config.").partition("=")
+            overrides.append((key, text if equals else None))
+        else:
+            overrides.append((argument.removeprefix("--config."), following))
+            following = next(arguments)
+        argument = following
+    return rest, overrides
 
 
 def main(argv: list[str]) -> None:
-    values = parse(argv)
-    if values.help:
-        print(help_text(values))
-        return
-    if not values.workdir and not values.dry_run:
+    flags = parse(argv)
+    if not flags.workdir and not flags.dry_run:
         raise UserError("--workdir=DIR is missing: where the run is to live")
-    run_dir.local(values.workdir or "")
-    profile_steps = parse_steps(values.profile_steps)
-    cli.start_jax(values.coordinator, values.num_processes, values.process_id)
+    run_dir.local(flags.workdir or "")
+    profile_steps = parse_steps(flags.profile_steps)
+    cli.start_jax(flags.coordinator, flags.num_processes, flags.process_id)
     results = train_and_evaluate(
-        values.config,
-        values.workdir or "",
-        dry_run=values.dry_run,
+        flags.config,
+        flags.workdir or "",
+        dry_run=flags.dry_run,
         profile_steps=profile_steps,
-        data_dir=values.data_dir,
+        data_dir=flags.data_dir,
     )
     if results:
-        print(facts.headline(results, values.workdir))
+        print(facts.headline(results, flags.workdir))
 
 
 if __name__ == "__main__":

@@ -99,9 +99,8 @@ def read(file: pathlib.Path, image_shape: tuple[int, int, int], decoding: image_
 
 
 def main(argv: list[str]) -> None:
-    parser = cli.Parser(prog="python -m vitcls.predict", description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", required=True, help="that of the run")
-    parser.add_argument("--checkpoint", default="", help="'last', 'best' or a step; default: config.report.checkpoint")
+    parser = cli.Parser(prog=cli.program("predict"), description=__doc__.splitlines()[0])
+    cli.add_run_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object per file")
     parser.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE")
     flags = parser.parse_args(argv)

@@ -126,7 +126,7 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def main(argv: list[str]) -> None:
-    parser = cli.Parser(prog="python -m vitcls.prepare", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog=cli.program("prepare"), description=__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", help="such as cifar100, cifar10, mnist, fashion_mnist, imagenet2012")
     parser.add_argument(
         "--data_dir", default="", help="default: $TFDS_DATA_DIR or ~/tensorflow_datasets, as TFDS has it"

@@ -111,7 +111,7 @@ def markdown_page(rows: list[Row]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = cli.Parser(prog="python -m vitcls.models", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog=cli.program("models"), description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="the models to show; all without")
     parser.add_argument("--markdown", action="store_true", help="as docs/models.md has it")
     flags = parser.parse_args(argv)

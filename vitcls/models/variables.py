@@ -24,4 +24,6 @@ def _variable_shapes(model: nn.Module, image_shape: ImageShape):
 def init_variables(model: nn.Module, key: jax.Array, image_shape: ImageShape) -> dict[str, PyTree]:
     """Initial variables of `model` for images of `image_shape` (H, W, C)."""
     images = jnp.zeros((1, *image_shape), jnp.float32)
-    return model.init(key, images, train=False)
+    variables = model.init(key, images, train=False, mutable=True)  # with what is sown: a head may stand on it
+    variables.pop("intermediates", None)
+    return variables

@@ -55,7 +55,6 @@ class SimCLR:
 
         def predict(apply, variables, images, bank):
             cosines = features(apply, variables, images) @ bank["rows"].T
-            cosines = jnp.where(bank["mask"][None, :] > 0, cosines, -jnp.inf)
             best, places = jax.lax.top_k(cosines, min(self.neighbors, cosines.shape[1]))
             votes = jnp.exp((best - best[:, :1]) / self.neighbor_temperature)
             classes = jax.nn.one_hot(bank["label"][places], num_classes)
@@ -86,7 +85,7 @@ class Projected(nn.Module):
         if self.is_mutable_collection("intermediates"):
             features = self.encoder.get_variable("intermediates", "features")[0].astype(jnp.float32)
             hidden = nn.relu(nn.Dense(features.shape[-1], name="hidden")(features))
-            self.sow("intermediates", "projection", nn.Dense(self.dim, use_bias=False, name="projection")(hidden))
+            self.sow("intermediates", "projection", nn.Dense(self.dim, use_bias=False, name="project")(hidden))
         return logits
 
 

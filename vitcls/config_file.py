@@ -1,0 +1,124 @@
+"""Config files: Python modules with `get_config()`, or `get_config(preset)`, whose values the command line can change."""
+
+import ast
+import importlib.util
+import inspect
+import os
+import pathlib
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vitcls import config as configs
+from vitcls.core import errors
+from vitcls.core.errors import UserError
+
+_NAMES = ("model.name", "task.name")  # they decide which keys their block has, so they come first
+
+
+def load(file: str, overrides: Sequence[tuple[str, str | None]] = ()) -> ConfigDict:
+    """Returns the config of 'PATH' or 'PATH:PRESET' with other values for some keys.
+
+    Args:
+      overrides: (key, text), such as ('optimizer.learning_rate', '1e-3'); see `override`.
+
+    Raises UserError, one line, for whatever is wrong with the file or an override.
+    """
+    path, _, preset = file.partition(":")
+    if not os.path.isfile(path):
+        raise UserError(f"the config file '{path}' is not there; see the directory configs/")
+    try:
+        config = _run(path, preset)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a config file can do
+        raise UserError(_words(error, path)) from None
+    for key, text in sorted(overrides, key=lambda override: override[0] not in _NAMES):
+        override(config, key, text)
+    return config
+
+
+def _run(path: str, preset: str) -> ConfigDict:
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "get_config", None)):
+        raise UserError(f"{path} has no function get_config(), which returns the config")
+    takes_preset = len(inspect.signature(module.get_config).parameters) > 0
+    if preset and not takes_preset:
+        raise UserError(f"{path} has no presets, so it takes no ':{preset}'")
+    config = module.get_config(preset) if preset else module.get_config()
+    if not isinstance(config, ConfigDict) or not isinstance(config.get("model"), ConfigDict):
+        raise UserError(f"get_config() of {path} does not return what `default_config(model_name)` made")
+    return config
+
+
+def _words(error: BaseException, path: str) -> str:
+    """What a config file raised, in one line, with the line of the file."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(path)]
+    place = f"{path}, line {lines[-1]}," if lines else path
+    text = " ".join(str(error).split())
+    if isinstance(error, AttributeError) and "does not exist and cannot be added" in text:
+        key = text.split('"')[1]
+        hint = f"; did you mean '{text.split('Did you mean ')[1].split(chr(34))[1]}'?" if "Did you mean" in text else ""
+        return f"{place} sets '{key}', which is no key there{hint}"
+    if isinstance(error, SystemExit):
+        return f"{place} ends the program (SystemExit: {text}); a config file returns its config from get_config()"
+    return f"{place} cannot be loaded: {type(error).__name__}: {text}"
+
+
+def override(config: ConfigDict, key: str, text: str | None) -> None:
+    """Sets `key` to what `text` says by the type of its value; a new name changes the keys of its block.
+
+    None is for a key without a value, which means True.
+
+    Raises UserError for a key that is not there and a text of another type.
+    """
+    *blocks, name = key.split(".")
+    node: Any = config
+    for block in blocks:
+        node = node.get(block) if isinstance(node, ConfigDict) else None
+    if not isinstance(node, ConfigDict) or name not in node:
+        raise errors.unknown("config key", key, configs.flatten(config.to_dict()))
+    value = parse(text, node.get_type(name), key)
+    if key in _NAMES and value != node[name]:
+        block = blocks[0]
+        model, task = (value, "classify") if block == "model" else (config.model.name, value)
+        with config.unlocked():
+            config[block] = configs.default_config(model, task)[block]
+        return
+    node[name] = value
+
+
+def parse(text: str | None, kind: type, key: str) -> Any:
+    """The value that `text` says, of type `kind`; raises UserError, naming `key`."""
+    if text is None and kind is not bool:
+        raise UserError(f"--config.{key} has no value; write --config.{key}=VALUE")
+    if kind is str:
+        return text
+    if kind is bool:
+        text = "true" if text is None else text
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise UserError(f"--config.{key}={text} is impossible; it must be True or False")
+        return text.lower() in ("true", "1")
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise UserError(f"--config.{key}={text} is not {what}") from None
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        if kind is tuple or kind is ConfigDict:
+            raise UserError(f"--config.{key}={text} is not {_example(kind)}") from None
+        return text
+    if kind is ConfigDict or (kind is tuple and not isinstance(value, tuple | list)):
+        raise UserError(f"--config.{key}={text} is not {_example(kind)}")
+    return tuple(value) if isinstance(value, list) and kind is tuple else value
+
+
+def _example(kind: type) -> str:
+    return "a tuple, such as (0.5, 0.5)" if kind is tuple else "a value of one key; a block takes none"
