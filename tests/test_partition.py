@@ -24,6 +24,7 @@ from vitcls.core.rng import mapped_axis
 from vitcls.models.layers import Dropout
 from vitcls.train import train_and_evaluate
 from vitcls.training import build, checkpoint, run_dir, steps
+from vitcls.training.evaluator import make_evaluator
 from vitcls.training.metrics_log import read_history
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -64,14 +65,16 @@ def train(config, layout, *, batch_norm=False):
         training = with_model(config, info, plan, layout)
     batches = data.train_batches(dataset, config.dataset, partition=layout, batch_size=config.batch_size, seed=0)
     state = layout.init(training.create_state, jax.random.key(0))
-    sums = layout.replicate(jax.device_get(steps.zero_sums()))
+    sums = layout.replicate(jax.device_get(steps.zero_sums(training.task.means.values())))
+    frozen = layout.place(training.frozen)
     call = steps.make_train_call(training.train_step, open_batches=batches.open, seed=0, length=3)
-    update = layout.compile_update(call, state, sums, batches.data(0, 3))
+    update = layout.compile_update(call, state, sums, batches.data(0, 3), frozen)
     for step in (0, 3):
-        state, sums = update(state, sums, batches.data(step, 3))
-    evaluate = layout.compile_evaluation(build.make_eval_step(config, training.model, info))
+        state, sums = update(state, sums, batches.data(step, 3), frozen)
+    probabilities = np.empty((len(dataset.test.labels), info.num_classes), np.float32)
+    evaluator = make_evaluator(config, training.model, info, dataset, layout)
     test = data.EvaluationBatches(dataset.test, image_shape=info.image_shape, partition=layout, batch_size=16)
-    totals = [layout.to_host(evaluate(state.variables, batch)) for batch in test]
+    totals = evaluator(state.variables, test, probabilities), probabilities
     host_state = layout.to_host(state) if layout.mapped else jax.device_get(state)
     return host_state, layout.to_host(sums), totals
 
@@ -112,6 +115,19 @@ def test_all_strategies_give_the_same_state_metrics_and_predictions(tiny_config,
                 assert_close(part, expected[("state", "sums", "evaluation").index(what)])
             except AssertionError as error:
                 raise AssertionError(f"{name}: {what} differs") from error
+
+
+@pytest.mark.parametrize("task", ["distill", "simclr"])
+def test_every_task_is_the_same_under_every_strategy(task, tiny_config, trained):
+    tiny_config.task = {"name": task} | ({"teacher": str(trained)} if task == "distill" else {})
+    tiny_config.optimizer.name = "sgd"
+    tiny_config.optimizer.learning_rate = 0.1
+    tiny_config.augment.mixup.probability = 0.0
+    expected, *others = (
+        train(tiny_config, layout) for name, layout in layouts().items() if name in ("one device", "fsdp", "pmap")
+    )
+    for actual in others:
+        assert_close(actual, expected)
 
 
 def train_start(config):

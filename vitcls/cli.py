@@ -50,9 +50,8 @@ class Parser(argparse.ArgumentParser):
         flags, rest = self.parse_known_args(args, namespace)
         for text in rest:
             if text.startswith("--"):
-                raise errors.unknown(
-                    "flag", text.partition("=")[0], [f for f in self._option_string_actions if f[:2] == "--"]
-                )
+                known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+                raise errors.unknown("flag", text.partition("=")[0], known)
             raise UserError(f"'{text}' belongs to no flag; flags are --NAME=VALUE, see --help")
         return flags
 

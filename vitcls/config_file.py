@@ -1,4 +1,4 @@
-"""Config files: Python modules with `get_config()`, or `get_config(preset)`, whose values the command line can change."""
+"""Config files: Python modules with `get_config()` or `get_config(preset)`, and the command line's changes to it."""
 
 import ast
 import importlib.util

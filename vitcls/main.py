@@ -22,6 +22,7 @@ _KEYS = (  # that are used the most
     ("optimizer.learning_rate=X", "the highest learning rate"),
     ("partition.strategy=NAME", "data, fsdp or pmap"),
     ("seed=N", "of initial weights, order and augmentation"),
+    ("KEY=VALUE", "any other; vitcls/config.py has them all"),
 )
 
 
@@ -30,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         prog=cli.program("train"),
         description=__doc__.splitlines()[0],
-        epilog=f"keys of the config:\n{keys}\n  --config.KEY=VALUE {'':<15} any other; vitcls/config.py has them all",
+        epilog=f"keys of the config:\n{keys}",
     )
     parser.add_argument("--config", metavar="FILE[:PRESET]", help="the config file, and after a colon its preset")
     parser.add_argument("--workdir", metavar="DIR", help="where the run lives: config, metrics, checkpoints, report")

@@ -1,0 +1,195 @@
+"""Training objectives against the same loss written out by hand, and through whole runs."""
+
+import json
+import re
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from vitcls import config as configs
+from vitcls import main, predict
+from vitcls.core.errors import UserError
+from vitcls.tasks import TASKS, Context, TrainedRun
+from vitcls.tasks.base import Output, Tools
+from vitcls.tasks.distill import Distill
+from vitcls.tasks.simclr import nt_xent
+from vitcls.train import prepare, train_and_evaluate
+from vitcls.training import checkpoint, run_dir
+from vitcls.training.metrics_log import read_history
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+B, K = 6, 4
+
+
+def log_softmax(x):
+    x = x.astype(np.float64)
+    return x - scipy.special.logsumexp(x, axis=-1, keepdims=True)
+
+
+class Lesson:
+    """A teacher whose logits are given."""
+
+    def __init__(self, logits):
+        self.logits = jnp.asarray(logits)
+
+    def apply(self, variables, images, *, train):
+        assert not train
+        return self.logits + variables["params"]["shift"]
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_distillation_is_that_of_hinton_or_of_deit(hard):
+    rng = np.random.default_rng(0)
+    student, teacher, own = rng.normal(size=(B, K)), rng.normal(size=(B, K)), rng.uniform(size=B)
+    run = TrainedRun(
+        Lesson(teacher), {"params": {"shift": np.zeros((1, K))}}, ("a", "b", "c", "d"), (2, 2, 1), lambda x: x
+    )
+    context = Context(run.class_names, run.image_shape, lambda logits, targets: jnp.asarray(own), lambda path: run)
+    task = Distill(teacher="there", temperature=3.0, weight=0.7, hard=hard).build(context)
+    forward = lambda params, stats, images, key: Output(jnp.asarray(student), stats, {})  # noqa: E731
+    tools = Tools(forward, None, None, lambda params: params, None, None, K)
+    inputs = {"image": None, "lesson": None, "target": jnp.eye(K)[np.arange(B) % K]}
+    losses, aux = task.loss(tools, {}, {}, inputs, None, task.frozen(), None)
+
+    p, q = np.exp(log_softmax(teacher / 3)), log_softmax(student / 3)
+    soft = 9 * np.sum(p * (np.log(p) - q), axis=1)
+    taught = -log_softmax(student)[np.arange(B), teacher.argmax(1)] if hard else soft
+    np.testing.assert_allclose(losses, 0.3 * own + 0.7 * taught, rtol=1e-5)
+    np.testing.assert_array_equal(aux.sums["agrees"], student.argmax(1) == teacher.argmax(1))
+    np.testing.assert_array_equal(aux.sums["correct"], student.argmax(1) == np.arange(B) % K)
+
+
+def test_nt_xent_is_that_of_the_paper():
+    """Equation 1 of Chen et al. 2020, pair by pair."""
+    z = np.random.default_rng(0).normal(size=(B, 2, 5))
+    losses, found = nt_xent(jnp.asarray(z, jnp.float32), lambda x: x, jnp.arange(B), 0.5)
+    unit = (z / np.linalg.norm(z, axis=-1, keepdims=True)).reshape(2 * B, 5)
+    similarity = unit @ unit.T / 0.5
+
+    def pair(i, j):
+        others = [k for k in range(2 * B) if k != i]
+        return -similarity[i, j] + np.log(np.exp(similarity[i, others]).sum()), max(others, key=similarity[i].item) == j
+
+    for image in range(B):
+        (there, hit), (back, hit_back) = pair(2 * image, 2 * image + 1), pair(2 * image + 1, 2 * image)
+        assert losses[image] == pytest.approx((there + back) / 2, rel=1e-5)
+        assert found[image] == (hit + hit_back) / 2
+
+
+def with_task(config, name, trained):
+    """The tiny config with the objective `name`; one device sees what eight do."""
+    config.task = {"name": name} | ({"teacher": str(trained)} if name == "distill" else {})
+    config.augment.crop.probability, config.augment.mixup.probability = 1.0, 0.0
+    return config
+
+
+@pytest.mark.parametrize("name", ["distill", "simclr"])
+def test_a_run_goes_on_to_the_same_bits(name, tiny_config, trained, tmp_path):
+    config = with_task(tiny_config, name, trained)
+    results = train_and_evaluate(config, tmp_path / "run")
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "run", again)
+    for step in checkpoint.steps(again / "checkpoints")[1:]:
+        shutil.rmtree(again / "checkpoints" / str(step))
+    resumed = train_and_evaluate(config, again)
+    assert resumed["loss"] == results["loss"] and resumed["accuracy"] == results["accuracy"]
+    timed = ("train/images_per_second", "train/seconds")
+    whole, rest = (
+        [{key: value for key, value in event.items() if key not in timed} for event in read_history(path)]
+        for path in (tmp_path / "run", again)
+    )
+    assert whole == rest
+    logged = {"distill": "train/teacher_agreement", "simclr": "train/pairs_found"}[name]
+    assert all(0 <= event[logged] <= 1 for event in whole if "train/loss" in event)
+
+
+def test_nothing_of_a_teacher_is_saved_and_it_is_not_needed_afterwards(tiny_config, trained, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(trained, teacher)
+    plain = train_and_evaluate(tiny_config, tmp_path / "plain")
+    config = with_task(tiny_config, "distill", teacher)
+    train_and_evaluate(config, tmp_path / "run")
+    sizes = [
+        sum(file.stat().st_size for file in (tmp_path / name / "checkpoints" / "12").rglob("*") if file.is_file())
+        for name in ("plain", "run")
+    ]
+    assert sizes[1] < 1.05 * sizes[0]
+    assert set(plain) == set(json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())) - {"units"}
+    shutil.rmtree(teacher)
+    from vitcls.evaluate import evaluate
+
+    assert evaluate(tmp_path / "run")["num_examples"] == plain["num_examples"]
+    with pytest.raises(UserError, match="teacher is not the workdir of a run"):
+        train_and_evaluate(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ({"name": "distil"}, "config.task.name 'distil' is not known; did you mean 'distill'?"),
+        ({"name": "distill"}, "config.task.teacher='' names no workdir"),
+        ({"name": "distill", "teacher": "/nowhere"}, "/nowhere is not the workdir of a run"),
+        ({"name": "distill", "temprature": 2.0}, "key of config.task 'temprature' is not known; did you mean 'temper"),
+        ({"name": "distill", "weight": 2.0}, "config.task.weight=2.0 is impossible; it must be in [0, 1]"),
+        ({"name": "simclr", "temperature": 0.0}, "config.task.temperature=0.0 is impossible"),
+        ({"name": "simclr", "neighbors": "many"}, "config.task.neighbors='many' is impossible; it must be a whole"),
+        ({"name": "classify", "teacher": "x"}, "key of config.task 'teacher' is not known"),
+    ],
+)
+def test_what_a_task_cannot_do_is_said_with_its_key(task, words, tiny_config):
+    tiny_config.task = task
+    with pytest.raises(UserError, match=re.escape(words)):
+        prepare(tiny_config, None, "", range(0))
+
+
+def test_a_teacher_of_other_classes_or_sizes_is_refused(tiny_config, trained):
+    config = with_task(tiny_config, "distill", trained)
+    config.dataset.image_size = 16
+    with pytest.raises(
+        UserError, match=r"config.task.teacher='.*' was trained on images of 8x8x3, this run on 16x16x3"
+    ):
+        prepare(config, None, "", range(0))
+    config.dataset.update(image_size=8, num_classes=4)
+    with pytest.raises(UserError, match=r"config.task.teacher='.*' was trained on other classes"):
+        prepare(config, None, "", range(0))
+
+
+def test_a_contrastive_loss_is_of_a_whole_batch(tiny_config):
+    tiny_config.task = {"name": "simclr"}
+    tiny_config.optimizer.accumulate, tiny_config.augment.mixup.probability = 2, 0.0
+    with pytest.raises(UserError, match=r"accumulate=2 is not for config.task.name='simclr'"):
+        prepare(tiny_config, None, "", range(0))
+
+
+def test_a_name_on_the_command_line_decides_the_keys_of_its_block(tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from vitcls.config import default_config\ndef get_config():\n    c = default_config('improved_vit_tiny')\n"
+        "    c.model.depth = 3\n    return c\n"
+    )
+    flags = [f"--config={file}", "--workdir=x"]
+    config = main.parse([*flags, "--config.task.temperature=2", "--config.task.name=distill"]).config
+    assert config.task.to_dict() == configs.default_config("lenet5", "distill").task.to_dict() | {"temperature": 2.0}
+    assert main.parse(flags).config.task.to_dict() == {"name": "classify"}
+    config = main.parse([*flags, "--config.model.widths=(4, 8, 8)", "--config.model.name=lenet5"]).config
+    assert config.model.widths == (4, 8, 8) and "depth" not in config.model
+    assert main.parse([*flags, "--config.model.name=improved_vit_tiny"]).config.model.depth == 3
+    with pytest.raises(UserError, match=r"config key 'task.temprature' is not known; did you mean 'task.temperature'"):
+        main.parse([*flags, "--config.task.name=distill", "--config.task.temprature=2"])
+
+
+def test_a_config_without_a_task_is_of_classification(tiny_config):
+    values = json.loads(configs.to_json(configs.resolve(tiny_config)))
+    del values["task"]
+    assert configs.from_json(json.dumps(values)).task.to_dict() == {"name": "classify"}
+    assert set(TASKS) == {"classify", "distill", "simclr"}
+
+
+def test_features_without_labels_have_no_classifier_to_predict_with(tiny_config, trained, tmp_path):
+    train_and_evaluate(with_task(tiny_config, "simclr", trained), tmp_path / "run")
+    opened = run_dir.open_workdir(tmp_path / "run")
+    with pytest.raises(UserError, match=r"a run of config.task.name='simclr' has no classifier; evaluate it"):
+        list(predict.predict(opened, [tmp_path / "x.png"]))
