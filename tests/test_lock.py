@@ -107,3 +107,22 @@ def test_a_torn_lock_file_is_taken_over(tmp_path, quick, caplog):
     with caplog.at_level("INFO", "vitcls"), WorkdirLock(tmp_path) as held:
         held.check()
     assert "the lock of a run that lock.json does not name, which is dead, is taken over" in caplog.text
+
+
+def test_a_lock_that_another_run_took_over_first_is_left_to_it(tmp_path, holder, monkeypatch):
+    """It follows a dead holder between our look at the lock and our taking it."""
+    living = (tmp_path / lock.LOCK_FILE).read_text()
+    dead = json.dumps(json.loads(living) | {"process_start": "long ago", "token": "dead"})
+    (tmp_path / lock.LOCK_FILE).write_text(dead)
+    is_alive = lock._is_alive
+
+    def while_we_look(path, found):
+        alive = is_alive(path, found)
+        path.write_text(living)
+        return alive
+
+    monkeypatch.setattr(lock, "_is_alive", while_we_look)
+    with pytest.raises(UserError, match=f"is in use by process {holder.pid} on "):
+        WorkdirLock(tmp_path)
+    assert json.loads((tmp_path / lock.LOCK_FILE).read_text())["token"] == json.loads(living)["token"]
+    assert [path.name for path in tmp_path.iterdir()] == [lock.LOCK_FILE]

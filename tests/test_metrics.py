@@ -252,6 +252,8 @@ def test_calibration_error_of_known_cases():
     assert metrics.expected_calibration_error(np.array([0, 1] * 4), sure) == 0.5
     bins = metrics.reliability(np.array([0, 1] * 4), sure, bins=4)
     np.testing.assert_array_equal(bins, [[0, 0, 0, 1], [0, 0, 0, 0.5], [0, 0, 0, 8]])
+    on_an_edge = np.tile(np.float32([0.75, 0.25]), (8, 1))
+    assert metrics.reliability(np.zeros(8, int), on_an_edge, bins=4).count.tolist() == [0, 0, 8, 0]
 
 
 def test_roc_curves_have_the_areas_of_sklearn():

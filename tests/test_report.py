@@ -213,9 +213,12 @@ def test_a_report_that_fails_half_way_leaves_the_old_one_alone(tmp_path):
     with pytest.raises(OSError, match="disk is gone"):
         write(directory, *predictions(num_classes=2, count=20), ["a", "b"], images=broken, history=[])
     assert [(path.name, path.read_text()) for path in directory.iterdir()] == [("index.html", "the old one")]
+    (begun,) = (path for path in tmp_path.iterdir() if path != directory)
+    (begun / "of_the_failed_one.png").touch()
 
     write(directory, *predictions(num_classes=2, count=20), ["a", "b"], history=[])
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
+    assert not (directory / "of_the_failed_one.png").exists()
 
 
 def test_a_number_that_is_not_finite_is_refused(tmp_path):

@@ -129,7 +129,7 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted():
     assert all(value == 0 for name, value in sums.items() if name != "skipped")
 
     new, _ = train_step(new, batch(), jax.random.key(0))
-    assert (new.nonfinite.streak, new.nonfinite.total) == (0, 1)
+    assert (new.nonfinite.streak, new.nonfinite.total, new.nonfinite.last_step) == (0, 1, 0)
     for _ in range(3):
         new, _ = train_step(new, bad, jax.random.key(0))
     stopped, _ = train_step(new, batch(), jax.random.key(0))
@@ -187,21 +187,21 @@ def test_the_average_has_the_statistics_of_averaged_parameters():
     class Counting(Linear):
         @nn.compact
         def __call__(self, images, *, train):
-            seen = self.variable("batch_stats", "seen", lambda: jnp.zeros(()))
+            seen = self.variable("batch_stats", "seen", lambda: jnp.full((), 7.0))
             if train:
                 seen.value = seen.value + 1.0
             return Linear()(images, train=train)
 
     train_step, state = build(model=Counting(), ema_decay=0.5)
-    expected_params, expected_seen = state.params, 0.0
+    expected_params, expected_seen = state.params, 7.0
     for step in range(3):
         state, _ = train_step(state, batch(), jax.random.key(step))
         weight = max(0.5, 9 / (10 + step))
         expected_params = jax.tree.map(lambda e, p, w=weight: (1 - w) * e + w * p, expected_params, state.params)
-        expected_seen = (1 - weight) * expected_seen + weight * (step + 1)
+        expected_seen = (1 - weight) * expected_seen + weight * (7 + step + 1)
     chex_close(state.variables["params"], expected_params)
     assert float(state.variables["batch_stats"]["seen"]) == pytest.approx(expected_seen)
-    assert float(state.batch_stats["seen"]) == 3
+    assert float(state.batch_stats["seen"]) == 7 + 3
 
 
 def chex_close(actual, expected):

@@ -17,11 +17,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 from vitcls import config as configs
+from vitcls import data
 from vitcls.core.errors import RunError, UserError
+from vitcls.models.variables import variable_shapes
 from vitcls.train import train_and_evaluate
 from vitcls.training import build, checkpoint, run_dir
 from vitcls.training.lock import WorkdirLock
-from vitcls.training.metrics_log import read_history
+from vitcls.training.metrics_log import MetricWriter, read_history
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 CONFIG = """
@@ -288,13 +290,50 @@ def test_early_stopping_ends_the_run_and_it_stays_ended(tiny_config, tmp_path):
     assert checkpoint.steps(tmp_path / "checkpoints")[-1] == 8
 
 
-def test_the_best_checkpoint_can_be_reported(tiny_config, tmp_path):
+def test_the_best_checkpoint_can_be_reported(tiny_config, tmp_path, monkeypatch):
     tiny_config.report.checkpoint = "best"
     tiny_config.eval_every = "2 steps"
+    order, sync, save = [], MetricWriter.sync, checkpoint.Checkpoints.save
+    monkeypatch.setattr(MetricWriter, "sync", lambda self: (order.append("sync"), sync(self))[1])
+    monkeypatch.setattr(
+        checkpoint.Checkpoints, "save", lambda self, *args, **rest: (order.append("save"), save(self, *args, **rest))[1]
+    )
     results = train_and_evaluate(tiny_config, tmp_path)
     scores = {event["step"]: event["eval/accuracy"] for event in read_history(tmp_path) if "eval/accuracy" in event}
     assert results["checkpoint_step"] == max(scores, key=scores.get)
     assert run_dir.open_workdir(tmp_path).find_step("best") == results["checkpoint_step"]
+    assert order == ["sync", "save"] * (len(order) // 2) + ["sync"]  # what a checkpoint knows is on disk before it
+
+
+def test_a_small_file_is_replaced_and_never_half_written(tmp_path):
+    run_dir.write_atomically(tmp_path / "x" / "config.json", "old")
+    with open(tmp_path / "x" / "config.json", encoding="utf-8") as reader:
+        run_dir.write_atomically(tmp_path / "x" / "config.json", "new")
+        assert reader.read() == "old"  # who reads has one or the other
+    assert (tmp_path / "x" / "config.json").read_text() == "new"
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["config.json"]
+
+
+def test_averages_are_what_is_restored_for_evaluation(tmp_path):
+    config = configs.default_config("resnet18")
+    config.model.update(depths=(1,), width=8, stem="small")
+    config.optimizer.ema_decay = 0.9
+    config = configs.resolve(config)
+    info = data.DatasetInfo("x", ("a", "b"), (8, 8, 1), (0.5,), (0.5,), {"train": 2}, (1, 1), ())
+    model = build.make_model(config, info)
+    shapes = variable_shapes(model, info.image_shape)
+    filled = lambda tree, value: jax.tree.map(lambda leaf: np.full(leaf.shape, value, leaf.dtype), tree)  # noqa: E731
+    state = {
+        "params": filled(shapes["params"], 1.0),
+        "batch_stats": filled(shapes["batch_stats"], 2.0),
+        "ema_params": filled(shapes["params"], 3.0),
+        "ema_batch_stats": filled(shapes["batch_stats"], 4.0),
+    }
+    with checkpoint.Checkpoints(tmp_path / "checkpoints", keep=1, metric="eval/loss") as checkpoints:
+        checkpoints.save(5, {"state": state}, record={}, metrics=None)
+    restored = run_dir.Workdir(tmp_path, config, info).restore_variables(model, 5)
+    assert {float(leaf.max()) for leaf in jax.tree.leaves(restored["params"])} == {3.0}
+    assert {float(leaf.max()) for leaf in jax.tree.leaves(restored["batch_stats"])} == {4.0}
 
 
 @pytest.mark.parametrize("strategy", ["data", "pmap"])

@@ -188,6 +188,8 @@ def test_mean_and_std_are_those_of_the_training_split(tmp_path):
         Dataset("test", ("a", "b"), train, None, test, SHAPE), config(mean=(0.5,) * 3, std=(1.0,) * 3)
     )
     assert (given.mean, given.std) == ((0.5,) * 3, (1.0,) * 3)
+    half = data.describe(Dataset("test", ("a", "b"), train, None, test, SHAPE), config(std=(1.0,) * 3))
+    assert (half.mean, half.std) == (measured.mean, (1.0,) * 3)
 
 
 @pytest.mark.parametrize("shape", [(3000, 32, 32, 3), (1797, 8, 8, 1), (3, 1024, 700, 3)])

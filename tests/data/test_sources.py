@@ -14,6 +14,7 @@ from PIL import Image
 
 from vitcls import predict
 from vitcls.config import default_config
+from vitcls.core import cache
 from vitcls.core.cache import cache_dir
 from vitcls.core.errors import UserError
 from vitcls.data import DatasetInfo, describe, read_image
@@ -886,3 +887,13 @@ def test_a_full_disk_costs_the_cache_only(tmp_path, monkeypatch):
     (cache_dir() / "indexes").write_text("a file where the directory should be")
     assert index_records([path], parse)[1].tolist() == [1, 2]
     assert os.listdir(tmp_path / "cache") == ["indexes"]
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702])
+def test_a_cache_that_others_could_write_programs_into_is_refused(mode, tmp_path, monkeypatch):
+    monkeypatch.setenv("VITCLS_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir(mode=0o700)
+    assert cache.cache_dir() == tmp_path / "cache"
+    (tmp_path / "cache").chmod(mode)
+    with pytest.raises(UserError, match=f"can be written by others; run 'chmod 700 {tmp_path}/cache'"):
+        cache.cache_dir()
