@@ -46,8 +46,7 @@ def main(argv: list[str]) -> None:
         return probabilities
 
     def on_host() -> None:
-        roc = metrics.roc_curves(labels, probabilities)
-        metrics.classification_report(labels, probabilities, info.class_names, roc)
+        metrics.classification_report(metrics.evidence_of(labels, probabilities), info.class_names)
 
     probabilities = on_devices()
     evaluation = harness.alternate(

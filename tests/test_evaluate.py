@@ -31,7 +31,7 @@ def test_batches_leave_nothing_on_the_devices_but_the_sums(wanted):
             yield batch
             kept.append(sum(array.shape == (8, 7) for array in jax.live_arrays()))
 
-    evaluator = Evaluator(layout, layout.compile_evaluation(lambda weights, batch, bank: eval_step(weights, batch)))
+    evaluator = Evaluator(layout, layout.compile_evaluation(lambda weights, batch, bank: eval_step(weights, batch)), 7)
     probabilities = np.full((61, 7), np.nan, np.float32) if wanted else None
     sums = evaluator(layout.replicate(weights), watched(), probabilities)
     assert len(kept) == 8

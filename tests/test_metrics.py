@@ -44,8 +44,7 @@ def names(num_classes):
 
 
 def measure(labels, probabilities, class_names):
-    roc = metrics.roc_curves(labels, probabilities)
-    return metrics.classification_report(labels, probabilities, class_names, roc)
+    return metrics.classification_report(metrics.evidence_of(labels, probabilities), class_names)
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 5, 7, 30])
@@ -123,7 +122,7 @@ def test_merged_sums_are_the_sums_of_the_whole():
 
 def test_summarize_divides_by_the_count():
     logits, labels, mask = examples(30)
-    summary = metrics.summarize(jax.device_get(evaluation_sums(logits, labels, mask)))
+    summary = metrics.summarize(metrics.Evidence(jax.device_get(evaluation_sums(logits, labels, mask))))
     kept = mask > 0
     assert summary["accuracy"] == pytest.approx(np.mean(logits.argmax(1)[kept] == labels[kept]))
     loss = sklearn.metrics.log_loss(labels[kept], softmax(logits[kept]), labels=np.arange(30))
@@ -135,7 +134,7 @@ def test_summarize_divides_by_the_count():
 def test_summarize_refuses_an_empty_evaluation():
     logits, labels, _ = examples(3)
     with pytest.raises(UserError, match="no example to evaluate"):
-        metrics.summarize(jax.device_get(evaluation_sums(logits, labels, np.zeros(BATCH, np.float32))))
+        metrics.Evidence(jax.device_get(evaluation_sums(logits, labels, np.zeros(BATCH, np.float32))))
 
 
 @pytest.mark.parametrize("num_classes", [3, 12])

@@ -47,7 +47,7 @@ def pictures(indices):
 def write(directory, labels, probabilities, names, *, images=pictures, history=HISTORY, facts=FACTS):
     results = {"dataset": "set <&>", "split": "test", "checkpoint_step": 20}
     roc = metrics.roc_curves(labels, probabilities)
-    results |= metrics.classification_report(labels, probabilities, names, roc)
+    results |= metrics.classification_report(metrics.evidence_of(labels, probabilities), names)
     results |= {
         "parameters": 1234567,
         "flops_per_image": 2.5e6,

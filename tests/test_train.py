@@ -291,7 +291,9 @@ def test_early_stopping_ends_the_run_and_it_stays_ended(tiny_config, tmp_path):
 
 
 def test_the_best_checkpoint_can_be_reported(tiny_config, tmp_path, monkeypatch):
+    """By any metric of the table, here one that needs the predictions."""
     tiny_config.report.checkpoint = "best"
+    tiny_config.checkpoint.metric = "eval/auc_ovr_macro"
     tiny_config.eval_every = "2 steps"
     order, sync, save = [], MetricWriter.sync, checkpoint.Checkpoints.save
     monkeypatch.setattr(MetricWriter, "sync", lambda self: (order.append("sync"), sync(self))[1])
@@ -299,7 +301,8 @@ def test_the_best_checkpoint_can_be_reported(tiny_config, tmp_path, monkeypatch)
         checkpoint.Checkpoints, "save", lambda self, *args, **rest: (order.append("save"), save(self, *args, **rest))[1]
     )
     results = train_and_evaluate(tiny_config, tmp_path)
-    scores = {event["step"]: event["eval/accuracy"] for event in read_history(tmp_path) if "eval/accuracy" in event}
+    scores = {event["step"]: event[name] for event in read_history(tmp_path) if (name := "eval/auc_ovr_macro") in event}
+    assert len(scores) == 6 and {"eval/loss", "eval/accuracy"} <= read_history(tmp_path)[-1].keys()
     assert results["checkpoint_step"] == max(scores, key=scores.get)
     assert run_dir.open_workdir(tmp_path).find_step("best") == results["checkpoint_step"]
     assert order == ["sync", "save"] * (len(order) // 2) + ["sync"]  # what a checkpoint knows is on disk before it

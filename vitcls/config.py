@@ -23,6 +23,7 @@ from vitcls.core.registry import checked, defaults, fill, require_choice, requir
 from vitcls.data.augment import AUGMENTATIONS, TEST_TIME, make_augment
 from vitcls.data.order import MAX_BATCH_SIZE
 from vitcls.data.sources import SOURCES, source_of
+from vitcls.metrics.table import ALWAYS_LOGGED, METRICS, metric_of
 from vitcls.optim import OPTIMIZERS, SCHEDULES
 from vitcls.tasks import TASKS
 from vitcls.tasks.losses import LOSSES
@@ -216,6 +217,16 @@ def validate(config: ConfigDict) -> None:
         raise UserError("config.deterministic=True is not for config.partition.strategy='pmap'; use 'data' or 'fsdp'")
 
 
+def watched_metrics(config: ConfigDict) -> list[str]:
+    """The metrics that an evaluation during training computes: those always logged, and those that the config names."""
+    named = [config.checkpoint.metric]
+    if config.early_stopping.patience:
+        named.append(config.early_stopping.metric)
+    if config.schedule.name == "plateau":
+        named.append(config.schedule.metric)
+    return list(dict.fromkeys([*ALWAYS_LOGGED, *(metric_of(key).name for key in named)]))
+
+
 def validate_metrics(config: ConfigDict, *, evaluates: bool) -> None:
     """Raises UserError for a named metric that the run will not have; `evaluates`: it has a validation split."""
     watched = {"checkpoint.metric": False}
@@ -294,5 +305,5 @@ def _get(config: ConfigDict, key: str):
     return config
 
 
-EVAL_METRICS = ("eval/loss", "eval/accuracy", "eval/top5_accuracy")
+EVAL_METRICS = tuple(f"eval/{name}" for name in METRICS)
 _LARGEST_MADE_UP = 1_024  # pixels of a side

@@ -146,6 +146,7 @@ def fit(
     known at step n, and what metrics.jsonl says up to n is never said again.
     """
     state, sums, progress, step = start_or_resume(config, path, training, layout)
+    watched = configs.watched_metrics(config)
     update = Update(training, batches, layout, config.seed, plan.steps_per_call)
 
     with (
@@ -186,8 +187,8 @@ def fit(
                 sums, progress = new_sums(layout, training.task), progress.next_interval()
             scores = None
             if eval_due:
-                totals = evaluator(state.variables, validation)
-                scores = {f"eval/{name}": value for name, value in metrics.summarize(totals).items()}
+                named = evaluator.scores(state.variables, validation, watched)
+                scores = {f"eval/{name}": value for name, value in named.items()}
                 writer.write(step, scores)
                 bar.report(step, scores)
                 progress = progress.evaluated(scores, config)
@@ -295,7 +296,7 @@ def reduce_on_plateau(schedule_config, state: TrainState, scores: dict[str, floa
         return state
     metric = schedule_config.metric
     plateau = optim.plateau_update(
-        schedule_config, layout.to_host(state.plateau), scores[metric], checkpoint.maximized(metric)
+        schedule_config, layout.to_host(state.plateau), scores[metric], metrics.higher_is_better(metric)
     )
     return state.replace(plateau=layout.replicate(jax.device_get(plateau)))
 

@@ -9,7 +9,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from vitcls import models
-from vitcls.core.errors import UserError
 
 # name -> parameters with 1000 classes at the native size; the number of torchvision, timm or Keras where they have the
 # model. Running statistics and auxiliary classifiers are not counted.
@@ -105,11 +104,11 @@ def test_create_takes_the_preset_and_what_replaces_it():
 
 
 def test_unknown_names_are_answered_with_the_nearest_known():
-    with pytest.raises(UserError, match="model 'improved_vit_tny' is not known; did you mean 'improved_vit_tiny'"):
+    with pytest.raises(ValueError, match="model 'improved_vit_tny' is not known; did you mean 'improved_vit_tiny'"):
         models.create("improved_vit_tny", 10)
-    with pytest.raises(UserError, match="field of improved_vit_tiny 'dept' is not known; did you mean 'depth'"):
+    with pytest.raises(ValueError, match="field of improved_vit_tiny 'dept' is not known; did you mean 'depth'"):
         models.create("improved_vit_tiny", 10, dept=3)
-    with pytest.raises(UserError, match="model 'lenet' is not known"):
+    with pytest.raises(ValueError, match="model 'lenet' is not known"):
         models.field_placeholders("lenet")
 
 

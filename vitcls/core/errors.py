@@ -23,16 +23,21 @@ class Stopped(Exception):
 
 
 def unknown(kind: str, name: object, valid: Iterable[str]) -> UserError:
-    """Builds the error for a `name` that is not one of `valid`, with the nearest name that is.
+    """The error for a `name` that is not one of `valid`."""
+    return UserError(not_known(kind, name, valid))
 
-    >>> str(unknown("dataset", "cifar1000", ["cifar10", "cifar100"]))
+
+def not_known(kind: str, name: object, valid: Iterable[str]) -> str:
+    """What is said of a `name` that is not one of `valid`, with the nearest name that is.
+
+    >>> not_known("dataset", "cifar1000", ["cifar10", "cifar100"])
     "dataset 'cifar1000' is not known; did you mean 'cifar100'? Known: cifar10, cifar100"
     """
     valid = sorted(valid)
     close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     if close and len(valid) > _SHORT_LIST:
-        return UserError(f"{kind} {str(name)!r} is not known; did you mean '{close[0]}'?")
+        return f"{kind} {str(name)!r} is not known; did you mean '{close[0]}'?"
     if len(valid) > 2 * _SHORT_LIST:
         valid = [*valid[:_SHORT_LIST], f"... ({len(valid)} in all)"]
     hint = f"; did you mean '{close[0]}'?" if close else "."
-    return UserError(f"{kind} {str(name)!r} is not known{hint} Known: {', '.join(valid)}")
+    return f"{kind} {str(name)!r} is not known{hint} Known: {', '.join(valid)}"

@@ -39,13 +39,13 @@ class Registry(Mapping[str, type]):
 
     def __getitem__(self, name: str) -> type:
         """The class `name`; raises UserError with the nearest name where there is none."""
-        if name not in self._entries:
+        if name not in self:
             raise errors.unknown(f"{self.key}.name", name, self._entries)
         module, _, attribute = self._entries[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return isinstance(name, str) and name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -69,7 +69,7 @@ class Registry(Mapping[str, type]):
 
     def about(self, name: str) -> contextlib.AbstractContextManager[None]:
         """A context in which a ValueError of the entry `name` becomes a UserError that names the key."""
-        return _about(self.key, defaults(self[name]) | (defaults(self.shared) if self.shared else {}))
+        return about(self.key, defaults(self[name]) | (defaults(self.shared) if self.shared else {}))
 
     def check(self, values: Mapping[str, Any], name: str = "") -> None:
         """Raises UserError for a block in which a shared key, or a field of the entry `name`, is impossible.
@@ -95,14 +95,14 @@ def fill(entry: type, values: Mapping[str, Any], key: str, *, check: Callable[[A
         for field, default in fields.items()
         if field in values
     }
-    with _about(key, fields):
+    with about(key, fields):
         made = entry(**given)
         check(made)
         return made
 
 
 @contextlib.contextmanager
-def _about(key: str, fields: Mapping[str, Any]) -> Iterator[None]:
+def about(key: str, fields: Mapping[str, Any]) -> Iterator[None]:
     """Turns a ValueError of an entry, in its own words, into a UserError that names the key."""
     try:
         yield
@@ -114,7 +114,7 @@ def _about(key: str, fields: Mapping[str, Any]) -> Iterator[None]:
 
 def _with_key(message: str, key: str, fields: Mapping[str, Any]) -> str:
     """'padding=-1 is impossible' -> 'config.augment.crop.padding=-1 is impossible'."""
-    field = re.match(r"(\w+)[=:]", message)
+    field = re.match(r"(\w+)(?:[=:]| ')", message)
     return f"{key}.{message}" if field and field[1] in fields else f"{key}: {message}"
 
 
@@ -146,7 +146,7 @@ def require_choice(entry: Any, field: str, valid: tuple[str, ...]) -> None:
     """Raises ValueError with the nearest name unless the value of `field` is one of `valid`."""
     value = getattr(entry, field)
     if value not in valid:
-        raise ValueError(f"{field}={str(errors.unknown('', str(value), valid)).strip()}")
+        raise ValueError(errors.not_known(field, str(value), valid))
 
 
 _TYPES = {

@@ -117,6 +117,11 @@ class EvaluationBatches:
         self._batch_size = batch_size
         self._kept: list[dict[str, Any]] | None = None
 
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [N], of the split in order."""
+        return self._split.labels
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self._kept is not None:
             return iter(self._kept)

@@ -1,10 +1,7 @@
-"""Sums over examples on the devices, under a mask, and the means that they give."""
+"""Sums over examples on the devices, under a mask."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from vitcls.core.errors import UserError
 
 Sums = dict[str, jax.Array]
 
@@ -47,15 +44,3 @@ def evaluation_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Su
 def merge(a: Sums, b: Sums) -> Sums:
     """The sums over both."""
     return jax.tree.map(jnp.add, a, b)
-
-
-def summarize(sums: dict[str, np.ndarray]) -> dict[str, float]:
-    """Loss, accuracy and top-5 accuracy from sums on the host; raises UserError where nothing was counted."""
-    count = float(sums["count"])
-    if not count:
-        raise UserError("there is no example to evaluate: every one is masked; give a split that has some")
-    return {
-        "loss": float(sums["loss"]) / count,
-        "accuracy": float(sums["correct"]) / count,
-        "top5_accuracy": float(sums["correct_top5"]) / count,
-    }

@@ -16,11 +16,11 @@ class Airbench(nn.Module):
 
     Each group halves the map; the maximum over the last one is classified, logits float32 [B, num_classes] times
     `logit_scale` (Jordan 2024, appendix A). Convolutions start as the identity of their first channels (section 3.3).
-    The scales of norms stay at 1 and their biases learn 64 times as fast where config.optimizer.multipliers says so,
+    The scales of norms stay at 1 and their biases learn 64 times as fast where the optimizer's multipliers say so,
     as configs/sprint_cifar10.py does. Sown into 'intermediates': 'stem_map', 'group_1_map' ... 'group_N_map' and
     'features' [B, widths[-1]].
 
-    Raises UserError for a field that cannot work and for images that the groups would halve to nothing.
+    Raises ValueError for a field that cannot work and for images that the groups would halve to nothing.
     """
 
     num_classes: int

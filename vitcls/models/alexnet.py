@@ -14,7 +14,7 @@ class AlexNet(nn.Module):
     Parameters and logits are float32 whatever `dtype`. Sown into 'intermediates': 'conv_1_map' ... 'conv_5_map'
     (before pooling) and 'features' [B, head_width].
 
-    Raises UserError for a field that cannot work and for images that shrink to nothing.
+    Raises ValueError for a field that cannot work and for images that shrink to nothing.
     """
 
     num_classes: int

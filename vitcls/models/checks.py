@@ -6,7 +6,6 @@ from collections.abc import Mapping
 import flax.linen as nn
 
 from vitcls.core import errors
-from vitcls.core.errors import UserError
 from vitcls.models import convolutions, layers
 
 _CHOICES = {
@@ -18,7 +17,7 @@ _CHOICES = {
 
 
 def check_fields(model: nn.Module, choices: Mapping[str, tuple] | None = None) -> None:
-    """Raises UserError for a value that cannot work.
+    """Raises ValueError for a value that cannot work.
 
     Text must be among its `choices` (those of fields that models share are known here); whole numbers are at least 1,
     fractions at least 0, and fields with 'drop' in their name are probabilities below 1.
@@ -26,11 +25,11 @@ def check_fields(model: nn.Module, choices: Mapping[str, tuple] | None = None) -
     for field, valid in (_CHOICES | dict(choices or {})).items():
         value = getattr(model, field, valid[0])
         if value not in valid:
-            raise errors.unknown(f"config.model.{field}", str(value), valid)
+            raise ValueError(errors.not_known(f"{field}", str(value), valid))
     for field in model.__dataclass_fields__:
         value = getattr(model, field, None)
         if value == ():
-            raise UserError(f"config.model.{field}=() is impossible; it needs an entry for each stage")
+            raise ValueError(f"{field}=() is impossible; it needs an entry for each stage")
         parts = value if isinstance(value, tuple) else (value,)
         for part in parts:
             if isinstance(part, bool) or not isinstance(part, int | float):
@@ -41,31 +40,31 @@ def check_fields(model: nn.Module, choices: Mapping[str, tuple] | None = None) -
             elif "drop" in field:
                 high, expected = 1, "in [0, 1)"
             if not low <= part < high:
-                raise UserError(f"config.model.{field}={value} is impossible; it must be {expected}")
+                raise ValueError(f"{field}={value} is impossible; it must be {expected}")
 
 
 def check_size(shape: tuple[int, ...], smallest: int, advice: str = "") -> None:
-    """Raises UserError for images [B, H, W, C] with a side below `smallest`; `advice`: what else would help."""
+    """Raises ValueError for images [B, H, W, C] with a side below `smallest`; `advice`: what else would help."""
     height, width = shape[1:3]
     if min(height, width) < smallest:
-        raise UserError(
+        raise ValueError(
             f"images of {height}x{width} pixels are too small for this model, whose smallest is {smallest}x{smallest}; "
-            f"set config.dataset.image_size={smallest} or more{advice}"
+            f"make them {smallest}x{smallest} or larger{advice}"
         )
 
 
 def check_stem(model: nn.Module, shape: tuple[int, ...], smallest: Mapping[str, int]) -> None:
-    """Raises UserError for an unknown `stem` and for images too small for it; `smallest`: stem -> pixels."""
+    """Raises ValueError for an unknown `stem` and for images too small for it; `smallest`: stem -> pixels."""
     if model.stem not in smallest:
-        raise errors.unknown("config.model.stem", model.stem, smallest)
+        raise ValueError(errors.not_known("stem", model.stem, smallest))
     helps = smallest["small"] < smallest[model.stem]
-    check_size(shape, smallest[model.stem], ", or config.model.stem='small'" if helps else "")
+    check_size(shape, smallest[model.stem], ", or stem='small'" if helps else "")
 
 
 def check_same_length(model: nn.Module, *fields: str, length: int | None = None) -> None:
-    """Raises UserError where fields with one entry for each stage do not have the same number, or not `length`."""
+    """Raises ValueError where fields with one entry for each stage do not have the same number, or not `length`."""
     values = [getattr(model, field) for field in fields]
     expected = len(values[0]) if length is None else length
     if any(len(value) != expected for value in values):
-        said = " and ".join(f"config.model.{field}={value}" for field, value in zip(fields, values, strict=True))
-        raise UserError(f"{said} must have {expected} entries, one for each stage")
+        said = " and ".join(f"{field}={value}" for field, value in zip(fields, values, strict=True))
+        raise ValueError(f"{said} must have {expected} entries, one for each stage")

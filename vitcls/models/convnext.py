@@ -16,7 +16,7 @@ class ConvNeXt(nn.Module):
     Parameters, statistics of norms and logits are float32 whatever `dtype`, the type of the rest. Sown into
     'intermediates': 'stem_map', 'stage_1_map' ... 'stage_N_map' [B, H', W', C'] and 'features' [B, D], normalised.
 
-    Raises UserError for a field that cannot work and for images smaller than the total stride.
+    Raises ValueError for a field that cannot work and for images smaller than the total stride.
     """
 
     num_classes: int

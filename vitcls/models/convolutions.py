@@ -115,10 +115,10 @@ class GroupedConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.form not in GROUPED_CONV_FORMS:
-            raise errors.unknown("config.model.grouped_conv", self.form, GROUPED_CONV_FORMS)
+            raise ValueError(errors.not_known("grouped_conv", self.form, GROUPED_CONV_FORMS))
         channels, size = x.shape[-1], self.kernel_size
         if channels % self.groups or self.features % self.groups:
-            raise errors.UserError(
+            raise ValueError(
                 f"{channels} channels to {self.features} cannot be divided into {self.groups} groups of a convolution"
             )
         kernel = self.param("kernel", self.kernel_init, (size, size, channels // self.groups, self.features))

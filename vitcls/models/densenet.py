@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitcls.core.errors import UserError
 from vitcls.models import checks, convolutions, layers
 from vitcls.models.preset import Preset
 
@@ -18,7 +17,7 @@ class DenseNet(nn.Module):
     Parameters, statistics of norms and logits are float32 whatever `dtype`, the type of the rest. Sown into
     'intermediates': 'stem_map', 'stage_1_map' ... 'stage_N_map' (maps [B, H', W', C']) and 'features' [B, D].
 
-    Raises UserError for a field that cannot work and for images smaller than the total stride.
+    Raises ValueError for a field that cannot work and for images smaller than the total stride.
     """
 
     num_classes: int
@@ -40,7 +39,7 @@ class DenseNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         checks.check_fields(self)
         if not 0 < self.compression <= 1:
-            raise UserError(f"config.model.compression={self.compression} is impossible; it must be in (0, 1]")
+            raise ValueError(f"compression={self.compression} is impossible; it must be in (0, 1]")
         halvings = len(self.depths) - 1
         checks.check_stem(self, images.shape, {"standard": 4 << halvings, "small": 1 << halvings})
 

@@ -19,7 +19,7 @@ class EfficientNet(nn.Module):
     float32 whatever `dtype`, the type of the rest; padding is 'SAME', as the authors' code has it. Sown into
     'intermediates': 'stem_map', 'stage_1_map' ... 'stage_7_map' (maps [B, H', W', C']) and 'features' [B, D].
 
-    Raises UserError for a field that cannot work and for images smaller than the total stride.
+    Raises ValueError for a field that cannot work and for images smaller than the total stride.
     """
 
     num_classes: int

@@ -105,7 +105,7 @@ class GoogLeNet(_Inception):
 
     Sown into 'intermediates': 'stem_map', 'inception_3a_map' ... 'inception_5b_map' [B, H', W', C'], 'features' [B, D].
 
-    Raises UserError for a field that cannot work and for images smaller than the total stride.
+    Raises ValueError for a field that cannot work and for images smaller than the total stride.
     """
 
     dropout: float = 0.4
@@ -163,7 +163,7 @@ class InceptionV3(_Inception):
 
     Sown into 'intermediates': 'stem_map', 'mixed_1_map' ... 'mixed_11_map' [B, H', W', C'] and 'features' [B, D].
 
-    Raises UserError for a field that cannot work and for images that shrink to nothing.
+    Raises ValueError for a field that cannot work and for images that shrink to nothing.
     """
 
     dropout: float = 0.2

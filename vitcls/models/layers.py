@@ -34,9 +34,9 @@ def precise_products(dtype: jax.typing.DTypeLike) -> contextlib.AbstractContextM
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The activation function `name`; raises UserError where there is none."""
+    """The activation function `name`; raises ValueError where there is none."""
     if name not in ACTIVATIONS:
-        raise errors.unknown("activation", name, ACTIVATIONS)
+        raise ValueError(errors.not_known("activation", name, ACTIVATIONS))
     return ACTIVATIONS[name]
 
 
@@ -132,7 +132,7 @@ def normalize(
         case "none":
             return x
         case _:
-            raise errors.unknown("config.model.norm", kind, NORMS)
+            raise ValueError(errors.not_known("norm", kind, NORMS))
     return norm(x)
 
 
@@ -311,7 +311,7 @@ def sincos_position_embedding(height: int, width: int, dim: int) -> jax.Array:
     Each axis as in Vaswani et al. 2017, section 3.5. `dim` must be a multiple of 4.
     """
     if dim % 4:
-        raise errors.UserError(f"config.model.hidden_dim={dim} must be a multiple of 4 for 'sincos2d' positions")
+        raise ValueError(f"hidden_dim={dim} must be a multiple of 4 for 'sincos2d' positions")
     frequencies = 1e-4 ** (np.arange(dim // 4) / (dim // 4))
     rows, columns = np.divmod(np.arange(height * width), width)
     angles = [np.outer(places, frequencies) for places in (columns, rows)]

@@ -19,7 +19,7 @@ class _MobileNet(nn.Module):
     Parameters, statistics of norms and logits are float32 whatever `dtype`, the type of the rest. Padding is 'SAME', as
     the authors' code has it. Sown into 'intermediates': 'stem_map', 'stage_1_map' ... [B, H', W', C'], 'features'.
 
-    Raises UserError for a field that cannot work and for images smaller than the total stride.
+    Raises ValueError for a field that cannot work and for images smaller than the total stride.
     """
 
     num_classes: int

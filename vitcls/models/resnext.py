@@ -11,7 +11,6 @@ import flax.linen as nn
 import jax
 
 from vitcls.core import errors
-from vitcls.core.errors import UserError
 from vitcls.models import layers, resnet
 from vitcls.models.preset import Preset
 
@@ -47,17 +46,15 @@ class ResNeXt(resnet.ResNet):
     def _check(self, shape: tuple[int, ...]) -> None:
         super()._check(shape)
         if self.fusion not in _FUSIONS:
-            raise errors.unknown("config.model.fusion", self.fusion, _FUSIONS)
+            raise ValueError(errors.not_known("fusion", self.fusion, _FUSIONS))
         stages = range(1, len(self.depths) + 1)
         kernels = self.fusion_kernels
         if self.fusion == "kernels" and (len(set(kernels)) < len(kernels) or not all(size % 2 for size in kernels)):
-            raise UserError(f"config.model.fusion_kernels={kernels} must be odd numbers, each of them once")
+            raise ValueError(f"fusion_kernels={kernels} must be odd numbers, each of them once")
         if self.fusion == "kernels" and self.fusion_stage not in stages:
-            raise UserError(f"config.model.fusion_stage={self.fusion_stage} must be in 1 .. {len(stages)}")
+            raise ValueError(f"fusion_stage={self.fusion_stage} must be in 1 .. {len(stages)}")
         if self.fusion == "stages" and list(self.fusion_stages) != sorted(set(self.fusion_stages) & set(stages)):
-            raise UserError(
-                f"config.model.fusion_stages={self.fusion_stages} must be stages of 1 .. {len(stages)}, in their order"
-            )
+            raise ValueError(f"fusion_stages={self.fusion_stages} must be stages of 1 .. {len(stages)}, in their order")
 
     def _groups(self) -> int:
         return self.groups

@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitcls.core import errors
 from vitcls.models import checks, convolutions, layers
 from vitcls.models.preset import Preset
 
@@ -21,7 +20,7 @@ class LeNet5(nn.Module):
     get a frame of their own border, up to 32, as the paper's digits have one. Sown into 'intermediates':
     'conv_1_map' ... 'conv_3_map' and 'features' [B, hidden_width].
 
-    Raises UserError for a field that cannot work and for images below 28 pixels.
+    Raises ValueError for a field that cannot work and for images below 28 pixels.
     """
 
     num_classes: int
@@ -70,7 +69,7 @@ class PaperCNN(nn.Module):
     layers of table III are eight convolutions and the two dense layers, and `kernel_size` is its filter size. Sown
     into 'intermediates': 'stage_1' ... 'stage_N' (maps after pooling) and 'features' [B, hidden_width].
 
-    Raises UserError for a field that cannot work and for images that the stages would halve to nothing.
+    Raises ValueError for a field that cannot work and for images that the stages would halve to nothing.
     """
 
     num_classes: int
@@ -92,7 +91,7 @@ class PaperCNN(nn.Module):
         checks.check_same_length(self, "depths", "widths")
         checks.check_size(images.shape, 1 << len(self.depths))
         if self.kernel_size % 2 == 0:
-            raise errors.UserError(f"config.model.kernel_size={self.kernel_size} must be odd")
+            raise ValueError(f"kernel_size={self.kernel_size} must be odd")
         block = layers.checkpointed(ConvBlock, self.remat)
         x = images.astype(self.dtype)
         for stage, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True), start=1):

@@ -14,7 +14,7 @@ class VGG(nn.Module):
     convolutions keep their biases, as the published weights do. Sown into 'intermediates': 'stage_1_map' ...
     'stage_5_map' (before pooling) and 'features' [B, head_width].
 
-    Raises UserError for a field that cannot work and for images that the stages would halve to nothing.
+    Raises ValueError for a field that cannot work and for images that the stages would halve to nothing.
     """
 
     num_classes: int

@@ -5,6 +5,7 @@ what that section asks for: a feed-forward network with "deep activation functio
 detail (`local_conv`, `squeeze_excite`), and an aggregation function g over all tokens (`aggregation`).
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -14,7 +15,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitcls.core.errors import UserError
 from vitcls.models import checks, convolutions, layers
 from vitcls.models.preset import Preset
 
@@ -36,7 +36,7 @@ class VisionTransformer(nn.Module):
     Sown into 'intermediates' where that collection is mutable: 'features' [B, D] and 'tokens' [B, N, D] after the last
     norm, and each block's 'attention_weights' [B, heads, N, N].
 
-    Raises UserError where the patches do not tile the images, and for a field whose value cannot work.
+    Raises ValueError where the patches do not tile the images, and for a field whose value cannot work.
     """
 
     num_classes: int
@@ -68,26 +68,10 @@ class VisionTransformer(nn.Module):
         tokens = self._embed(images.astype(self.dtype), train=train)  # [B, H, W, C] -> [B, N, D]
         grid = tuple(size // self.patch_size for size in images.shape[1:3])
 
-        attention = attention_form(self.attention, self.dtype, self.hidden_dim // self.num_heads)
+        design = self._design()
         block = layers.checkpointed(Block, self.remat)
         for i, drop_path in enumerate(layers.linear_rates(self.drop_path, self.depth)):
-            tokens = block(
-                grid=grid,
-                num_heads=self.num_heads,
-                mlp_dim=self.mlp_dim,
-                qk_norm=self.qk_norm,
-                layer_scale=self.layer_scale,
-                drop_path=drop_path,
-                dropout=self.dropout,
-                attention_dropout=self.attention_dropout,
-                attention=attention,
-                activation=self.activation,
-                local_conv=self.local_conv,
-                squeeze_excite=self.squeeze_excite,
-                grouped_conv=self.grouped_conv,
-                dtype=self.dtype,
-                name=f"block_{i}",
-            )(tokens, train)
+            tokens = block(design, grid, drop_path, name=f"block_{i}")(tokens, train)
         tokens = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(tokens)
         self.sow("intermediates", "tokens", tokens)
 
@@ -97,28 +81,27 @@ class VisionTransformer(nn.Module):
         self.sow("intermediates", "features", features)
         return layers.head(features, self.num_classes, kernel_init=nn.initializers.truncated_normal(0.02))
 
+    def _design(self) -> "Design":
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Design)}
+        form = attention_form(self.attention, self.dtype, self.hidden_dim // self.num_heads)
+        return Design(**fields | {"attention": form})
+
     def _check(self, shape: tuple[int, ...]) -> None:
         self._check_fields()
         height, width = shape[1:3]
         if height % self.patch_size or width % self.patch_size:
             nearest = [max(1, round(size / self.patch_size)) * self.patch_size for size in (height, width)]
-            raise UserError(
-                f"config.model.patch_size={self.patch_size} does not divide images of {height}x{width} pixels; "
-                f"make them {nearest[0]}x{nearest[1]} (config.dataset.image_size), or the patches another size"
+            raise ValueError(
+                f"patch_size={self.patch_size} does not divide images of {height}x{width} pixels; "
+                f"make them {nearest[0]}x{nearest[1]}, or the patches another size"
             )
 
     def _check_fields(self) -> None:
         checks.check_fields(self, _CHOICES)
         if self.hidden_dim % self.num_heads:
-            raise UserError(
-                f"config.model.hidden_dim={self.hidden_dim} cannot be divided over "
-                f"config.model.num_heads={self.num_heads} heads"
-            )
+            raise ValueError(f"hidden_dim={self.hidden_dim} cannot be divided over num_heads={self.num_heads} heads")
         if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
-            raise UserError(
-                f"config.model.stem='conv' halves the image, so config.model.patch_size={self.patch_size} "
-                "must be a power of two"
-            )
+            raise ValueError(f"stem='conv' halves the image, so patch_size={self.patch_size} must be a power of two")
 
     def _embed(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Patches, positions and, where g is 'token', the class token: [B, H, W, C] -> [B, N, D]."""
@@ -181,7 +164,7 @@ def attention_form(asked: str, dtype: str, head_dim: int) -> str:
     missing = cudnn_lacks(getattr(jax.local_devices()[0], "compute_capability", ""), dtype, head_dim)
     if not missing:
         return asked
-    _logger.info("config.model.attention='cudnn' needs %s; computing attention by 'xla'", " and ".join(missing))
+    _logger.info("attention='cudnn' needs %s; computing attention by 'xla'", " and ".join(missing))
     return "xla"
 
 
@@ -194,7 +177,7 @@ def cudnn_lacks(compute_capability: str, dtype: str, head_dim: int) -> list[str]
     widest = 256 if version >= 9 else 128
     needs = {
         "an NVIDIA GPU, Ampere or later": version >= 8,
-        "config.model.dtype='bfloat16'": dtype == "bfloat16",
+        "dtype='bfloat16'": dtype == "bfloat16",
         f"heads of at most {widest} channels, a multiple of 8": head_dim <= widest and head_dim % 8 == 0,
     }
     return [need for need, met in needs.items() if not met]
@@ -223,89 +206,77 @@ class ConvStem(nn.Module):
         return nn.Conv(self.hidden_dim, (3, 3), padding=1, dtype=self.dtype, name="project")(x)
 
 
+@dataclasses.dataclass(frozen=True)
+class Design:
+    """What all blocks of a model share: the fields of `VisionTransformer` of these names."""
+
+    num_heads: int
+    mlp_dim: int = 0
+    qk_norm: bool = False
+    layer_scale: float = 0.0
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    attention: str = "xla"  # the form that this process computes
+    activation: str = "gelu"
+    local_conv: bool = False
+    squeeze_excite: float = 0.0
+    grouped_conv: str = "auto"
+    dtype: str = "float32"
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x)): pre-norm, [B, N, D] -> [B, N, D]."""
 
+    design: Design
     grid: tuple[int, int]
-    num_heads: int
-    mlp_dim: int
-    qk_norm: bool
-    layer_scale: float
     drop_path: float
-    dropout: float
-    attention_dropout: float
-    attention: str
-    activation: str
-    local_conv: bool
-    squeeze_excite: float
-    grouped_conv: str
-    dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        design = self.design
+
         def residual(branch: jax.Array, name: str) -> jax.Array:
-            if self.layer_scale:
-                branch = layers.LayerScale(self.layer_scale, name=f"{name}_scale")(branch)
+            if design.layer_scale:
+                branch = layers.LayerScale(design.layer_scale, name=f"{name}_scale")(branch)
             return layers.DropPath(self.drop_path)(branch, train=train)
 
-        attend = SelfAttention(
-            num_heads=self.num_heads,
-            qk_norm=self.qk_norm,
-            dropout=self.dropout,
-            attention_dropout=self.attention_dropout,
-            attention=self.attention,
-            dtype=self.dtype,
-            name="attention",
-        )
-        feed_forward = FeedForward(
-            grid=self.grid,
-            mlp_dim=self.mlp_dim,
-            dropout=self.dropout,
-            activation=self.activation,
-            local_conv=self.local_conv,
-            squeeze_excite=self.squeeze_excite,
-            grouped_conv=self.grouped_conv,
-            dtype=self.dtype,
-            name="feed_forward",
-        )
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="attention_norm")(x)
+        attend = SelfAttention(design, name="attention")
+        feed_forward = FeedForward(design, self.grid, name="feed_forward")
+        y = nn.LayerNorm(epsilon=1e-6, dtype=design.dtype, name="attention_norm")(x)
         x += residual(attend(y, train=train), "attention")
-        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="feed_forward_norm")(x)
+        y = nn.LayerNorm(epsilon=1e-6, dtype=design.dtype, name="feed_forward_norm")(x)
         return x + residual(feed_forward(y, train=train), "feed_forward")
 
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention (improved ViT, section 2): [B, N, D] -> [B, N, D]; one matrix makes Q, K and V."""
 
-    num_heads: int
-    qk_norm: bool
-    dropout: float
-    attention_dropout: float
-    attention: str
-    dtype: str
+    design: Design
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         batch, tokens, dim = x.shape
         xavier = nn.initializers.xavier_uniform()
-        qkv = nn.Dense(3 * dim, dtype=self.dtype, kernel_init=xavier, name="qkv")(x)
-        qkv = qkv.reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        qkv = nn.Dense(3 * dim, dtype=self.design.dtype, kernel_init=xavier, name="qkv")(x)
+        qkv = qkv.reshape(batch, tokens, 3, self.design.num_heads, dim // self.design.num_heads)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, heads, D / heads]
-        if self.qk_norm:  # Dehghani et al. 2023, section 2.2
-            query = nn.LayerNorm(epsilon=1e-6, use_bias=False, dtype=self.dtype, name="query_norm")(query)
-            key = nn.LayerNorm(epsilon=1e-6, use_bias=False, dtype=self.dtype, name="key_norm")(key)
+        if self.design.qk_norm:  # Dehghani et al. 2023, section 2.2
+            query = nn.LayerNorm(epsilon=1e-6, use_bias=False, dtype=self.design.dtype, name="query_norm")(query)
+            key = nn.LayerNorm(epsilon=1e-6, use_bias=False, dtype=self.design.dtype, name="key_norm")(key)
 
-        explicit = self.is_mutable_collection("intermediates") or (train and self.attention_dropout > 0)
-        with layers.precise_products(self.dtype):
+        explicit = self.is_mutable_collection("intermediates") or (train and self.design.attention_dropout > 0)
+        with layers.precise_products(self.design.dtype):
             if explicit:
                 weights = attention_weights(query, key)
                 self.sow("intermediates", "attention_weights", weights)
-                weights = layers.Dropout(self.attention_dropout)(weights, train=train)
+                weights = layers.Dropout(self.design.attention_dropout)(weights, train=train)
                 mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
             else:
-                mixed = jax.nn.dot_product_attention(query, key, value, implementation=self.attention)
-        out = nn.Dense(dim, dtype=self.dtype, kernel_init=xavier, name="project")(mixed.reshape(batch, tokens, dim))
-        return layers.Dropout(self.dropout)(out, train=train)
+                mixed = jax.nn.dot_product_attention(query, key, value, implementation=self.design.attention)
+        out = nn.Dense(dim, dtype=self.design.dtype, kernel_init=xavier, name="project")(
+            mixed.reshape(batch, tokens, dim)
+        )
+        return layers.Dropout(self.design.dropout)(out, train=train)
 
 
 def attention_weights(query: jax.Array, key: jax.Array) -> jax.Array:
@@ -328,40 +299,34 @@ class FeedForward(nn.Module):
     so that with aggregation 'token' the last block's reaches the logits through `squeeze_excite` alone.
     """
 
+    design: Design
     grid: tuple[int, int]
-    mlp_dim: int
-    dropout: float
-    activation: str
-    local_conv: bool
-    squeeze_excite: float
-    grouped_conv: str
-    dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        act, xavier = layers.activation(self.activation), nn.initializers.xavier_uniform()
-        dropout = layers.Dropout(self.dropout, name="dropout")
-        hidden = act(nn.Dense(self.mlp_dim, dtype=self.dtype, kernel_init=xavier, name="expand")(x))
-        if self.local_conv:
+        act, xavier = layers.activation(self.design.activation), nn.initializers.xavier_uniform()
+        dropout = layers.Dropout(self.design.dropout, name="dropout")
+        hidden = act(nn.Dense(self.design.mlp_dim, dtype=self.design.dtype, kernel_init=xavier, name="expand")(x))
+        if self.design.local_conv:
             split = hidden.shape[1] - math.prod(self.grid)  # 1 with a class token
             token, patches = hidden[:, :split], hidden[:, split:]
-            on_grid = patches.reshape(-1, *self.grid, self.mlp_dim)  # [B, N, M] -> [B, rows, columns, M]
+            on_grid = patches.reshape(-1, *self.grid, self.design.mlp_dim)  # [B, N, M] -> [B, rows, columns, M]
             local_conv = convolutions.conv(
-                self.mlp_dim,
+                self.design.mlp_dim,
                 3,
-                groups=self.mlp_dim,
+                groups=self.design.mlp_dim,
                 use_bias=True,
-                grouped_conv=self.grouped_conv,
-                dtype=self.dtype,
+                grouped_conv=self.design.grouped_conv,
+                dtype=self.design.dtype,
                 name="local_conv",
             )
             local = act(local_conv(on_grid))
             hidden = jnp.concatenate([token, patches + local.reshape(patches.shape)], axis=1)
-        if self.squeeze_excite:
-            reduced = max(1, round(self.squeeze_excite * x.shape[-1]))
-            hidden = layers.SqueezeExcite(reduced, self.dtype, name="squeeze_excite")(hidden)
+        if self.design.squeeze_excite:
+            reduced = max(1, round(self.design.squeeze_excite * x.shape[-1]))
+            hidden = layers.SqueezeExcite(reduced, self.design.dtype, name="squeeze_excite")(hidden)
         hidden = dropout(hidden, train=train)
-        out = nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=xavier, name="project")(hidden)
+        out = nn.Dense(x.shape[-1], dtype=self.design.dtype, kernel_init=xavier, name="project")(hidden)
         return dropout(out, train=train)
 
 

@@ -6,18 +6,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-_CARDS = (  # key, label, format, what the number is
-    ("accuracy", "Accuracy", "{:.2%}", "of the images, first guess right"),
-    ("top5_accuracy", "Top-5 accuracy", "{:.2%}", "of the images, true class among five guesses"),
-    ("f1_macro", "F1, macro", "{:.4f}", "mean over classes, 0 to 1"),
-    ("auc_ovr_macro", "AUC, macro", "{:.4f}", "one class against the rest, 0.5 is chance"),
-    ("ece", "Calibration error", "{:.2%}", "mean gap of confidence and accuracy"),
-    ("loss", "Loss", "{:.4f}", "nats per image, cross-entropy"),
-)
-_DETAILS = (
-    ("precision_macro", "Precision, macro", "{:.4f} (fraction)"),
-    ("recall_macro", "Recall, macro", "{:.4f} (fraction)"),
-    ("auc_ovr_macro_hard", "AUC of one-hot predictions, macro", "{:.4f} (fraction)"),
+from vitcls.metrics.table import METRICS
+
+_DETAILS = (  # that are no metrics of predictions
     ("parameters", "Parameters", "{:,}"),
     ("flops_per_image", "Cost of one image, forward", "{:,.0f} FLOPs (2 per multiply-add)"),
     ("latency_ms", "Latency of one image", "{0[median]:.2f} ms median, {0[p95]:.2f} ms p95"),
@@ -109,8 +100,10 @@ def render(
 
 def _cards(metrics: dict[str, Any]) -> str:
     cards = (
-        f'<div class="card"><span>{label}</span><b>{form.format(metrics[key])}</b><small>{meaning}</small></div>'
-        for key, label, form, meaning in _CARDS
+        f'<div class="card"><span>{metric.label}</span><b>{metric.format.format(metrics[name])}</b>'
+        f"<small>{metric.meaning}</small></div>"
+        for name, metric in METRICS.items()
+        if metric.meaning
     )
     return '<div class="cards">\n' + "\n".join(cards) + "\n</div>"
 
@@ -137,7 +130,12 @@ def _figure(title: str, caption: str, path: pathlib.Path) -> str:
 
 
 def _details(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = [(label, form.format(metrics[key])) for key, label, form in _DETAILS if key in metrics]
+    rows = [
+        (metric.label, f"{metric.format.format(metrics[name])} ({metric.unit.partition(' ')[0]})")
+        for name, metric in METRICS.items()
+        if not metric.meaning
+    ]
+    rows += [(label, form.format(metrics[key])) for key, label, form in _DETAILS if key in metrics]
     return rows + [(name, f"{weight:.4f} (learned)") for name, weight in metrics["learned_weights"].items()]
 
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter
 
 from vitcls import metrics
 from vitcls.core.terminal import printable
+from vitcls.metrics import METRICS
 
 # Okabe & Ito's colours, which people with any colour vision can tell apart; lines differ in their dashes besides.
 BLUE, ORANGE, RED, SKY = "#0072B2", "#E69F00", "#D55E00", "#56B4E9"
@@ -68,12 +69,12 @@ def curves(history: History) -> Figure | None:
         return None
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-        unit, scale = ("%", 100) if metric == "accuracy" else ("nats", 1)
+        unit, scale = ("%", 100) if METRICS[metric].format.endswith("%}") else (METRICS[metric].unit.split()[0], 1)
         for kind, (color, label) in _KINDS.items():
             steps, values = series(history, f"{kind}/{metric}")
             if len(steps):
                 axes.plot(steps, scale * values, color=color, label=label, lw=1.8, marker=_marker(steps), ms=3.5)
-        axes.set(title=metric.capitalize(), ylabel=f"{metric} [{unit}]")
+        axes.set(title=METRICS[metric].label, ylabel=f"{metric} [{unit}]")
         _step_axis(axes)
         axes.legend()
     return figure

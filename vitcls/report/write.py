@@ -10,18 +10,10 @@ from typing import Any
 import numpy as np
 
 from vitcls.core.terminal import printable
-from vitcls.metrics import RocCurves
+from vitcls.metrics import METRICS, RocCurves
 
 UNITS = {
-    "loss": "nats (cross-entropy)",
-    "accuracy": "fraction",
-    "top5_accuracy": "fraction",
-    "precision_macro": "fraction",
-    "recall_macro": "fraction",
-    "f1_macro": "fraction",
-    "auc_ovr_macro": "fraction (from probabilities)",
-    "auc_ovr_macro_hard": "fraction (from one-hot predictions)",
-    "ece": "fraction (15 equal-width bins)",
+    **{name: metric.unit for name, metric in METRICS.items()},
     "num_examples": "images",
     "checkpoint_step": "steps",
     "parameters": "parameters",

@@ -15,6 +15,7 @@ from vitcls import models, optim
 from vitcls.core import durations
 from vitcls.core.errors import UserError
 from vitcls.core.partition import Partition
+from vitcls.core.registry import about
 from vitcls.data import DatasetInfo
 from vitcls.data.augment import make_augment, mixes_pairs, to_float, views
 from vitcls.models import convolutions
@@ -98,7 +99,8 @@ def make_model(config, info: DatasetInfo, *, for_training: bool = False) -> nn.M
         model = convolutions.for_training(model)
     model = make_task(config, info).wrap(model)
     try:
-        variable_shapes(model, info.image_shape)
+        with about("config.model", fields):
+            variable_shapes(model, info.image_shape)
     except UserError:
         raise
     except Exception as error:  # whatever a field that its checks do not know can do to a layer

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from vitcls.core.errors import RunError
+from vitcls.metrics.table import higher_is_better
 
 PyTree = Any
 MANIFEST = "manifest.json"
@@ -29,16 +30,11 @@ _SMALLEST_SLICE = 2**22  # bytes of a replicated array that a device saves on it
 _logger = logging.getLogger("vitcls")
 
 
-def maximized(metric: str) -> bool:
-    """Whether more of a metric is better: everything but a loss or an error."""
-    return not metric.endswith(("loss", "error", "ece"))
-
-
 def _score(metrics: dict[str, float], metric: str) -> float:
     """The value to compare; what is not a number (or was saved as null) is worse than any other."""
     value = metrics[metric]
     if value is None or math.isnan(value):
-        return -math.inf if maximized(metric) else math.inf
+        return -math.inf if higher_is_better(metric) else math.inf
     return value
 
 
@@ -53,7 +49,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 preservation_policy.LatestN(keep),
                 preservation_policy.BestN(
                     get_metric_fn=lambda metrics: _score(metrics, metric),
-                    reverse=not maximized(metric),
+                    reverse=not higher_is_better(metric),
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 ),
@@ -64,7 +60,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             item_handlers={"tree": _tree_handler(), "record": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
-                best_mode="max" if maximized(metric) else "min",
+                best_mode="max" if higher_is_better(metric) else "min",
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             ),
         )
@@ -176,7 +172,7 @@ def best(directory: os.PathLike | str, metric: str) -> int | None:
                 scores[step] = _score(metrics, metric)
     if not scores:
         return None
-    return (max if maximized(metric) else min)(scores, key=scores.get)
+    return (max if higher_is_better(metric) else min)(scores, key=scores.get)
 
 
 def restore(directory: os.PathLike | str, step: int, template: PyTree) -> tuple[PyTree, dict]:

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ class Evaluator:
 
     layout: Partition
     eval_step: Callable
+    num_classes: int
     bank_step: Callable | None = None
     bank_batches: Iterable[dict] = ()  # of the training split
 
@@ -54,6 +55,15 @@ class Evaluator:
             self._fetch(rows, probabilities[start:])
         return self.layout.to_host(total)
 
+    def scores(self, variables, batches: data.EvaluationBatches, names: Collection[str]) -> dict[str, float]:
+        """The metrics of these names; predictions are kept only where one of them needs them."""
+        labels = probabilities = None
+        if any(metrics.METRICS[name].needs_predictions for name in names):
+            labels = batches.labels
+            probabilities = np.empty((len(labels), self.num_classes), np.float32)
+        sums = self(variables, batches, probabilities)
+        return metrics.summarize(metrics.Evidence(sums, labels, probabilities), names)
+
     def remember(self, variables) -> PyTree:
         """The bank that the task predicts by, on the devices; None for a task that needs none."""
         if self.bank_step is None:
@@ -75,12 +85,12 @@ def make_evaluator(config, model, info: DatasetInfo, dataset: data.Dataset, layo
     eval_step = layout.compile_evaluation(build.make_eval_step(config, model, info))
     bank_step, size = build.make_bank_step(config, model, info)
     if bank_step is None:
-        return Evaluator(layout, eval_step)
+        return Evaluator(layout, eval_step, info.num_classes)
     count = len(dataset.train.labels)
     sample = np.sort(np.random.default_rng(0).permutation(count)[:size])
     remembered = dataclasses.replace(dataset, train=dataset.train.take(sample))
     batches = split_batches(remembered, "train", layout, config)
-    return Evaluator(layout, eval_step, layout.compile_evaluation(bank_step), batches)
+    return Evaluator(layout, eval_step, info.num_classes, layout.compile_evaluation(bank_step), batches)
 
 
 def split_batches(dataset: data.Dataset, split: str, layout: Partition, config) -> data.EvaluationBatches:
@@ -127,11 +137,10 @@ def write_report(
     if config.report.timing:
         timings["latency_ms"] = measure_latency(config, model, info, evaluator.layout.to_host(bank))
 
-    roc = metrics.roc_curves(examples.labels, probabilities)
+    evidence = metrics.Evidence(sums, examples.labels, probabilities)
     history = metrics_log.read_history(path)
     results = {"dataset": info.name, "split": split, "checkpoint_step": step}
-    results |= metrics.classification_report(examples.labels, probabilities, info.class_names, roc)
-    results |= metrics.summarize(sums)
+    results |= metrics.classification_report(evidence, info.class_names)
     results |= {
         "parameters": summary.count_parameters(variable_shapes(model, info.image_shape)["params"]),
         "flops_per_image": summary.flops_per_image(model, info.image_shape),
@@ -144,7 +153,7 @@ def write_report(
         metrics=results,
         labels=examples.labels,
         probabilities=probabilities,
-        roc=roc,
+        roc=evidence.roc,
         class_names=info.class_names,
         images=lambda indices: np.stack([data.read_image(examples, int(i), info.image_shape) for i in indices]),
         history=history,

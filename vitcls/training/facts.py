@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from vitcls.data import DatasetInfo
+from vitcls.metrics import METRICS
 from vitcls.training.announce import dataset_line, devices_line
 
 
@@ -39,9 +40,9 @@ def command_line() -> str:
 
 def headline(results: dict, workdir) -> str:
     """The last lines of a command: the main numbers and where the report is."""
-    return (
-        f"{results['split']}: accuracy {results['accuracy']:.2%}, top-5 {results['top5_accuracy']:.2%}, "
-        f"macro F1 {results['f1_macro']:.4f}, AUC {results['auc_ovr_macro']:.4f}, ECE {results['ece']:.4f}, "
-        f"loss {results['loss']:.4f} on {results['num_examples']:,} images\n"
-        f"report: {workdir}/report/index.html"
+    numbers = ", ".join(
+        f"{metric.headline} {metric.format.format(results[name])}"
+        for name, metric in METRICS.items()
+        if metric.headline
     )
+    return f"{results['split']}: {numbers} on {results['num_examples']:,} images\nreport: {workdir}/report/index.html"

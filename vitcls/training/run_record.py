@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from flax.training.early_stopping import EarlyStopping
 
-from vitcls.training.checkpoint import maximized
+from vitcls.metrics import higher_is_better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,13 @@ class Progress:
         """
         score = scores[config.checkpoint.metric]
         improved = not math.isnan(score) and (
-            self.best is None or (score > self.best if maximized(config.checkpoint.metric) else score < self.best)
+            self.best is None
+            or (score > self.best if higher_is_better(config.checkpoint.metric) else score < self.best)
         )
         early_stopping = self.early_stopping
         if config.early_stopping.patience:
             watched = scores[config.early_stopping.metric]
-            watched = -watched if maximized(config.early_stopping.metric) else watched
+            watched = -watched if higher_is_better(config.early_stopping.metric) else watched
             if math.isnan(watched):
                 watched = sys.float_info.max  # beaten by every number
             # flax's patience counts the evaluations that may fail before the one that stops the run.

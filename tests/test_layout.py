@@ -1,0 +1,128 @@
+"""The house keeps its floors: imports go down, never up, never in a circle, and the core stays light."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+# From the ground up. A module may import those of its own floor and below; `None` is what the folder holds itself.
+FLOORS = (
+    ("core",),
+    ("data", "models", "optim", "metrics"),
+    ("report",),
+    ("tasks",),
+    ("config", "config_file"),
+    ("training",),
+    ("cli",),
+    ("train",),
+    ("main", "evaluate", "predict", "prepare"),
+    ("__init__",),
+)
+APART = ({"data", "models", "optim", "metrics"},)  # rooms of a floor that do not know each other
+HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn", "clu")
+HEAVY_ALLOWED = {
+    "orbax": ("training/checkpoint.py",),
+    "matplotlib": ("report/plots.py",),
+    "clu": (),
+    "sklearn": (),
+    "tensorflow": (),
+    "tensorflow_datasets": (),
+}
+
+
+def sources():
+    return sorted((ROOT / "vitcls").rglob("*.py"))
+
+
+def module_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
+
+
+def imports(path, *, top_level=False):
+    """The modules that a file imports; with `top_level` only when it is imported itself."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            for name in node.names:
+                whole = f"{node.module}.{name.name}"
+                is_module = (ROOT / f"{whole.replace('.', '/')}.py").exists() or (
+                    ROOT / whole.replace(".", "/")
+                ).is_dir()
+                yield whole if is_module else node.module
+
+
+def room(module):
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def floor(module):
+    return next(i for i, rooms in enumerate(FLOORS) if room(module) in rooms)
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_of)
+def test_imports_go_down(path):
+    here = module_of(path)
+    for there in imports(path):
+        if there == "vitcls" or not there.startswith("vitcls."):
+            continue
+        assert floor(there) <= floor(here), f"{here} imports {there}, which stands above it"
+        for rooms in APART:
+            apart = {room(here), room(there)} <= rooms and room(here) != room(there)
+            assert not apart, f"{here} imports {there}; what both need belongs in the core"
+
+
+def test_there_is_no_circle():
+    graph = {
+        module_of(path): {there for there in imports(path, top_level=True) if there.startswith("vitcls.")}
+        for path in sources()
+    }
+    done, open_ = set(), []
+
+    def visit(module):
+        assert module not in open_, f"a circle: {' -> '.join([*open_[open_.index(module) :], module])}"
+        if module in done or module not in graph:
+            return
+        open_.append(module)
+        for there in graph[module]:
+            if there != module:
+                visit(there)
+        open_.pop()
+        done.add(module)
+
+    for module in graph:
+        visit(module)
+
+
+@pytest.mark.parametrize("library", HEAVY)
+def test_heavy_libraries_are_imported_where_they_are_used(library):
+    found = [
+        path.relative_to(ROOT / "vitcls").as_posix()
+        for path in sources()
+        if any(name.split(".")[0] == library for name in imports(path, top_level=True))
+    ]
+    assert sorted(found) == sorted(HEAVY_ALLOWED[library])
+
+
+@pytest.mark.parametrize("folder", ["models", "tasks", "metrics", "optim", "core"])
+def test_what_a_config_names_does_not_know_configs(folder):
+    """No file of these reads a config or the command line."""
+    for path in (ROOT / "vitcls" / folder).rglob("*.py"):
+        assert "vitcls.config" not in set(imports(path)), path
+
+
+def test_functions_are_short():
+    """Median under 9 lines, 99 % under 60, none over 90."""
+    lengths = sorted(
+        node.end_lineno - node.lineno + 1
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    )
+    assert lengths[len(lengths) // 2] < 12
+    assert lengths[int(len(lengths) * 0.99)] < 60
+    assert lengths[-1] <= 90
