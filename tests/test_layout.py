@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-# From the ground up. A module may import those of its own floor and below; `None` is what the folder holds itself.
+# From the ground up. A module may import those of its own floor and below.
 FLOORS = (
     ("core",),
     ("data", "models", "optim", "metrics"),
@@ -57,6 +57,9 @@ def imports(path, *, top_level=False):
 
 
 def room(module):
+    """The folder or file below the root; the door of a room is a command."""
+    if module.endswith(".__main__"):
+        return "main"
     return module.split(".")[1] if "." in module else "__init__"
 
 
@@ -123,6 +126,6 @@ def test_functions_are_short():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef)
     )
-    assert lengths[len(lengths) // 2] < 12
+    assert lengths[len(lengths) // 2] < 9
     assert lengths[int(len(lengths) * 0.99)] < 60
     assert lengths[-1] <= 90

@@ -451,7 +451,7 @@ def test_the_check_of_a_stem_knows_its_names_and_sizes_and_advises_the_small_one
         checks.check_stem(Checked(), (1, 31, 31, 3), smallest)
     with pytest.raises(ValueError, match=r"smallest is 8x8; .* or larger$"):
         checks.check_stem(Checked(stem="small"), (1, 7, 7, 3), smallest)
-    with pytest.raises(ValueError, match=r"smallest is 32x32; .*=32 or more$"):
+    with pytest.raises(ValueError, match=r"smallest is 32x32; .* or larger$"):
         checks.check_stem(Checked(), (1, 31, 31, 3), {"standard": 32, "small": 32})
     checks.check_stem(Checked(), (1, 32, 32, 3), smallest)
     checks.check_stem(Checked(stem="small"), (1, 8, 8, 3), smallest)

@@ -17,7 +17,7 @@ from vitcls.training import checkpoint, evaluator, run_dir
 from vitcls.training.metrics_log import read_history
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
-KEPT = pathlib.Path(__file__).parent / "workdirs"
+KEPT = pathlib.Path(__file__).parents[1] / "workdirs"
 TIMED = ("train/images_per_second", "train/seconds")
 
 
