@@ -17,6 +17,7 @@ FLOORS = (
     ("cli",),
     ("train",),
     ("main", "evaluate", "predict", "prepare"),
+    ("api",),
     ("__init__",),
 )
 APART = ({"data", "models", "optim", "metrics"},)  # rooms of a floor that do not know each other

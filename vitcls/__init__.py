@@ -1,3 +1,36 @@
-"""vitcls: train, measure and ship image classifiers in JAX/Flax."""
+"""vitcls: train, measure and ship image classifiers in JAX/Flax.
+
+import vitcls
+
+    run = vitcls.open_run("runs/digits")
+    run.predict(images)                       # or paths of files -> probabilities [N, K]
+    model = vitcls.create_model("improved_vit_small", num_classes=10)
+    vitcls.train_and_evaluate(vitcls.load_config("configs/vit_digits.py"), "runs/digits")
+
+docs/api.md has the rest. Nothing is imported before it is used.
+"""
+
+import importlib
 
 __version__ = "0.1.0"
+_HOMES = {
+    "Run": "vitcls.api",
+    "create_model": "vitcls.api",
+    "default_config": "vitcls.config",
+    "list_models": "vitcls.api",
+    "load_config": "vitcls.config_file:load",
+    "open_run": "vitcls.api",
+    "train_and_evaluate": "vitcls.train",
+}
+__all__ = ["Run", "create_model", "default_config", "list_models", "load_config", "open_run", "train_and_evaluate"]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vitcls' has no attribute '{name}'; it has {', '.join(__all__)}")
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -28,12 +28,12 @@ _logger = logging.getLogger("vitcls")
 TOP = 5
 
 
-def predict(
-    trained: run_dir.Workdir, files: list[pathlib.Path], *, checkpoint: str = ""
-) -> Iterator[tuple[pathlib.Path, np.ndarray | str]]:
-    """Yields (file, probabilities float32 [K]) for each file in order, or (file, why it cannot be read)."""
+def make_classifier(trained: run_dir.Workdir, checkpoint: str = "") -> Callable[[np.ndarray], np.ndarray]:
+    """Returns classify(images uint8 [n, H, W, C] of the model's size) -> probabilities float32 [n, K].
+
+    Raises UserError for a run without a classifier; the function raises RunError where the model has diverged.
+    """
     config, info = trained.config, trained.info
-    decoding = image_files.Decoding(info.max_value, config.dataset.eval_crop)
     if build.make_task(config, info).remember is not None:
         raise UserError(
             f"a run of config.task.name='{config.task.name}' has no classifier; evaluate it, which compares "
@@ -43,40 +43,71 @@ def predict(
     _, variables = trained.restore(model, checkpoint or config.report.checkpoint)
     variables = jax.device_put(variables)
     eval_step = jax.jit(build.make_eval_step(config, model, info))
-    batch_size = min(_BATCH, len(files))
-    for group, images in _read_ahead(files, batch_size, lambda file: read(file, info.image_shape, decoding)):
-        if all(isinstance(image, str) for image in images):
-            yield from zip(group, images, strict=True)
-            continue
+
+    size = 1
+
+    def classify_few(images: np.ndarray) -> np.ndarray:
+        nonlocal size  # which never shrinks, as each is compiled
+        size = max(size, 1 << (len(images) - 1).bit_length())
         batch = {
-            "image": np.zeros((batch_size, *info.image_shape), np.uint8),
-            "label": np.zeros(batch_size, np.int32),
-            "mask": np.zeros(batch_size, np.float32),
+            "image": np.zeros((size, *info.image_shape), np.uint8),
+            "label": np.zeros(size, np.int32),
+            "mask": np.zeros(size, np.float32),
         }
-        for i, image in enumerate(images):
-            if not isinstance(image, str):
-                batch["image"][i] = image
-        probabilities = jax.device_get(eval_step(variables, jax.device_put(batch))[1])
-        if not np.isfinite(probabilities[: len(group)]).all():
+        batch["image"][: len(images)] = images
+        probabilities = jax.device_get(eval_step(variables, jax.device_put(batch))[1])[: len(images)]
+        if not np.isfinite(probabilities).all():
             raise RunError("the model gives probabilities that are not finite; use an earlier --checkpoint")
-        for file, image, row in zip(group, images, probabilities, strict=False):
-            yield file, image if isinstance(image, str) else row
+        return probabilities
+
+    def classify(images: np.ndarray) -> np.ndarray:
+        few = [classify_few(images[start : start + _BATCH]) for start in range(0, len(images), _BATCH)]
+        return np.concatenate([np.zeros((0, info.num_classes), np.float32), *few])
+
+    return classify
+
+
+def predict(
+    trained: run_dir.Workdir, files: list[pathlib.Path], *, checkpoint: str = ""
+) -> Iterator[tuple[pathlib.Path, np.ndarray | str]]:
+    """Yields (file, probabilities float32 [K]) for each file in order, or (file, why it cannot be read)."""
+    classify = make_classifier(trained, checkpoint)
+    for group, images in _read_ahead(files, _BATCH, trained):
+        readable = [image for image in images if not isinstance(image, str)]
+        rows = iter(classify(np.stack(readable)) if readable else ())
+        for file, image in zip(group, images, strict=True):
+            yield file, image if isinstance(image, str) else next(rows)
+
+
+def read_all(files: list[pathlib.Path], trained: run_dir.Workdir) -> np.ndarray:
+    """All files as the model was trained to see them, uint8 [N, H, W, C]; raises UserError that names an unreadable."""
+    outcomes = []
+    for group, images in _read_ahead(files, _BATCH, trained):
+        outcomes += zip(group, images, strict=True)
+    bad = [f"{file} {image}" for file, image in outcomes if isinstance(image, str)]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise UserError(f"{bad[0]}{more}; {len(bad)} of {len(files)} files could not be read")
+    return np.stack([image for _, image in outcomes]) if files else np.zeros((0, *trained.info.image_shape), np.uint8)
 
 
 def _read_ahead(
-    files: list[pathlib.Path], batch_size: int, read: Callable[[pathlib.Path], np.ndarray]
+    files: list[pathlib.Path], batch_size: int, trained: run_dir.Workdir
 ) -> Iterator[tuple[list[pathlib.Path], list[np.ndarray | str]]]:
     """Yields so many files at a time and their images, or why not; threads read the next ones meanwhile."""
+    decoding = image_files.Decoding(trained.info.max_value, trained.config.dataset.eval_crop)
 
     def outcome(file: pathlib.Path) -> np.ndarray | str:
         try:
-            return read(file)
+            return read(file, trained.info.image_shape, decoding)
         except OSError as error:
             return error.strerror or str(error)
         except image_files.BadImage as error:
             return str(error)
 
     groups = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
+    if not groups:
+        return
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting = pool.map(outcome, groups[0])
         for group, following in zip(groups, [*groups[1:], []], strict=True):
