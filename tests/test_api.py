@@ -23,8 +23,6 @@ def test_a_run_is_all_that_its_workdir_holds(trained, tmp_path):
     mean, std = (np.array(getattr(run._opened.info, name), np.float32) for name in ("mean", "std"))
     inputs = (images / np.float32(255) - mean) / std
     logits = jax.jit(lambda v, x: run.model.apply(v, x, train=False))(run.variables, inputs)
-        run.variables, (images / np.float32(255) - mean) / std
-    )
     np.testing.assert_allclose(probabilities, jax.nn.softmax(logits), rtol=1e-4, atol=1e-6)
 
     paths = [tmp_path / f"{i}.png" for i in range(3)]
