@@ -235,8 +235,9 @@ def validate_metrics(config: ConfigDict, *, evaluates: bool) -> None:
     if config.schedule.name == "plateau":
         watched["schedule.metric"] = True
     for key, needed in watched.items():
-        if _get(config, key) not in EVAL_METRICS:
-            raise errors.unknown(f"config.{key}", _get(config, key), EVAL_METRICS)
+        known = [f"eval/{name}" for name in METRICS]
+        if _get(config, key) not in known:
+            raise errors.unknown(f"config.{key}", _get(config, key), known)
         if needed and not evaluates:
             raise UserError(
                 f"config.{key}='{_get(config, key)}' needs evaluations; set config.dataset.validation above 0 and "
@@ -305,5 +306,4 @@ def _get(config: ConfigDict, key: str):
     return config
 
 
-EVAL_METRICS = tuple(f"eval/{name}" for name in METRICS)
 _LARGEST_MADE_UP = 1_024  # pixels of a side

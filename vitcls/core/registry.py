@@ -35,13 +35,22 @@ class Registry(Mapping[str, type]):
         self.key = key
         self.shared = shared
         self._check = check
-        self._entries = dict(entries)
+        self._entries: dict[str, str | type] = dict(entries)
+
+    def add(self, name: str, entry: type) -> None:
+        """Adds a dataclass from elsewhere; raises ValueError where the name is taken."""
+        if name in self:
+            raise ValueError(f"{self.key}.name='{name}' is taken by {self._entries[name]}")
+        self._entries[name] = entry
 
     def __getitem__(self, name: str) -> type:
         """The class `name`; raises UserError with the nearest name where there is none."""
         if name not in self:
             raise errors.unknown(f"{self.key}.name", name, self._entries)
-        module, _, attribute = self._entries[name].partition(":")
+        entry = self._entries[name]
+        if isinstance(entry, type):
+            return entry
+        module, _, attribute = entry.partition(":")
         return getattr(importlib.import_module(module), attribute)
 
     def __contains__(self, name: object) -> bool:

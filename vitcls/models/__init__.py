@@ -42,6 +42,13 @@ _PRESETS: dict[str, Preset] = {name: preset for family in _FAMILIES for name, pr
 _NOT_CONFIGURED = ("num_classes", "parent", "name")
 
 
+def add(name: str, preset: Preset) -> None:
+    """Adds a model from elsewhere; raises ValueError where the name is taken."""
+    if name in _PRESETS:
+        raise ValueError(f"the model '{name}' is there already: {_PRESETS[name].module.__name__}")
+    _PRESETS[name] = preset
+
+
 def names() -> list[str]:
     """The names of all models."""
     return sorted(_PRESETS)

@@ -12,8 +12,7 @@ import numpy as np
 from vitcls.core.terminal import printable
 from vitcls.metrics import METRICS, RocCurves
 
-UNITS = {
-    **{name: metric.unit for name, metric in METRICS.items()},
+UNITS = {  # of what is no metric of the table
     "num_examples": "images",
     "checkpoint_step": "steps",
     "parameters": "parameters",
@@ -51,9 +50,9 @@ def write(
     new = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    text = json.dumps(
-        metrics | {"units": {name: unit for name, unit in UNITS.items() if name in metrics}}, indent=2, allow_nan=False
-    )
+    units = {name: metric.unit for name, metric in METRICS.items()} | UNITS
+    named = {name: unit for name, unit in units.items() if name in metrics}
+    text = json.dumps(metrics | {"units": named}, indent=2, allow_nan=False)
     (new / "metrics.json").write_text(text + "\n", encoding="utf-8")
     np.savez(
         new / "predictions.npz",

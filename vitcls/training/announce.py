@@ -73,7 +73,8 @@ def products_line(config) -> str:
     least = {"gpu": "TF32 on NVIDIA GPUs that have it", "tpu": "bfloat16"}.get(device.platform, "float32")
     precision = {"default": least, "high": f"three products of {least}", "highest": "float32"}
     used = "float32" if device.platform == "cpu" else precision[config.matmul_precision]
-    operands = "" if config.model.dtype == "float32" else f" (the model computes in {config.model.dtype})"
+    dtype = config.model.get("dtype", "float32")
+    operands = "" if dtype == "float32" else f" (the model computes in {dtype})"
     repeated = ", deterministic kernels" if config.deterministic else ""
     return f"of float32 in {used}{operands}{repeated}"
 
