@@ -8,7 +8,6 @@ A training that was stopped goes on where it was when this command is given agai
 table), and one that has ended is not repeated. The goals are for one NVIDIA H200 in bfloat16.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -152,7 +151,7 @@ def _environment() -> dict[str, str]:
 
 
 def main(argv: list[str]) -> int:
-    flags = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = cli.Parser(description=__doc__)
     flags.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results"))
     flags.add_argument("--data_dir", default="", help=workload.DATA_DIR_HELP)
     flags.add_argument("--only", default="", help="names of parts, with commas between; all without")

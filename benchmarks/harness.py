@@ -155,7 +155,7 @@ def forward_and_backward(function: Callable, arguments: tuple, calls: int) -> di
 
 def parser(description: str) -> argparse.ArgumentParser:
     """The flags that all benchmarks have."""
-    flags = cli.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = cli.Parser(description=description)
     flags.add_argument("--out", default="", help="directory for JSON, CSV and Markdown")
     flags.add_argument("--repeats", type=int, default=5, help="timed calls, after two that are not")
     return flags

@@ -20,12 +20,12 @@ from vitcls.core import partition
 
 def rate_alone(batches: data.TrainBatches, batch: int, length: int, seconds: float = 3.0) -> float:
     """Images per second that come out of a pipeline when nothing else runs, gathered on the devices."""
-    gather = jax.jit(lambda given, step: jax.vmap(batches.open(given, step, length))(np.arange(length)))
+    gather = jax.jit(lambda given, step: jax.vmap(batches.batch_fn(given, step, length))(np.arange(length)))
     step = 0
 
     def one_call() -> None:
         nonlocal step
-        jax.block_until_ready(gather(batches.data(step, length), np.int32(step)))
+        jax.block_until_ready(gather(batches.host_inputs(step, length), np.int32(step)))
         step += length
 
     one_call()

@@ -83,11 +83,11 @@ class ConstantBatch:
             }
         )
 
-    def data(self, step: int, length: int):
+    def host_inputs(self, step: int, length: int):
         return self.batch
 
-    def open(self, data, step, length: int):
-        return lambda i: data
+    def batch_fn(self, inputs, step, length: int):
+        return lambda i: inputs
 
 
 def random_resident(layout: Partition, info: DatasetInfo, batch_size: int) -> Resident:
@@ -119,9 +119,9 @@ class Trainer:
         self._frozen = layout.place(self.training.frozen)
         self._step = 0
         call = steps.make_train_call(
-            self.training.train_step, open_batches=self._batches.open, seed=config.seed, length=self._length
+            self.training.train_step, batch_fn=self._batches.batch_fn, seed=config.seed, length=self._length
         )
-        first = self._batches.data(0, self._length)
+        first = self._batches.host_inputs(0, self._length)
         start = time.perf_counter()
         self.compiled = layout.compile_update(call, self.state, self._sums, first, self._frozen)
         if layout.mapped:  # what `pmap` would do at its first call; it cannot for several processes
@@ -139,7 +139,7 @@ class Trainer:
     def __call__(self) -> jax.Array:
         for _ in range(self.calls):
             previous = self._sums
-            batches = self._batches.data(self._step, self._length)
+            batches = self._batches.host_inputs(self._step, self._length)
             self.state, self._sums = self.compiled(self.state, self._sums, batches, self._frozen)
             self._step += self._length
             jax.block_until_ready(previous)  # as the loop of vitcls.train does: one call ahead, not more
@@ -148,7 +148,7 @@ class Trainer:
     def inference(self):
         """A call that classifies the constant batch `calls` times."""
         evaluate = self.layout.compile_evaluation(build.make_eval_step(self._config, self.training.model, self.info))
-        batch = self._batches.data(0, self._length)
+        batch = self._batches.host_inputs(0, self._length)
         return lambda: [evaluate(self.state.variables, batch) for _ in range(self.calls)]
 
 

@@ -66,7 +66,7 @@ def train_and_evaluate(
                 return None
             lock = held.enter_context(WorkdirLock(path))
             run_dir.begin(path, config, info, place=place)
-            checkpoint.latest_whole(path / run_dir.CHECKPOINTS, set_aside=True)
+            checkpoint.latest_whole(path / run_dir.CHECKPOINTS, quarantine=True)
             return lock
 
         lock = partition.all_or_none(begin)
@@ -213,7 +213,7 @@ def start_or_resume(
     state = layout.init(training.create_state, jax.random.key(config.seed))
     sums = new_sums(layout, training.task)
     progress = Progress()
-    step = checkpoint.latest_whole(path / run_dir.CHECKPOINTS, set_aside=False)
+    step = checkpoint.latest_whole(path / run_dir.CHECKPOINTS, quarantine=False)
     if step is None:
         return state, sums, progress, 0
     averages = state.ema_batch_stats
@@ -238,7 +238,7 @@ class Update:
 
     def __init__(self, training: Training, batches: data.TrainBatches, layout: Partition, seed: int, length: int):
         self._train_call = steps.make_train_call(
-            training.train_step, open_batches=batches.open, seed=seed, length=length
+            training.train_step, batch_fn=batches.batch_fn, seed=seed, length=length
         )
         self._frozen = layout.place(training.frozen)
         self._batches = batches
@@ -253,7 +253,7 @@ class Update:
         last call of all is waited for with `seconds_until_ready`.
         """
         start = time.perf_counter()
-        batches = self._batches.data(step, self._length)
+        batches = self._batches.host_inputs(step, self._length)
         first = self._compiled is None
         if first:
             what = "the training step" if self._length == 1 else f"{self._length} training steps per call"

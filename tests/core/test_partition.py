@@ -67,10 +67,10 @@ def train(config, layout, *, batch_norm=False):
     state = layout.init(training.create_state, jax.random.key(0))
     sums = layout.replicate(jax.device_get(steps.zero_sums(training.task.means.values())))
     frozen = layout.place(training.frozen)
-    call = steps.make_train_call(training.train_step, open_batches=batches.open, seed=0, length=3)
-    update = layout.compile_update(call, state, sums, batches.data(0, 3), frozen)
+    call = steps.make_train_call(training.train_step, batch_fn=batches.batch_fn, seed=0, length=3)
+    update = layout.compile_update(call, state, sums, batches.host_inputs(0, 3), frozen)
     for step in (0, 3):
-        state, sums = update(state, sums, batches.data(step, 3), frozen)
+        state, sums = update(state, sums, batches.host_inputs(step, 3), frozen)
     probabilities = np.empty((len(dataset.test.labels), info.num_classes), np.float32)
     evaluator = make_evaluator(config, training.model, info, dataset, layout)
     test = data.EvaluationBatches(dataset.test, image_shape=info.image_shape, partition=layout, batch_size=16)
@@ -308,7 +308,7 @@ def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, t
         )
         missing = f"{tmp_path}/\\udce91.npz"  # its name is not UTF-8
         assert no_file.startswith(f"UserError: config.dataset.data_dir='{missing}' is not a file; give the .npz file")
-    assert checkpoint.latest_whole(stopped / "checkpoints", set_aside=False) is not None
+    assert checkpoint.latest_whole(stopped / "checkpoints", quarantine=False) is not None
 
     one = run_dir.open_workdir(alone)
     model = build.make_model(one.config, one.info)

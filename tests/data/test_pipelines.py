@@ -60,8 +60,8 @@ def read(dataset, config, steps, *, batch_size=16, length=2, seed=0, layout=None
     """The batches of calls that start at `steps`, on the host: image [calls, length, B, ...] and so on."""
     layout = layout or partition.all_devices("data")
     batches = data.train_batches(dataset, config, partition=layout, batch_size=batch_size, seed=seed)
-    gather = jax.jit(lambda given, step: jax.vmap(batches.open(given, step, length))(np.arange(length)))
-    read = [jax.device_get(gather(batches.data(step, length), np.int32(step))) for step in steps]
+    gather = jax.jit(lambda given, step: jax.vmap(batches.batch_fn(given, step, length))(np.arange(length)))
+    read = [jax.device_get(gather(batches.host_inputs(step, length), np.int32(step))) for step in steps]
     return jax.tree.map(lambda *parts: np.stack(parts), *read)
 
 
@@ -281,6 +281,8 @@ def test_a_split_that_is_streamed_does_not_stay_on_the_devices():
 def test_the_order_of_an_epoch_is_made_once():
     layout = partition.all_devices("data")
     batches = data.train_batches(dataset(), config(), partition=layout, batch_size=16, seed=0)
-    first, second, third = (batches.data(step, 1)["orders"] for step in (0, 1, 3))  # 40 examples: step 3 is in epoch 1
+    first, second, third = (
+        batches.host_inputs(step, 1)["orders"] for step in (0, 1, 3)
+    )  # 40 examples: step 3 is in epoch 1
     assert all(a is b for a, b in zip(first, second, strict=True))
     assert third[0] is first[1]

@@ -46,7 +46,7 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
     save(tmp_path, {1: 0.1, 2: 0.9, 3: None, 4: 0.5, 5: 0.3, 6: None})
     assert checkpoint.steps(tmp_path) == [2, 5, 6]
     assert checkpoint.best(tmp_path, METRIC) == 2
-    assert checkpoint.latest_whole(tmp_path, set_aside=False) == 6
+    assert checkpoint.latest_whole(tmp_path, quarantine=False) == 6
 
 
 @pytest.mark.parametrize("values", [(math.nan, 0.2, 0.7), (0.7, math.nan, 0.2), (0.2, 0.7, math.nan)])
@@ -89,13 +89,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_set_aside(tmp_path, harm, caplo
         path.unlink()
     else:
         (tmp_path / "2" / checkpoint.MANIFEST).unlink()
-    assert checkpoint.latest_whole(tmp_path, set_aside=False) == 1
+    assert checkpoint.latest_whole(tmp_path, quarantine=False) == 1
     assert checkpoint.steps(tmp_path) == [1, 2]
-    assert checkpoint.latest_whole(tmp_path, set_aside=True) == 1
+    assert checkpoint.latest_whole(tmp_path, quarantine=True) == 1
     assert checkpoint.steps(tmp_path) == [1]
     assert (tmp_path / "2.damaged").is_dir()
     save(tmp_path, {2: None})  # the run can write it again
-    assert checkpoint.latest_whole(tmp_path, set_aside=True) == 2
+    assert checkpoint.latest_whole(tmp_path, quarantine=True) == 2
 
 
 def test_what_a_killed_run_was_writing_is_removed(tmp_path):
@@ -103,18 +103,18 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path):
     unfinished = tmp_path / "2.orbax-checkpoint-tmp-7" / "tree"
     unfinished.mkdir(parents=True)
     (unfinished / "part").write_text("half")
-    assert checkpoint.latest_whole(tmp_path, set_aside=False) == 1
+    assert checkpoint.latest_whole(tmp_path, quarantine=False) == 1
     assert unfinished.exists()  # a run may be alive
-    assert checkpoint.latest_whole(tmp_path, set_aside=True) == 1
+    assert checkpoint.latest_whole(tmp_path, quarantine=True) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1"]
 
 
 def test_no_whole_checkpoint_is_an_error_and_no_checkpoint_is_a_new_run(tmp_path):
-    assert checkpoint.latest_whole(tmp_path / "new", set_aside=True) is None
+    assert checkpoint.latest_whole(tmp_path / "new", quarantine=True) is None
     save(tmp_path, {3: None})
     os.truncate(array_file(tmp_path, 3), 10)
     with pytest.raises(RunError, match=r"no checkpoint in .* is whole"):
-        checkpoint.latest_whole(tmp_path, set_aside=False)
+        checkpoint.latest_whole(tmp_path, quarantine=False)
 
 
 def test_the_manifest_names_every_file(tmp_path):

@@ -89,7 +89,7 @@ def losses(directory):
 
 def arrays(directory):
     """All arrays of the last checkpoint, as numpy."""
-    folder = directory / "checkpoints" / str(checkpoint.latest_whole(directory / "checkpoints", set_aside=False))
+    folder = directory / "checkpoints" / str(checkpoint.latest_whole(directory / "checkpoints", quarantine=False))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         saved = reader.metadata(folder / "tree").item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
@@ -128,7 +128,7 @@ def test_a_killed_run_ends_bit_equal_to_an_uninterrupted_one(tiny_config, tmp_pa
         wait_for(lambda folder=checkpoints: len(checkpoint.steps(folder)) >= 2, process)
         process.kill()
         process.communicate()
-        stopped = checkpoint.latest_whole(checkpoints, set_aside=False)
+        stopped = checkpoint.latest_whole(checkpoints, quarantine=False)
         assert 0 < stopped < 150
 
         if pipeline == "resident":  # a signal is not the pipeline's business
@@ -136,7 +136,7 @@ def test_a_killed_run_ends_bit_equal_to_an_uninterrupted_one(tiny_config, tmp_pa
             wait_for(lambda folder=checkpoints, step=reached: (checkpoint.steps(folder) or [0])[-1] > step, process)
             process.send_signal(signal.SIGTERM)
             _, err = finish(process, 128 + signal.SIGTERM)
-            stopped = checkpoint.latest_whole(checkpoints, set_aside=False)
+            stopped = checkpoint.latest_whole(checkpoints, quarantine=False)
             assert f"stopped at step {stopped}, which is saved" in err
             assert reached < stopped < 150
 

@@ -79,8 +79,8 @@ TrainBatches = Resident | Streaming
 def train_batches(dataset: Dataset, config, *, partition: Partition, batch_size: int, seed: int) -> TrainBatches:
     """The training split behind the pipeline that the block `dataset` of a config asks for.
 
-    Both have `data(step, length)`, what one call needs on the devices, and `open(data, step, length)`, which gives
-    the batches inside that call; both give the same batches.
+    Both have `host_inputs(step, length)`, what one call needs on the devices, and, traced, `batch_fn(inputs, step,
+    length)`, which gives i -> batch of step + i. They give the same batches.
     """
     arguments = {
         "num_classes": dataset.num_classes,

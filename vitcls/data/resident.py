@@ -39,7 +39,7 @@ class Resident:
         self._compute_order = partition.compile_evaluation(order)
         self._orders: dict[int, jax.Array] = {}  # of the epochs that the newest call touched
 
-    def data(self, step: int, length: int) -> dict[str, Any]:
+    def host_inputs(self, step: int, length: int) -> dict[str, Any]:
         """What the call that starts at `step` needs on the devices; nothing moves but the number of a new epoch."""
         first, _ = first_place(step, batch_size=self._batch_size, num_examples=self._num_examples)
         most = -(-(self._num_examples - 1 + length * self._batch_size) // self._num_examples)  # that a call can touch
@@ -49,10 +49,10 @@ class Resident:
         }
         return self._arrays | {"orders": tuple(self._orders.values())}
 
-    def open(self, data: dict[str, Any], step: jax.Array, length: int) -> Callable[[jax.Array], dict]:
+    def batch_fn(self, inputs: dict[str, Any], step: jax.Array, length: int) -> Callable[[jax.Array], dict]:
         """Traced: returns i -> batch of `step` + i, for i < `length`."""
         offset = offset_on_device(step, batch_size=self._batch_size, num_examples=self._num_examples)
-        order = jnp.concatenate(data["orders"])
+        order = jnp.concatenate(inputs["orders"])
         visible = self._partition.visible(self._batch_size)
 
         def batch(i: jax.Array) -> dict[str, jax.Array]:
@@ -60,8 +60,8 @@ class Resident:
             indices = self._partition.constrain(order[places])
             return self._partition.constrain(
                 {
-                    "image": data["image"][indices],
-                    "label": data["label"][indices],
+                    "image": inputs["image"][indices],
+                    "label": inputs["label"][indices],
                     "mask": jnp.ones((visible,), jnp.float32),
                 }
             )

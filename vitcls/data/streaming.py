@@ -61,7 +61,7 @@ class Streaming:
         self._batches: Iterator[dict[str, np.ndarray]] | None = None
         self._next_step = -1
 
-    def data(self, step: int, length: int) -> dict[str, Any]:
+    def host_inputs(self, step: int, length: int) -> dict[str, Any]:
         """What the call that starts at `step` needs on the devices: its batches, stacked."""
         if step != self._next_step:
             self._batches = self._read_from(step)
@@ -71,9 +71,9 @@ class Streaming:
             {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}, stacked=True
         )
 
-    def open(self, data: dict[str, jax.Array], step: jax.Array, length: int) -> Callable[[jax.Array], dict]:
+    def batch_fn(self, inputs: dict[str, jax.Array], step: jax.Array, length: int) -> Callable[[jax.Array], dict]:
         """Traced: returns i -> batch of `step` + i, for i < `length`."""
-        return lambda i: jax.tree.map(lambda x: x[i], data)
+        return lambda i: jax.tree.map(lambda x: x[i], inputs)
 
     def _read_from(self, step: int) -> Iterator[dict[str, np.ndarray]]:
         """This process's rows of every batch from `step` on, without end."""

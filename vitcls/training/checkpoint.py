@@ -136,15 +136,15 @@ def damage(folder: pathlib.Path) -> str | None:
     return None
 
 
-def latest_whole(directory: os.PathLike | str, *, set_aside: bool) -> int | None:
+def latest_whole(directory: os.PathLike | str, *, quarantine: bool) -> int | None:
     """The newest step whose checkpoint is whole, None where there is no checkpoint at all.
 
-    With `set_aside`, damaged newer ones are renamed to `<step>.damaged`, so that the run can write theirs again, and
+    With `quarantine`, damaged newer ones are renamed to `<step>.damaged`, so that the run can write theirs again, and
     what a killed run was writing is removed; no other run may be alive. Raises RunError where there are checkpoints,
     but none is whole.
     """
     directory = pathlib.Path(directory)
-    if set_aside:
+    if quarantine:
         for unfinished in directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(unfinished, ignore_errors=True)
     found = steps(directory)
@@ -154,7 +154,7 @@ def latest_whole(directory: os.PathLike | str, *, set_aside: bool) -> int | None
         if problem is None:
             return step
         _logger.warning("checkpoint %s is passed over: %s", folder, problem)
-        if set_aside:
+        if quarantine:
             folder.rename(_free_name(folder))
     if found:
         raise RunError(f"no checkpoint in {directory} is whole; restore one from a copy, or start in another workdir")

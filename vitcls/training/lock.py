@@ -74,7 +74,7 @@ class WorkdirLock(contextlib.AbstractContextManager):
                     f"{self._path.parent} is in use by {_describe(holder)}; wait for it, or use another --workdir"
                 )
             _logger.warning("the lock of %s, which is dead, is taken over", _describe(holder))
-            self._set_aside(holder)
+            self._remove_dead(holder)
 
     def _create(self) -> bool:
         """Makes the lock file; False where there is one. Exclusive creation is atomic on network disks too."""
@@ -85,7 +85,7 @@ class WorkdirLock(contextlib.AbstractContextManager):
             return False
         return True
 
-    def _set_aside(self, holder: dict) -> None:
+    def _remove_dead(self, holder: dict) -> None:
         """Removes the lock of a dead holder, and no other that was made meanwhile."""
         aside = self._path.with_name(f"{LOCK_FILE}.{self._held['token']}.old")
         with contextlib.suppress(FileNotFoundError):

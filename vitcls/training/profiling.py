@@ -33,7 +33,7 @@ class Trace(contextlib.AbstractContextManager):
         self._running = False
 
     def begin(self, before: int, after: int) -> None:
-        """Comes before the call that runs the steps [before, after)."""
+        """Call before the steps [before, after)."""
         if self._steps and not self._running and before < self._steps.stop and after > self._steps.start:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # Python's own frames would fill the trace
@@ -41,7 +41,7 @@ class Trace(contextlib.AbstractContextManager):
             self._running = True
 
     def end(self, after: int, result: PyTree) -> None:
-        """Comes after that call, of which `result` is a result."""
+        """Call after the steps; blocks on `result`."""
         if self._running and after >= self._steps.stop:
             jax.block_until_ready(result)
             self._stop()

@@ -40,7 +40,7 @@ class Workdir:
         """The step of the checkpoint 'last', 'best' or a number; it is whole. Raises UserError where there is none."""
         folder = self.path / CHECKPOINTS
         if which == "last":
-            step = checkpoint.latest_whole(folder, set_aside=False)
+            step = checkpoint.latest_whole(folder, quarantine=False)
         elif which == "best":
             step = checkpoint.best(folder, self.config.checkpoint.metric)
         elif which.isdigit() and int(which) in checkpoint.steps(folder):

@@ -200,16 +200,16 @@ def _count_skips(counts: NonFinite, step: jax.Array, due: jax.Array, finite: jax
 
 
 def make_train_call(
-    train_step: Callable, *, open_batches: Callable[[Any, jax.Array, int], Callable], seed: int, length: int
+    train_step: Callable, *, batch_fn: Callable[[Any, jax.Array, int], Callable], seed: int, length: int
 ) -> Callable[[TrainState, Sums, Any, PyTree], tuple[TrainState, Sums]]:
-    """Builds train_call(state, sums, data, frozen): `length` steps in one dispatch (fewer at the end).
+    """Builds train_call(state, sums, inputs, frozen): `length` steps in one dispatch (fewer at the end).
 
-    Metrics are added to `sums`. `open_batches(data, step, length)` gives the function i -> batch of step + i (see
+    Metrics are added to `sums`. `batch_fn(inputs, step, length)` gives the function i -> batch of step + i (see
     vitcls.data).
     """
 
-    def train_call(state: TrainState, sums: Sums, data: Any, frozen: PyTree = None) -> tuple[TrainState, Sums]:
-        batch = open_batches(data, state.step, length)
+    def train_call(state: TrainState, sums: Sums, inputs: Any, frozen: PyTree = None) -> tuple[TrainState, Sums]:
+        batch = batch_fn(inputs, state.step, length)
 
         def one_step(carry, i):
             state, sums = carry
