@@ -1,5 +1,6 @@
 """The Python interface, as its page shows it."""
 
+import json
 import subprocess
 import sys
 
@@ -16,7 +17,8 @@ def test_a_run_is_all_that_its_workdir_holds(trained, tmp_path):
     run = vitcls.open_run(trained)
     assert run.class_names == ("class 0", "class 1", "class 2") and run.image_shape == (8, 8, 3)
     assert run.config.model.hidden_dim == 16 and repr(run).endswith("run': improved_vit_tiny on synthetic)")
-    assert run.metrics["num_examples"] == 24 and run.history[-1]["step"] == 12
+    assert run.metrics == json.loads((trained / "report" / "metrics.json").read_text())
+    assert run.history[-1]["step"] == 12
     images = np.random.default_rng(0).integers(0, 256, (35, 8, 8, 3), np.uint8)
     probabilities = run.predict(images)
     assert (probabilities.shape, probabilities.dtype) == ((35, 3), np.float32)
