@@ -25,7 +25,7 @@ from vitcls.core import errors
 
 SEEDS, SPRINT_SEEDS = (0, 1, 2), range(20)
 CORRECTNESS = (
-    "tests/test_steps.py",
+    "tests/training/test_steps.py",
     "tests/models/test_vit.py",
     "tests/models/test_layers.py",
     "tests/data/test_augment.py",

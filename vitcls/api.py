@@ -20,10 +20,10 @@ from vitcls.training import build, metrics_log, run_dir
 class Run:
     """A run that has been trained in a workdir; what it holds is read when it is asked for."""
 
-    def __init__(self, workdir: os.PathLike | str, checkpoint: str = ""):
+    def __init__(self, workdir: os.PathLike | str, checkpoint: str | int = ""):
         """`checkpoint`: 'last', 'best' or a step; that of the report if left out. Raises UserError for no workdir."""
         self._opened = run_dir.open_workdir(workdir)
-        self._checkpoint = checkpoint or self.config.report.checkpoint
+        self._checkpoint = str(checkpoint) or self.config.report.checkpoint
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {self.config.model.name} on {self._opened.info.name})"
@@ -83,7 +83,11 @@ class Run:
         return self._classify(self._decoded(images))
 
     def _decoded(self, images: np.ndarray | Sequence[os.PathLike | str]) -> np.ndarray:
-        if not isinstance(images, np.ndarray):
+        if isinstance(images, str | os.PathLike):
+            raise UserError(f"predict takes a list of paths; give ['{images}']")
+        if hasattr(images, "__array__"):  # of JAX too
+            images = np.asarray(images)
+        else:
             return predict.read_all([pathlib.Path(path) for path in images], self._opened)
         *size, channels = self.image_shape
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != channels:
@@ -95,7 +99,7 @@ class Run:
         return image_files.resize_all(images, tuple(size), self.config.dataset.eval_crop)
 
 
-def open_run(workdir: os.PathLike | str, checkpoint: str = "") -> Run:
+def open_run(workdir: os.PathLike | str, checkpoint: str | int = "") -> Run:
     """Opens the run in a workdir; see `Run`."""
     return Run(workdir, checkpoint)
 

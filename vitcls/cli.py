@@ -1,4 +1,4 @@
-"""What all commands share: `vitcls VERB ...` is `python -m vitcls.VERB ...`, and every command ends in the same ways.
+"""What all commands share: `vitcls COMMAND ...` is `python -m MODULE ...`, and every command ends in the same ways.
 
 Exit codes: 0 done; 1 failure; 2 bad config, flags or input (one line on stderr); 143 stopped by SIGTERM after saving.
 """

@@ -264,7 +264,10 @@ def from_json(text: str) -> ConfigDict:
         config = default_config(values["model"]["name"], values.get("task", {}).get("name", "classify"))
         config.update(_tuples(values))
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"config.json cannot be read: {error}") from None
+        reason = " ".join(str(error).split(" Other fields")[0].split())
+        raise UserError(
+            f"config.json cannot be read: {reason}; it is damaged, or was made with parts that are not registered here"
+        ) from None
     return resolve(config)
 
 

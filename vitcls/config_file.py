@@ -6,7 +6,7 @@ import inspect
 import os
 import pathlib
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -18,15 +18,15 @@ from vitcls.core.errors import UserError
 _NAMES = ("model.name", "task.name")  # they decide which keys their block has, so they come first
 
 
-def load(file: str, overrides: Sequence[tuple[str, str | None]] = ()) -> ConfigDict:
+def load(file: os.PathLike | str, overrides: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()) -> ConfigDict:
     """Returns the config of 'PATH' or 'PATH:PRESET' with other values for some keys.
 
     Args:
-      overrides: (key, text), such as ('optimizer.learning_rate', '1e-3'); see `override`.
+      overrides: (key, value) pairs or a dict, such as {'optimizer.learning_rate': 1e-3}; see `override`.
 
     Raises UserError, one line, for whatever is wrong with the file or an override.
     """
-    path, _, preset = file.partition(":")
+    path, _, preset = os.fspath(file).partition(":")
     if not os.path.isfile(path):
         raise UserError(f"the config file '{path}' is not there; see the directory configs/")
     try:
@@ -35,8 +35,9 @@ def load(file: str, overrides: Sequence[tuple[str, str | None]] = ()) -> ConfigD
         raise
     except (Exception, SystemExit) as error:  # whatever a config file can do
         raise UserError(_words(error, path)) from None
-    for key, text in sorted(overrides, key=lambda override: override[0] not in _NAMES):
-        override(config, key, text)
+    pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
+    for key, text in sorted(pairs, key=lambda pair: pair[0] not in _NAMES):
+        override(config, key, text if text is None else str(text))
     return config
 
 
@@ -50,7 +51,7 @@ def _run(path: str, preset: str) -> ConfigDict:
     if preset and not takes_preset:
         raise UserError(f"{path} has no presets, so it takes no ':{preset}'")
     config = module.get_config(preset) if preset else module.get_config()
-    if not isinstance(config, ConfigDict) or not isinstance(config.get("model"), ConfigDict):
+    if not isinstance(config, ConfigDict) or not isinstance(config.get("model"), ConfigDict) or "dataset" not in config:
         raise UserError(f"get_config() of {path} does not return what `default_config(model_name)` made")
     return config
 
@@ -113,12 +114,14 @@ def parse(text: str | None, kind: type, key: str) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         if kind is tuple or kind is ConfigDict:
-            raise UserError(f"--config.{key}={text} is not {_example(kind)}") from None
+            raise UserError(f"--config.{key}={text} is not {_example(kind, key)}") from None
         return text
     if kind is ConfigDict or (kind is tuple and not isinstance(value, tuple | list)):
-        raise UserError(f"--config.{key}={text} is not {_example(kind)}")
+        raise UserError(f"--config.{key}={text} is not {_example(kind, key)}")
     return tuple(value) if isinstance(value, list) and kind is tuple else value
 
 
-def _example(kind: type) -> str:
-    return "a tuple, such as (0.5, 0.5)" if kind is tuple else "a value of one key; a block takes none"
+def _example(kind: type, key: str) -> str:
+    return (
+        "a tuple, such as '(1, 2)'" if kind is tuple else f"a value: it is a block; name a key, as --config.{key}.name="
+    )

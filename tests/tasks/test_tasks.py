@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -87,9 +88,10 @@ def with_task(config, name, trained):
     return config
 
 
-@pytest.mark.parametrize("name", ["distill", "simclr"])
-def test_a_run_goes_on_to_the_same_bits(name, tiny_config, trained, tmp_path):
+@pytest.mark.parametrize(("name", "strategy"), [("distill", "pmap"), ("simclr", "fsdp")])
+def test_a_run_goes_on_to_the_same_bits(name, strategy, tiny_config, trained, tmp_path):
     config = with_task(tiny_config, name, trained)
+    config.partition.strategy = strategy
     results = train_and_evaluate(config, tmp_path / "run")
     again = tmp_path / "again"
     shutil.copytree(tmp_path / "run", again)

@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 from vitcls.core.errors import UserError
 
-_PORT = 8476  # of the coordinator, where the environment does not say
-
 
 class Cluster(NamedTuple):
     """The processes of a run. What is None is left to JAX, which asks the TPU's or Kubernetes' own service."""

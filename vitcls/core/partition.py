@@ -132,7 +132,7 @@ class Partition:
 
     def to_savable(self, tree: PyTree) -> PyTree:
         """A state as a checkpoint keeps it, the same for every strategy."""
-        return self.to_host(tree) if self.mapped else tree
+        return jax.tree.map(np.asarray, self.to_host(tree)) if self.mapped else tree
 
     def from_savable(self, tree: PyTree) -> PyTree:
         """The state that was given to `to_savable`."""
@@ -224,12 +224,6 @@ def rows_of_process(owners: Sequence[int], process: int, batch_size: int) -> np.
     """
     rows = np.arange(batch_size).reshape(len(owners), -1)  # [devices, rows of a device]
     return rows[np.asarray(owners) == process].ravel()
-
-
-def wait_for_all(what: str) -> None:
-    """Returns when every process has come to this point, which `what` names."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
 
 
 def check_same(values: Mapping[str, Any]) -> None:

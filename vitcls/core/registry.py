@@ -25,22 +25,37 @@ class Registry(Mapping[str, type]):
         entries: Mapping[str, str],
         *,
         shared: type | None = None,
+        separate: bool = False,
         check: Callable[[Any], None] = lambda entry: None,
     ):
         """`entries`: name -> 'module:Class'.
 
-        `shared` is a dataclass of the keys that the block has whatever the name; `check` raises ValueError for what no
-        entry may have.
+        `shared` is a dataclass of the keys that the block has whatever the name; with `separate` a block has the keys of
+        its own entry alone. `check` raises ValueError for what no entry may have.
         """
         self.key = key
         self.shared = shared
+        self._separate = separate
         self._check = check
         self._entries: dict[str, str | type] = dict(entries)
 
     def add(self, name: str, entry: type) -> None:
-        """Adds a dataclass from elsewhere; raises ValueError where the name is taken."""
-        if name in self:
-            raise ValueError(f"{self.key}.name='{name}' is taken by {self._entries[name]}")
+        """Adds a dataclass from elsewhere, under a new name or the one that it has already.
+
+        Raises ValueError for what is no dataclass with a default for every field, for a name that another has, and for
+        a field that means something else in the block.
+        """
+        if not dataclasses.is_dataclass(entry) or dataclasses.MISSING in defaults(entry).values():
+            raise ValueError(f"{entry!r} is no dataclass whose fields all have a default")
+        other = self._entries.get(name, entry)
+        if getattr(other, "__qualname__", other) != entry.__qualname__:
+            raise ValueError(f"{self.key}.name='{name}' is taken by {other}")
+        fixed = {"name"} | set(defaults(self.shared) if self.shared else ())
+        others = [] if self._separate else [self[each] for each in self if each != name]
+        there = {field: default for each in others for field, default in defaults(each).items()}
+        for field, default in defaults(entry).items():
+            if field in fixed or there.get(field, default) != default:
+                raise ValueError(f"the field '{field}' of {entry.__name__} is a key of {self.key} already; rename it")
         self._entries[name] = entry
 
     def __getitem__(self, name: str) -> type:

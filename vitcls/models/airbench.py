@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vitcls.core import rng
 from vitcls.models import checks, convolutions, layers
 from vitcls.models.preset import Preset
 
@@ -68,6 +69,7 @@ class WhitenedPatches(nn.Module):
             epsilon=_WHITENING_EPSILON,
             use_scale=False,
             use_bias=False,
+            axis_name=rng.mapped_axis(),
             name="norm",
         )(x)
         bias = self.param("bias", nn.initializers.zeros, (2 * x.shape[-1],))

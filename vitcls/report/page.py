@@ -100,8 +100,8 @@ def render(
 
 def _cards(metrics: dict[str, Any]) -> str:
     cards = (
-        f'<div class="card"><span>{metric.label}</span><b>{metric.format.format(metrics[name])}</b>'
-        f"<small>{metric.meaning}</small></div>"
+        f'<div class="card"><span>{escape(metric.label)}</span><b>{metric.format.format(metrics[name])}</b>'
+        f"<small>{escape(metric.meaning)}</small></div>"
         for name, metric in METRICS.items()
         if metric.meaning
     )

@@ -15,4 +15,5 @@ TASKS = Registry(
         "distill": "vitcls.tasks.distill:Distill",
         "simclr": "vitcls.tasks.simclr:SimCLR",
     },
+    separate=True,
 )

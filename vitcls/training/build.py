@@ -81,6 +81,10 @@ def make_task(config, info: DatasetInfo) -> Task:
 def _open_run(path: str) -> TrainedRun:
     """The weights that the report of a workdir is about."""
     trained = run_dir.open_workdir(path)
+    if make_task(trained.config, trained.info).remember is not None:
+        raise UserError(
+            f"the run in {path} was trained by config.task.name='{trained.config.task.name}' and has no classifier"
+        )
     model = make_model(trained.config, trained.info)
     _, variables = trained.restore(model, trained.config.report.checkpoint)
     normalize = steps.make_normalize(trained.info.mean, trained.info.std)
@@ -133,6 +137,11 @@ def make_training(config, info: DatasetInfo, plan: Plan, layout: Partition) -> T
         raise UserError(
             f"config.optimizer.accumulate={config.optimizer.accumulate} is not for config.task.name="
             f"'{config.task.name}', whose loss is of a whole batch; set it to 1"
+        )
+    if not task.separable and mixes_pairs(config.augment):
+        raise UserError(
+            f"mixup and CutMix are not for config.task.name='{config.task.name}', which compares images; set "
+            "config.augment.mixup.probability and config.augment.cutmix.probability to 0"
         )
     with TASKS.about(config.task.name):
         frozen = task.frozen()

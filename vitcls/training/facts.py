@@ -18,6 +18,7 @@ def facts(config, info: DatasetInfo, *, step: int) -> dict[str, Any]:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax"))
     return {
         "Model": config.model.name,
+        "Objective": config.task.name + ("" if config.task.name == "classify" else f" ({_keys(config.task)})"),
         "Data": dataset_line(info),
         "Checkpoint": f"step {step:,}",
         "Test-time augmentation": config.test_time_augmentation,
@@ -28,6 +29,10 @@ def facts(config, info: DatasetInfo, *, step: int) -> dict[str, Any]:
         "Date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
         "Skipped files": [f"{file.path}: {file.reason}" for file in info.skipped],
     }
+
+
+def _keys(block) -> str:
+    return ", ".join(f"{key} {value}" for key, value in block.items() if key != "name")
 
 
 def command_line() -> str:

@@ -40,6 +40,7 @@ AUGMENTATIONS = Registry(
         "mixup": "vitcls.data.augment.mix:Mixup",
         "cutmix": "vitcls.data.augment.mix:CutMix",
     },
+    separate=True,
     check=_check,
 )
 # The random streams of version 0.1, by its order; that of any other name is made of the name.

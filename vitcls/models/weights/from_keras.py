@@ -47,7 +47,7 @@ def from_keras(
     if type(model) not in _FAMILIES:
         raise UserError(f"{name} cannot take weights of Keras: no names are known for it")
     if isinstance(model, resnet.ResNet) and model.stride_on != "1x1":
-        raise UserError(f"{name} can take weights of Keras with config.model.stride_on='1x1' only")
+        raise UserError(f"{name} can take weights of Keras with stride_on='1x1' only")
     rules = {path: rule for path, *rule in _FAMILIES[type(model)](model, name)}
     images = jnp.zeros((1, *(image_shape or models.preset(name).image_shape)))
     shapes = jax.eval_shape(lambda key: model.init(key, images, train=False), jax.random.key(0))

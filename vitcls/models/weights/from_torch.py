@@ -47,7 +47,7 @@ def from_torch(
     if type(model) not in _FAMILIES:
         raise UserError(f"{name} cannot take weights of PyTorch: no names are known for it")
     if isinstance(model, inception.InceptionV3) and not model.count_padding:
-        raise UserError(f"{name} can take weights of PyTorch with config.model.count_padding=True only")
+        raise UserError(f"{name} can take weights of PyTorch with count_padding=True only")
     known = {path: (key, *view) for path, key, *view in _FAMILIES[type(model)](model)}
     images = jnp.zeros((1, *(image_shape or models.preset(name).image_shape)))
     shapes = jax.eval_shape(lambda key: model.init(key, images, train=False), jax.random.key(0))
