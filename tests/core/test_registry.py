@@ -63,7 +63,7 @@ def test_what_comes_from_elsewhere_changes_nothing_of_the_others(shapes):
     class Other:
         side: int = 3
 
-    with pytest.raises(ValueError, match="the field 'side' of Other is a key of config.shape already"):
+    with pytest.raises(ValueError, match=r"the field 'side' of Other is a key of config.shape already"):
         shapes.add("other", Other)
     with pytest.raises(ValueError, match="'square' is taken by"):
         shapes.add("square", Circle)
@@ -77,6 +77,6 @@ def test_what_comes_from_elsewhere_changes_nothing_of_the_others(shapes):
         b1: float = 0.5
         weight_decay: float = 0.0
 
-    with pytest.raises(ValueError, match="the field 'b1' of Mine is a key of config.optimizer already"):
+    with pytest.raises(ValueError, match=r"the field 'b1' of Mine is a key of config.optimizer already"):
         OPTIMIZERS.add("mine", Mine)
     assert configs.default_config("lenet5").optimizer.b1 == 0.9

@@ -30,8 +30,8 @@ class Registry(Mapping[str, type]):
     ):
         """`entries`: name -> 'module:Class'.
 
-        `shared` is a dataclass of the keys that the block has whatever the name; with `separate` a block has the keys of
-        its own entry alone. `check` raises ValueError for what no entry may have.
+        `shared` is a dataclass of the keys that the block has whatever the name; with `separate` a block has the keys
+        of its own entry alone. `check` raises ValueError for what no entry may have.
         """
         self.key = key
         self.shared = shared
