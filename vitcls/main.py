@@ -9,18 +9,20 @@ import sys
 
 from vitcls import cli, config_file
 from vitcls.core.errors import UserError
+from vitcls.core.partition import STRATEGIES
+from vitcls.tasks import TASKS
 from vitcls.train import train_and_evaluate
 from vitcls.training import facts, run_dir
 from vitcls.training.profiling import parse_steps
 
 _KEYS = (  # that are used the most
     ("model.name=NAME", "another model, with its own keys; vitcls models lists them"),
-    ("task.name=NAME", "another training objective: classify, distill, simclr"),
+    ("task.name=NAME", f"another training objective: {', '.join(TASKS)}"),
     ("dataset.data_dir=DIR", "where the data are"),
     ("batch_size=N", "examples per update, over all devices"),
     ("total='N epochs'", "the length of the run; durations are steps, epochs, examples or %"),
     ("optimizer.learning_rate=X", "the highest learning rate"),
-    ("partition.strategy=NAME", "data, fsdp or pmap"),
+    ("partition.strategy=NAME", f"one of {', '.join(STRATEGIES)}"),
     ("seed=N", "of initial weights, order and augmentation"),
     ("KEY=VALUE", "any other; vitcls/config.py has them all"),
 )

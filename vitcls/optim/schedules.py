@@ -85,10 +85,8 @@ def make_schedule(
             "of config.total; shorten it"
         )
     entry = SCHEDULES.create(config.name, config)
-    try:
+    with SCHEDULES.about(config.name):
         schedule = entry.build(rate, Timing(total_steps, warmup, to_steps))
-    except ValueError as error:
-        raise UserError(f"config.schedule.{error}") from None
     if warmup:
         schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), schedule], [warmup])
     return lambda step: jnp.asarray(schedule(step), jnp.float32)

@@ -9,6 +9,8 @@ import jax
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from vitcls.metrics import METRICS
+
 _logger = logging.getLogger("vitcls")
 
 
@@ -56,14 +58,18 @@ class ProgressBar(contextlib.AbstractContextManager):
         return f"  {tqdm.format_interval(seconds)} left"
 
 
+_UNSEEN = ("l2", "gradient_norm", "skipped", "images_per_second", "seconds", "epoch")  # numbers that few follow
+_FORMATS = {name: metric.format for name, metric in METRICS.items()} | {"learning_rate": "{:.3g}"}
+
+
 def _words(event: dict[str, float]) -> str:
     """The few numbers of an event that a person follows."""
     kind = next(iter(event)).split("/")[0]
-    words = [f"{kind}"]
-    for name, form in (("loss", ".4f"), ("accuracy", ".2%"), ("top5_accuracy", ".2%"), ("learning_rate", ".3g")):
-        value = event.get(f"{kind}/{name}")
-        if value is not None:
-            words.append(f"{name.replace('_', ' ')} {value:{form}}")
+    words = [kind]
+    for key, value in event.items():
+        name = key.removeprefix(f"{kind}/")
+        if name not in _UNSEEN:
+            words.append(f"{name.replace('_', ' ')} {_FORMATS.get(name, '{:.4g}').format(value)}")
     if event.get("train/skipped"):
         words.append(f"{event['train/skipped']:.0f} updates skipped (not finite)")
     return "  ".join(words)
