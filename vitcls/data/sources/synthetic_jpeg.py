@@ -6,8 +6,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from vitcls.core.registry import require_range
 from vitcls.data.dataset import Source, Split
+from vitcls.data.sources.synthetic import Synthetic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +42,8 @@ class SyntheticJpegs:
 
 
 @dataclasses.dataclass(frozen=True)
-class SyntheticJpeg:
-    """`num_examples` of them in `num_classes` classes, by `config.split_seed`."""
-
-    num_examples: int = 1000
-    num_classes: int = 10
-
-    def __post_init__(self):
-        require_range(self, num_examples=(1, 10_000_000), num_classes=(2, 10_000))
+class SyntheticJpeg(Synthetic):
+    """The same as JPEG files, which are made when they are read."""
 
     def load(self, config) -> Source:
         rng = np.random.default_rng(config.split_seed)
