@@ -19,7 +19,7 @@ from vitcls import models
 from vitcls.core import errors
 from vitcls.core.errors import UserError
 from vitcls.core.partition import STRATEGIES
-from vitcls.core.registry import checked, defaults, fill, require_choice, require_durations, require_range
+from vitcls.core.registry import checked, defaults, fill, of_two_types, require_choice, require_durations, require_range
 from vitcls.data.augment import AUGMENTATIONS, TEST_TIME, make_augment
 from vitcls.data.order import MAX_BATCH_SIZE
 from vitcls.data.sources import SOURCES, source_of
@@ -113,7 +113,7 @@ _SETTINGS = {
     "report": ReportSettings,
 }
 _REGISTRIES = {"task": TASKS, "loss": LOSSES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
-_ANY_TYPE = ("image_size",)  # keys whose values have two types
+_ANY_TYPE = of_two_types(SOURCES.shared)  # image_size
 
 
 def default_config(model_name: str, task_name: str = "classify") -> ConfigDict:

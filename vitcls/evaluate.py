@@ -33,10 +33,9 @@ def evaluate(path: os.PathLike | str, *, split: str = "test", checkpoint: str = 
             f"the data of '{config.dataset.name}' are not those of the training: {now[1]} now, {then[1]} then; "
             "give the original with --data_dir"
         )
+    remembers = build.make_task(config, trained.info).remember is not None
     if data.choose_pipeline(dataset, config.dataset) == "resident":
-        dataset = data.decode(
-            dataset, (split, "train") if build.make_bank_step(config, model, trained.info)[0] else (split,)
-        )
+        dataset = data.decode(dataset, (split, "train") if remembers else (split,))
     layout = partition.all_devices("data")
     evaluator = make_evaluator(config, model, trained.info, dataset, layout)
     return write_report(

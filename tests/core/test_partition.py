@@ -83,7 +83,7 @@ def with_model(config, info, plan, layout):
     """The training functions of a config, of a model with batch statistics."""
     original = build.make_model
     try:
-        build.make_model = lambda config, info, **options: BatchNormNet(info.num_classes)
+        build.make_model = lambda config, info, *rest, **options: BatchNormNet(info.num_classes)
         return build.make_training(config, info, plan, layout)
     finally:
         build.make_model = original

@@ -145,7 +145,7 @@ def test_class_weights_as_given():
     ],
 )
 def test_impossible_class_weights(spec, message):
-    with pytest.raises(UserError, match=r"config\.loss\.class_weights") as caught:
+    with pytest.raises(ValueError, match=r"^class_weights=") as caught:
         losses.class_weights(spec, np.array([3, 0, 5]))
     assert message in str(caught.value)
 

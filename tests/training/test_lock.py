@@ -1,6 +1,7 @@
 """Two runs in one workdir: the second is refused, and the lock of a dead one is taken over."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -65,7 +66,8 @@ def test_a_lock_is_released_and_leaves_no_directory_that_it_made(tmp_path):
 def test_a_reused_process_id_does_not_keep_a_lock(tmp_path, holder):
     text = json.loads((tmp_path / lock.LOCK_FILE).read_text()) | {"process_start": "1"}
     (tmp_path / lock.LOCK_FILE).write_text(json.dumps(text))
-    WorkdirLock(tmp_path).__exit__()
+    with WorkdirLock(tmp_path):
+        assert json.loads((tmp_path / lock.LOCK_FILE).read_text())["process_id"] == os.getpid()
 
 
 def test_a_holder_on_another_machine_lives_while_its_lock_is_written_anew(tmp_path, quick):

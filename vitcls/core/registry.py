@@ -95,14 +95,11 @@ class Registry(Mapping[str, type]):
         """A context in which a ValueError of the entry `name` becomes a UserError that names the key."""
         return about(self.key, defaults(self[name]) | (defaults(self.shared) if self.shared else {}))
 
-    def check(self, values: Mapping[str, Any], name: str = "") -> None:
-        """Raises UserError for a block in which a shared key, or a field of the entry `name`, is impossible.
-
-        Without `name` the entry is the one that the block names.
-        """
+    def check(self, values: Mapping[str, Any], name: str = "") -> Any:
+        """The dataclass `name`, or that which the block names; raises UserError for it or a shared key."""
         if self.shared:
             fill(self.shared, values, self.key)
-        self.create(name or values["name"], values)
+        return self.create(name or values["name"], values)
 
 
 def defaults(entry: type) -> dict[str, Any]:
@@ -110,10 +107,14 @@ def defaults(entry: type) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(entry)}
 
 
+def of_two_types(entry: type) -> set[str]:
+    """The fields whose values may have one of several types, as `int | tuple`; the dataclass checks them itself."""
+    return {field.name for field in dataclasses.fields(entry) if not isinstance(field.type, type)}
+
+
 def fill(entry: type, values: Mapping[str, Any], key: str, *, check: Callable[[Any], None] = lambda entry: None) -> Any:
     """The dataclass `entry` with its fields from `values`, which may have more; raises UserError, naming `key`."""
-    fields = defaults(entry)
-    free = {field.name for field in dataclasses.fields(entry) if not isinstance(field.type, type)}  # of two types
+    fields, free = defaults(entry), of_two_types(entry)
     given = {
         field: checked(values[field], None if field in free else default, f"{key}.{field}")
         for field, default in fields.items()

@@ -7,8 +7,6 @@ from typing import Any
 import jax
 from optax.contrib import MuonDimensionNumbers
 
-from vitcls.core.errors import UserError
-
 PyTree = Any
 
 
@@ -52,14 +50,13 @@ def map_with_path(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
 
 
 def rate_multipliers(pairs: tuple[tuple[str, float], ...], params: PyTree) -> PyTree:
-    """The learning-rate multiplier of every parameter, a tree of floats."""
+    """The learning-rate multiplier of every parameter, a tree of floats; raises ValueError for what cannot be."""
     compiled = [_compile(pair) for pair in pairs]
     paths = jax.tree.leaves(map_with_path(lambda path, _: path, params))
     for pattern, _ in compiled:
         if not any(map(pattern.search, paths)):
-            raise UserError(
-                f"config.optimizer.multipliers: '{pattern.pattern}' is found in no parameter's path; "
-                f"paths look like '{paths[0]}'"
+            raise ValueError(
+                f"multipliers: '{pattern.pattern}' is found in no parameter's path; paths look like '{paths[0]}'"
             )
     return map_with_path(
         lambda path, _: next((number for pattern, number in compiled if pattern.search(path)), 1.0), params
@@ -71,11 +68,9 @@ def _compile(pair: tuple[str, float]) -> tuple[re.Pattern, float]:
         text, number = pair
         pattern, number = re.compile(text), float(number)
     except re.error as error:
-        raise UserError(f"config.optimizer.multipliers: '{text}' is not a regular expression: {error}") from None
+        raise ValueError(f"multipliers: '{text}' is not a regular expression: {error}") from None
     except (TypeError, ValueError):
-        raise UserError(f"config.optimizer.multipliers: {pair!r} is not a pair ('regex', number)") from None
+        raise ValueError(f"multipliers: {pair!r} is not a pair ('regex', number)") from None
     if not 0 <= number <= 1e6:
-        raise UserError(
-            f"config.optimizer.multipliers={pair!r} is impossible; it must be a regex and a number in [0, 1e6]"
-        )
+        raise ValueError(f"multipliers={pair!r} is impossible; it must be a regex and a number in [0, 1e6]")
     return pattern, number

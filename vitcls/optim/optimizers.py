@@ -79,9 +79,9 @@ def make_optimizer(config, params: PyTree) -> optax.GradientTransformation:
     Raises:
       UserError: for an unknown name or an impossible value, naming its key, and for a regex that finds nothing.
     """
-    OPTIMIZERS.check(config)
-    multipliers = rate_multipliers(config.multipliers, params)
-    optimizer = OPTIMIZERS.create(config.name, config).transform()
+    optimizer = OPTIMIZERS.check(config).transform()
+    with OPTIMIZERS.about(config.name):
+        multipliers = rate_multipliers(config.multipliers, params)
     if config.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     used = set(jax.tree.leaves(multipliers))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 PyTree = Any
 Batch = dict[str, jax.Array]  # image uint8 [B, H, W, C], label int32 [B], mask float32 [B], key [B]
@@ -60,10 +61,20 @@ class TrainedRun(NamedTuple):
     normalize: Callable[[jax.Array], jax.Array]
 
 
+def augmented(tools: Tools, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(images float32 [B, H, W, C] in [0, 1], targets [B, K]), augmented."""
+    return tools.augment(batch["key"], batch["image"], jax.nn.one_hot(batch["label"], tools.num_classes))
+
+
 def one_view(tools: Tools, batch: Batch) -> dict[str, jax.Array]:
     """'image' float32 [B, H, W, C], augmented and normalised, and its 'target' [B, K]."""
-    images, targets = tools.augment(batch["key"], batch["image"], jax.nn.one_hot(batch["label"], tools.num_classes))
+    images, targets = augmented(tools, batch)
     return {"image": tools.normalize(images), "target": targets}
+
+
+def same_guess(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Whether two scores of classes [B, K] have their highest at the same class, bool [B]."""
+    return jnp.argmax(a, axis=-1) == jnp.argmax(b, axis=-1)
 
 
 def own_logits(apply: Callable, variables: PyTree, images: jax.Array, bank: PyTree) -> jax.Array:

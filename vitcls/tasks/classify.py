@@ -2,9 +2,7 @@
 
 import dataclasses
 
-import jax.numpy as jnp
-
-from vitcls.tasks.base import Aux, Context, Task
+from vitcls.tasks.base import Aux, Context, Task, same_guess
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +12,7 @@ class Classify:
     def build(self, context: Context) -> Task:
         def loss(tools, params, batch_stats, inputs, extra, frozen, key):
             output = tools.forward(params, batch_stats, inputs["image"], key)
-            correct = jnp.argmax(output.logits, axis=-1) == jnp.argmax(inputs["target"], axis=-1)
+            correct = same_guess(output.logits, inputs["target"])
             return context.loss(output.logits, inputs["target"]), Aux(output.batch_stats, {"correct": correct})
 
         return Task(loss)

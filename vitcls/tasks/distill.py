@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vitcls.core.registry import require
-from vitcls.tasks.base import Aux, Context, Task, TrainedRun
+from vitcls.tasks.base import Aux, Context, Task, TrainedRun, augmented, same_guess
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,7 @@ class Distill:
             return self._open_teacher(context)
 
         def inputs(tools, batch):
-            images, targets = tools.augment(
-                batch["key"], batch["image"], jax.nn.one_hot(batch["label"], tools.num_classes)
-            )
+            images, targets = augmented(tools, batch)
             return {"image": tools.normalize(images), "target": targets, "lesson": teacher().normalize(images)}
 
         def loss(tools, params, batch_stats, inputs, extra, frozen, key):
@@ -45,10 +43,11 @@ class Distill:
             output = tools.forward(params, batch_stats, inputs["image"], key)
             own = context.loss(output.logits, inputs["target"])
             losses = (1 - self.weight) * own + self.weight * self._taught(output.logits, lesson)
-            guess = jnp.argmax(output.logits, axis=-1)
-            correct = guess == jnp.argmax(inputs["target"], axis=-1)
-            agrees = guess == jnp.argmax(lesson, axis=-1)
-            return losses, Aux(output.batch_stats, {"correct": correct, "agrees": agrees})
+            sums = {
+                "correct": same_guess(output.logits, inputs["target"]),
+                "agrees": same_guess(output.logits, lesson),
+            }
+            return losses, Aux(output.batch_stats, sums)
 
         means = {"accuracy": "correct", "teacher_agreement": "agrees"}
         return Task(loss, inputs=inputs, frozen=lambda: teacher().variables, means=means)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vitcls.core.errors import UserError
 from vitcls.core.registry import Registry, require_range
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits [B, K], targets [B, K]) -> [B]
@@ -114,7 +113,7 @@ def class_weights(spec: Sequence[Any], class_counts: np.ndarray) -> np.ndarray:
       class_counts: training examples of each class, [K], summing to N.
 
     Raises:
-      UserError: for a wrong number of weights, an impossible weight, or 'balanced' with an empty class.
+      ValueError: for a wrong number of weights, an impossible weight, or 'balanced' with an empty class.
     """
     counts = np.asarray(class_counts)
     num_classes = len(counts)
@@ -123,14 +122,14 @@ def class_weights(spec: Sequence[Any], class_counts: np.ndarray) -> np.ndarray:
     if tuple(spec) == ("balanced",):
         if not np.all(counts > 0):
             empty = int(np.flatnonzero(counts <= 0)[0])
-            raise UserError(
-                f"config.loss.class_weights=('balanced',) cannot weigh class {empty}, which has no training example; "
+            raise ValueError(
+                f"class_weights=('balanced',) cannot weigh class {empty}, which has no training example; "
                 "give one number per class"
             )
         return (counts.sum() / (num_classes * counts)).astype(np.float32)
     if len(spec) != num_classes:
-        raise UserError(
-            f"config.loss.class_weights has {len(spec)} entries for {num_classes} classes; "
+        raise ValueError(
+            f"class_weights={tuple(spec)} has {len(spec)} entries for {num_classes} classes; "
             "give (), ('balanced',) or one number per class"
         )
     try:
@@ -138,8 +137,8 @@ def class_weights(spec: Sequence[Any], class_counts: np.ndarray) -> np.ndarray:
     except (TypeError, ValueError):
         weights = np.full(num_classes, np.nan, np.float32)
     if not (np.all(np.isfinite(weights)) and np.all(weights >= 0) and np.any(weights > 0)):
-        raise UserError(
-            f"config.loss.class_weights={tuple(spec)} is impossible; weights are finite numbers, at least 0, not all 0"
+        raise ValueError(
+            f"class_weights={tuple(spec)} is impossible; weights are finite numbers, at least 0, not all 0"
         )
     return weights
 

@@ -68,7 +68,8 @@ def examples_kept_together(config) -> int:
 
 def make_task(config, info: DatasetInfo) -> Task:
     """The training objective of a config; raises UserError where it cannot be that of these data."""
-    class_weights = losses.class_weights(tuple(config.loss.class_weights), np.asarray(info.class_counts))
+    with losses.LOSSES.about(config.loss.name):
+        class_weights = losses.class_weights(tuple(config.loss.class_weights), np.asarray(info.class_counts))
     context = Context(
         class_names=info.class_names,
         image_shape=info.image_shape,
@@ -91,8 +92,8 @@ def _open_run(path: str) -> TrainedRun:
     return TrainedRun(model, variables, trained.info.class_names, trained.info.image_shape, normalize)
 
 
-def make_model(config, info: DatasetInfo, *, for_training: bool = False) -> nn.Module:
-    """The model of a config, with what its task adds.
+def make_model(config, info: DatasetInfo, task: Task | None = None, *, for_training: bool = False) -> nn.Module:
+    """The model of a config, with what its task adds; `task` is that of the config, made if left out.
 
     Raises UserError, by shapes alone, where it cannot take the images. `for_training` chooses the form of convolutions
     that trains the fastest here; the variables are the same.
@@ -101,7 +102,7 @@ def make_model(config, info: DatasetInfo, *, for_training: bool = False) -> nn.M
     model = models.create(config.model.name, info.num_classes, **fields)
     if for_training:
         model = convolutions.for_training(model)
-    model = make_task(config, info).wrap(model)
+    model = (task or make_task(config, info)).wrap(model)
     try:
         with about("config.model", fields):
             variable_shapes(model, info.image_shape)
@@ -131,8 +132,8 @@ class Training:
 
 def make_training(config, info: DatasetInfo, plan: Plan, layout: Partition) -> Training:
     """Builds the training functions of a config for the devices of `layout`; no device work."""
-    task, model = make_task(config, info), make_model(config, info)
-    step_model = make_model(config, info, for_training=True)
+    task = make_task(config, info)
+    model, step_model = make_model(config, info, task), make_model(config, info, task, for_training=True)
     if config.optimizer.accumulate > 1 and not task.separable:
         raise UserError(
             f"config.optimizer.accumulate={config.optimizer.accumulate} is not for config.task.name="

@@ -7,7 +7,7 @@ probability 0 is not even traced. Mixup or CutMix comes last.
 
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,15 @@ AUGMENTATIONS = Registry(
 )
 # The random streams of version 0.1, by its order; that of any other name is made of the name.
 _FIRST_STREAMS = ("crop", "flip", "randaugment", "trivialaugment", "warp", "color", "noise", "erase", "mix")
-Transform = Callable[[jax.Array, jax.Array], jax.Array]  # key, image float32 [H, W, C] in [0, 255] -> image
+
+
+class Transform(Protocol):
+    """An augmentation of one image."""
+
+    probability: float
+
+    def __call__(self, key: jax.Array, image: jax.Array) -> jax.Array:
+        """`image` float32 [H, W, C] in [0, 255] -> the same."""
 
 
 def to_float(images: jax.Array) -> jax.Array:
@@ -60,7 +68,7 @@ def make_augment(config) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[ja
     join the neighbours 2j and 2j + 1: in a shuffled batch that is as random as any pairing, and it never leaves a
     device. B must then be even.
     """
-    *transforms, mix = _create(config)
+    transforms, mix = _create(config)
     active = [(_stream(name), transform) for name, transform in transforms if transform.probability > 0]
 
     def transform_one(key: jax.Array, image: jax.Array) -> jax.Array:
@@ -84,8 +92,8 @@ def make_augment(config) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[ja
     return augment
 
 
-def _create(config) -> list[Any]:
-    """(name, transform) of every augmentation of one image, in order, and last of all the `Mix`."""
+def _create(config) -> tuple[list[tuple[str, Transform]], Mix]:
+    """The augmentations of one image with their names, in order, and that of pairs."""
     entries = {
         name: AUGMENTATIONS.create(name, config[name], key=f"{AUGMENTATIONS.key}.{name}") for name in AUGMENTATIONS
     }
@@ -96,7 +104,7 @@ def _create(config) -> list[Any]:
             f"{mix.probability:g}; a pair gets one or the other, so make them at most 1 together"
         )
     entries["rotate"] = Warp(entries["rotate"], entries.pop("scale"))  # one resampling for both
-    return [*(("warp" if name == "rotate" else name, entry) for name, entry in entries.items()), mix]
+    return [("warp" if name == "rotate" else name, entry) for name, entry in entries.items()], mix
 
 
 def _stream(name: str) -> int:

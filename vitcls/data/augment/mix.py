@@ -25,14 +25,10 @@ class Mixup:
 
 
 @dataclasses.dataclass(frozen=True)
-class CutMix:
+class CutMix(Mixup):
     """A box of the other example, 1 - lambda of the area, lambda ~ Beta(alpha, alpha) (Yun et al. 2019)."""
 
-    probability: float = 0.0  # of a pair
     alpha: float = 1.0
-
-    def __post_init__(self):
-        require(self, "alpha", self.alpha > 0, "above 0")
 
 
 @dataclasses.dataclass(frozen=True)
