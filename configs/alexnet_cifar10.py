@@ -1,6 +1,6 @@
 """AlexNet (one tower, small stem) on CIFAR-10, trained as in 2012: SGD with momentum, L2, crops and flips.
 
-    python -m vitcls.main --config=configs/alexnet_cifar10.py --workdir=runs/alexnet_cifar10
+    vitcls train --config=configs/alexnet_cifar10.py --workdir=runs/alexnet_cifar10
 
 Written for one accelerator; it has not been run yet.
 """

@@ -1,6 +1,6 @@
 """Any model on any data set, all with one recipe, so that they can be compared.
 
-    python -m vitcls.main --config=configs/baseline.py:resnet50,cifar10 --workdir=runs/resnet50_cifar10
+    vitcls train --config=configs/baseline.py:resnet50,cifar10 --workdir=runs/resnet50_cifar10
 
 The recipe: crops and flips (no flips for digits), Adam with L2 and the cosine schedule, 50 epochs; models that have a
 small stem use it where the images of the data set are small. `configs/baseline.py:MODEL,DATASET` names both.

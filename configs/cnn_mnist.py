@@ -1,6 +1,6 @@
 """The CNN of Nimma & Uddagiri (table II) on MNIST, with Adam at 0.001 and batches of 64 (table III).
 
-    python -m vitcls.main --config=configs/cnn_mnist.py --workdir=runs/cnn_mnist
+    vitcls train --config=configs/cnn_mnist.py --workdir=runs/cnn_mnist
 
 99.21 % of the test images after 4 minutes on 2 cores (seed 0; docs/results.md). `:enhanced` is the ten-layer network
 with residual connections, batch normalisation and dropout, for the 20 epochs of table III; on a CPU it takes hours.

@@ -1,7 +1,7 @@
 """Any model on ImageNet (ILSVRC 2012), with the recipe of its family.
 
-    python -m vitcls.prepare imagenet2012
-    python -m vitcls.main --config=configs/imagenet.py:resnet50 --workdir=runs/imagenet_resnet50
+    vitcls prepare imagenet2012
+    vitcls train --config=configs/imagenet.py:resnet50 --workdir=runs/imagenet_resnet50
 
 TFDS needs the archives of ImageNet, which are downloaded by hand; the same images in directories are taken with
 `--config.dataset.name=folder --config.dataset.data_dir=DIR`. `configs/imagenet.py:MODEL,smoke` runs a few steps of the

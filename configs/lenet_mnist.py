@@ -1,6 +1,6 @@
 """LeNet-5 on MNIST.
 
-    python -m vitcls.main --config=configs/lenet_mnist.py --workdir=runs/lenet_mnist
+    vitcls train --config=configs/lenet_mnist.py --workdir=runs/lenet_mnist
 
 99.16 % of the test images after two and a half minutes on 2 cores (seed 0; docs/results.md).
 """

@@ -1,6 +1,6 @@
 """The improved ResNeXt50 on CIFAR-10, from scratch.
 
-    python -m vitcls.main --config=configs/resnext_cifar10.py --workdir=runs/resnext_cifar10
+    vitcls train --config=configs/resnext_cifar10.py --workdir=runs/resnext_cifar10
 
 The full recipe is written for one accelerator; it has not been run yet. `:small` has three short stages, for a CPU:
 74.05 % after 8 epochs and half an hour on 2 busy cores (seed 0; docs/results.md).

@@ -1,6 +1,6 @@
 """94 % of CIFAR-10 in as few seconds of training as possible: airbench94 (Jordan 2024, arXiv 2404.00498) in JAX.
 
-    python -m vitcls.main --config=configs/sprint_cifar10.py --workdir=runs/sprint
+    vitcls train --config=configs/sprint_cifar10.py --workdir=runs/sprint
 
 All 50,000 training images are trained on, and nothing but the end of the run is evaluated. What differs from the
 original:

@@ -1,6 +1,6 @@
 """Improved ViT on CIFAR-100, from scratch.
 
-    python -m vitcls.main --config=configs/vit_cifar100.py --workdir=runs/vit_cifar100
+    vitcls train --config=configs/vit_cifar100.py --workdir=runs/vit_cifar100
 
 The full recipe is written for one accelerator and about 10 minutes; it has not been run yet, and neither has `:muon`,
 which trades AdamW at batches of 512 for Muon at 1,024. The preset

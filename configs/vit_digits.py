@@ -1,6 +1,6 @@
 """Improved ViT on the 1,797 handwritten digits that come inside scikit-learn (8x8 pixels); the quick demonstration.
 
-    python -m vitcls.main --config=configs/vit_digits.py --workdir=runs/digits
+    vitcls train --config=configs/vit_digits.py --workdir=runs/digits
 
 Half a minute of training on 2 CPU cores; 98.89 % of the 359 held-out digits (seed 0; docs/results.md).
 """

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+import vitcls
 from vitcls.core import cluster, errors, terminal
 from vitcls.core.cache import cache_dir
 from vitcls.core.errors import RunError, Stopped, UserError
@@ -166,9 +167,12 @@ def use_cache() -> None:
 def main() -> int:
     """The installed script `vitcls`."""
     arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"vitcls {vitcls.__version__}")
+        return 0
     verb, *rest = arguments
     if verb not in VERBS:
         print(f"error: {errors.unknown('command', verb, VERBS)}", file=sys.stderr)
@@ -184,7 +188,7 @@ def _door(module: str) -> str:
 
 def help_text() -> str:
     """All commands, by what one wants."""
-    lines = ["usage: vitcls COMMAND ...", "", "vitcls COMMAND --help tells more of each.", ""]
+    lines = ["usage: vitcls COMMAND ...   (or --version)", "", "vitcls COMMAND --help tells more of each.", ""]
     for group in dict.fromkeys(verb.group for verb in VERBS.values()):
         lines += [f"{group}:", *(f"  {name:<10} {verb.help}" for name, verb in VERBS.items() if verb.group == group)]
     return "\n".join(lines)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Container
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
@@ -19,11 +20,20 @@ from vitcls import models
 from vitcls.core import errors
 from vitcls.core.errors import UserError
 from vitcls.core.partition import STRATEGIES
-from vitcls.core.registry import checked, defaults, fill, of_two_types, require_choice, require_durations, require_range
+from vitcls.core.registry import (
+    checked,
+    defaults,
+    fill,
+    of_two_types,
+    paths,
+    require_choice,
+    require_durations,
+    require_range,
+)
 from vitcls.data.augment import AUGMENTATIONS, TEST_TIME, make_augment
 from vitcls.data.order import MAX_BATCH_SIZE
 from vitcls.data.sources import SOURCES, source_of
-from vitcls.metrics.table import ALWAYS_LOGGED, METRICS, metric_of
+from vitcls.metrics.table import ALWAYS_LOGGED, metric_of, metrics_of
 from vitcls.optim import OPTIMIZERS, SCHEDULES
 from vitcls.tasks import TASKS
 from vitcls.tasks.losses import LOSSES
@@ -163,15 +173,16 @@ def resolve(config: ConfigDict) -> ConfigDict:
     check_local(config.dataset.data_dir, "config.dataset.data_dir")
     if config.dataset.data_dir:
         resolved.dataset.data_dir = os.path.abspath(os.path.expanduser(config.dataset.data_dir))
-    if resolved.task.get("teacher"):
-        resolved.task.teacher = os.path.abspath(os.path.expanduser(resolved.task.teacher))
+    for key in paths(TASKS[task_name]):
+        check_local(resolved.task[key], f"config.task.{key}")
+        resolved.task[key] = os.path.abspath(os.path.expanduser(resolved.task[key])) if resolved.task[key] else ""
     return resolved.lock()
 
 
-def check_local(data_dir: str, key: str) -> None:
+def check_local(path: str, key: str) -> None:
     """Raises UserError for a URL, which would be taken for a directory called `gs:`."""
-    if re.match(r"[A-Za-z][\w+.-]+:/", data_dir):
-        raise UserError(f"{key}='{data_dir}' is a URL; the data must be in a local directory")
+    if re.match(r"[A-Za-z][\w+.-]+:/", path):
+        raise UserError(f"{key}='{path}' is a URL; it must be a local directory")
 
 
 def _complete(given: dict, defaults: dict, block: str = "config") -> dict:
@@ -227,15 +238,18 @@ def watched_metrics(config: ConfigDict) -> list[str]:
     return list(dict.fromkeys([*ALWAYS_LOGGED, *(metric_of(key).name for key in named)]))
 
 
-def validate_metrics(config: ConfigDict, *, evaluates: bool) -> None:
-    """Raises UserError for a named metric that the run will not have; `evaluates`: it has a validation split."""
+def validate_metrics(config: ConfigDict, *, evaluates: bool, sums: Container[str] = ()) -> None:
+    """Raises UserError for a named metric that the run will not have.
+
+    `evaluates`: it has a validation split; `sums`: those that its task adds to an evaluation.
+    """
     watched = {"checkpoint.metric": False}
     if config.early_stopping.patience:
         watched["early_stopping.metric"] = True
     if config.schedule.name == "plateau":
         watched["schedule.metric"] = True
     for key, needed in watched.items():
-        known = [f"eval/{name}" for name in METRICS]
+        known = [f"eval/{name}" for name in metrics_of(sums)]
         if _get(config, key) not in known:
             raise errors.unknown(f"config.{key}", _get(config, key), known)
         if needed and not evaluates:

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import os
 import pathlib
+import re
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from ml_collections import ConfigDict
 from vitcls import config as configs
 from vitcls.core import errors
 from vitcls.core.errors import UserError
+from vitcls.core.registry import defaults
+from vitcls.tasks import TASKS
 
 _NAMES = ("model.name", "task.name")  # they decide which keys their block has, so they come first
 
@@ -64,10 +67,32 @@ def _words(error: BaseException, path: str) -> str:
     if isinstance(error, AttributeError) and "does not exist and cannot be added" in text:
         key = text.split('"')[1]
         hint = f"; did you mean '{text.split('Did you mean ')[1].split(chr(34))[1]}'?" if "Did you mean" in text else ""
+        if tasks := _tasks_with(key):
+            hint = f"; it is one of `default_config(model_name, '{tasks[0]}')`"
         return f"{place} sets '{key}', which is no key there{hint}"
+    wrong = re.match(r"Could not override field '(\w+)'.*?\. (.*) is of original type .* casted to type (.*)", text)
+    if isinstance(error, TypeError) and wrong:
+        key, value, kind = wrong.groups()
+        kind = kind.rpartition("'")[0].rpartition("'")[2].rpartition(".")[2]
+        return f"{place} sets '{key}' to {value}; it must be {_KINDS.get(kind, kind)}"
     if isinstance(error, SystemExit):
         return f"{place} ends the program (SystemExit: {text}); a config file returns its config from get_config()"
     return f"{place} cannot be loaded: {type(error).__name__}: {text}"
+
+
+_KINDS = {
+    "bool": "True or False",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "tuple": "a tuple",
+    "ConfigDict": "a block of keys",
+}
+
+
+def _tasks_with(key: str) -> list[str]:
+    """The objectives that have a key of `config.task`."""
+    return [name for name, entry in TASKS.items() if key in defaults(entry)]
 
 
 def override(config: ConfigDict, key: str, text: str | None) -> None:
@@ -81,6 +106,8 @@ def override(config: ConfigDict, key: str, text: str | None) -> None:
     node: Any = config
     for block in blocks:
         node = node.get(block) if isinstance(node, ConfigDict) else None
+    if blocks == ["task"] and name not in node and (tasks := _tasks_with(name)):
+        raise UserError(f"--config.{key} is a key of another objective; add --config.task.name={tasks[0]}")
     if not isinstance(node, ConfigDict) or name not in node:
         raise errors.unknown("config key", key, configs.flatten(config.to_dict()))
     value = parse(text, node.get_type(name), key)

@@ -1,6 +1,6 @@
 """Evaluate a workdir: predictions -> metrics -> report.
 
-python -m vitcls.evaluate --workdir=DIR [--split=test] [--checkpoint=last|best|STEP] [--data_dir=DIR]
+vitcls evaluate --workdir=DIR [--split=test] [--checkpoint=last|best|STEP] [--data_dir=DIR]
 """
 
 import os

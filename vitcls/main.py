@@ -1,6 +1,6 @@
 """Train, evaluate and report; started again on the same workdir it resumes.
 
-python -m vitcls.main --config=configs/vit_digits.py --workdir=DIR [--config.a.b=value ...] [--dry_run]
+vitcls train --config=configs/vit_digits.py --workdir=DIR [--config.a.b=value ...] [--dry_run]
     [--profile_steps=FIRST:LAST] [--data_dir=DIR]
 """
 

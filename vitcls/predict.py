@@ -1,6 +1,6 @@
 """Label image files with a trained workdir.
 
-    python -m vitcls.predict --workdir=DIR [--checkpoint=last|best|STEP] [--json] FILE...
+    vitcls predict --workdir=DIR [--checkpoint=last|best|STEP] [--json] FILE...
 
 Prints the five most probable classes of each file. Files that cannot be read are named on stderr, and the exit code
 is then 2, after all others are done.

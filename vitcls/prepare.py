@@ -1,6 +1,6 @@
 """Download and prepare a data set of TFDS, so that training finds it.
 
-python -m vitcls.prepare NAME [--data_dir=DIR]
+vitcls prepare NAME [--data_dir=DIR]
 """
 
 import contextlib

@@ -65,7 +65,7 @@ def train_and_evaluate(
             if jax.process_index():
                 return None
             lock = held.enter_context(WorkdirLock(path))
-            run_dir.begin(path, config, info, place=place)
+            run_dir.begin(path, config, info, place=place, frozen=training.frozen)
             checkpoint.latest_whole(path / run_dir.CHECKPOINTS, quarantine=True)
             return lock
 
@@ -117,7 +117,6 @@ def prepare(config: configs.ConfigDict, path: pathlib.Path | None, data_dir: str
             f"--profile_steps={profile_steps.start}:{profile_steps.stop} is after the end of the run, which has "
             f"{plan.total:,} steps"
         )
-    configs.validate_metrics(config, evaluates=dataset.validation is not None and plan.eval_every > 0)
     layout = partition.all_devices(
         config.partition.strategy,
         min_shard_elements=config.partition.min_shard_elements,
@@ -125,7 +124,10 @@ def prepare(config: configs.ConfigDict, path: pathlib.Path | None, data_dir: str
     )
     together = build.examples_kept_together(config)
     layout.check_batch_size(config.batch_size, unit=together * config.optimizer.accumulate)
-    return Prepared(config, place, dataset, info, plan, layout, build.make_training(config, info, plan, layout))
+    training = build.make_training(config, info, plan, layout)
+    evaluates = dataset.validation is not None and plan.eval_every > 0
+    configs.validate_metrics(config, evaluates=evaluates, sums=training.task.eval_sums)
+    return Prepared(config, place, dataset, info, plan, layout, training)
 
 
 def fit(

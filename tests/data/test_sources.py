@@ -788,7 +788,7 @@ def test_tfds_sets_that_are_not_there(tmp_path):
     for name in ("cifar10:9.9.9", "cifar10/nothing", "cifar10/x=3", "", "a/b/c d"):
         with pytest.raises(UserError, match="is not known"):
             load(tfds_config(tmp_path, name=name))
-    with pytest.raises(UserError, match=r"not prepared in .*cifar100.*python -m vitcls.prepare cifar100 --data_dir="):
+    with pytest.raises(UserError, match=r"not prepared in .*cifar100.*vitcls prepare cifar100 --data_dir="):
         load(tfds_config(tmp_path, name="cifar100"))
     assert not list(tmp_path.iterdir())
 

@@ -1,5 +1,6 @@
 """Training objectives against the same loss written out by hand, and through whole runs."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -14,7 +15,8 @@ import scipy.special
 from vitcls import config as configs
 from vitcls import main, predict
 from vitcls.core.errors import UserError
-from vitcls.tasks import TASKS, Context, TrainedRun
+from vitcls.metrics import METRICS, Metric
+from vitcls.tasks import TASKS, Aux, Context, Task, TrainedRun
 from vitcls.tasks.base import Output, Tools
 from vitcls.tasks.distill import Distill
 from vitcls.tasks.simclr import nt_xent
@@ -81,6 +83,61 @@ def test_nt_xent_is_that_of_the_paper():
         assert found[image] == (hit + hit_back) / 2
 
 
+@dataclasses.dataclass(frozen=True)
+class MeanTeacher:
+    """A task with a state of its own: an average of the parameters teaches (Tarvainen & Valpola 2017)."""
+
+    decay: float = 0.5
+
+    def build(self, context):
+        def loss(tools, params, batch_stats, inputs, extra, frozen, key):
+            output = tools.forward(params, batch_stats, inputs["image"], key)
+            lesson = tools.forward(jax.lax.stop_gradient(extra["teacher"]), batch_stats, inputs["image"], key).logits
+            gap = jnp.mean((output.logits - lesson) ** 2, axis=-1)
+            correct = jnp.argmax(output.logits, axis=-1) == jnp.argmax(inputs["target"], axis=-1)
+            return context.loss(output.logits, inputs["target"]) + gap, Aux(
+                output.batch_stats, {"correct": correct, "gap": gap}
+            )
+
+        def update(extra, params, sums):
+            teacher = jax.tree.map(lambda t, p: self.decay * t + (1 - self.decay) * p, extra["teacher"], params)
+            return {"teacher": teacher, "gaps": extra["gaps"] + sums["gap"], "updates": extra["updates"] + 1}
+
+        return Task(
+            loss,
+            init=lambda key, variables: {
+                "teacher": jax.tree.map(jnp.copy, variables["params"]),
+                "gaps": jnp.zeros(()),
+                "updates": jnp.zeros((), jnp.int32),
+            },
+            update=update,
+            means={"accuracy": "correct", "gap": "gap"},
+            eval_sums={"confidence": confidence},
+        )
+
+
+def confidence(apply, variables, images, bank):
+    return jnp.max(jax.nn.softmax(apply(variables, images).logits), axis=-1)
+
+
+@pytest.fixture
+def mean_teacher(monkeypatch):
+    monkeypatch.setitem(TASKS._entries, "mean_teacher", MeanTeacher)
+    monkeypatch.setitem(
+        METRICS,
+        "confidence",
+        Metric(
+            "confidence",
+            "fraction",
+            "Confidence",
+            "{:.2%}",
+            True,
+            lambda e: e.mean("confidence"),
+            task_sum="confidence",
+        ),
+    )
+
+
 def with_task(config, name, trained):
     """The tiny config with the objective `name`; one device sees what eight do."""
     config.task = {"name": name} | ({"teacher": str(trained)} if name == "distill" else {})
@@ -88,8 +145,8 @@ def with_task(config, name, trained):
     return config
 
 
-@pytest.mark.parametrize(("name", "strategy"), [("distill", "pmap"), ("simclr", "fsdp")])
-def test_a_run_goes_on_to_the_same_bits(name, strategy, tiny_config, trained, tmp_path):
+@pytest.mark.parametrize(("name", "strategy"), [("distill", "pmap"), ("simclr", "fsdp"), ("mean_teacher", "pmap")])
+def test_a_run_goes_on_to_the_same_bits(name, strategy, tiny_config, trained, tmp_path, mean_teacher):
     config = with_task(tiny_config, name, trained)
     config.partition.strategy = strategy
     results = train_and_evaluate(config, tmp_path / "run")
@@ -105,8 +162,70 @@ def test_a_run_goes_on_to_the_same_bits(name, strategy, tiny_config, trained, tm
         for path in (tmp_path / "run", again)
     )
     assert whole == rest
-    logged = {"distill": "train/teacher_agreement", "simclr": "train/pairs_found"}[name]
+    logged = {"distill": "train/teacher_agreement", "simclr": "train/pairs_found", "mean_teacher": "train/gap"}[name]
     assert all(0 <= event[logged] <= 1 for event in whole if "train/loss" in event)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_what_a_task_keeps_is_updated_with_each_step_and_saved(tiny_config, trained, tmp_path, mean_teacher):
+    """The same under one strategy as under another; the teacher lags behind the parameters as its decay says."""
+    kept = {}
+    for strategy in ("data", "fsdp"):
+        config = with_task(tiny_config, "mean_teacher", trained)
+        config.partition.strategy, config.partition.min_shard_elements = strategy, 16
+        config.total, config.checkpoint_every, config.steps_per_call = "3 steps", "1 steps", 1
+        train_and_evaluate(config, tmp_path / strategy)
+        kept[strategy] = {}
+        for step in (2, 3):
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                state = reader.restore(tmp_path / strategy / "checkpoints" / str(step) / "tree")["state"]
+            kept[strategy][step] = {name: jax.device_get(state[name]) for name in ("params", "task")}
+    before, after = kept["data"][2], kept["data"][3]
+    assert before["task"]["updates"] == 2 and after["task"]["updates"] == 3
+    assert after["task"]["gaps"] > before["task"]["gaps"] > 0
+    expected = jax.tree.map(lambda t, p: 0.5 * t + 0.5 * p, before["task"]["teacher"], after["params"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after["task"]["teacher"], expected)
+    both = (kept[strategy][3]["task"] for strategy in ("data", "fsdp"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), *both)
+
+
+def test_a_task_has_metrics_of_its_own(tiny_config, trained, tmp_path, mean_teacher):
+    config = with_task(tiny_config, "mean_teacher", trained)
+    config.checkpoint.metric = "eval/confidence"
+    results = train_and_evaluate(config, tmp_path / "run")
+    probabilities = np.load(tmp_path / "run" / "report" / "predictions.npz")["probabilities"]
+    assert results["confidence"] == pytest.approx(probabilities.max(axis=1).mean(), rel=1e-5)
+    evaluations = [event["eval/confidence"] for event in read_history(tmp_path / "run") if "eval/loss" in event]
+    assert len(evaluations) == 2 and all(1 / 3 <= value <= 1 for value in evaluations)
+    page = (tmp_path / "run" / "report" / "index.html").read_text(encoding="utf-8")
+    assert f"{results['confidence']:.2%}" in page
+    config = with_task(tiny_config, "distill", trained)  # which does not give it
+    with pytest.raises(UserError, match=r"config.checkpoint.metric 'eval/confidence' is not known"):
+        prepare(config, None, "", range(0))
+
+
+def test_a_metric_that_is_not_defined_does_not_cost_the_report(tiny_config, tmp_path, monkeypatch):
+    nowhere = Metric("nowhere", "fraction", "Nowhere", "{:.2%}", True, lambda evidence: float("nan"), "nothing", "none")
+    monkeypatch.setitem(METRICS, "nowhere", nowhere)
+    assert train_and_evaluate(tiny_config, tmp_path / "run")["nowhere"] is None
+    assert json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())["nowhere"] is None
+    assert "<span>Nowhere</span><b>–</b>" in (tmp_path / "run" / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_teacher_may_move_but_not_change(tiny_config, trained, tmp_path, capfd):
+    from vitcls.cli import quiet_libraries
+
+    quiet_libraries()
+    teacher = tmp_path / "teacher"
+    shutil.copytree(trained, teacher)
+    train_and_evaluate(with_task(tiny_config, "distill", teacher), tmp_path / "run")
+    assert f"teacher   improved_vit_tiny of {teacher}, step 12 of 12" in capfd.readouterr().err
+    teacher = teacher.rename(tmp_path / "moved")
+    config = with_task(tiny_config, "distill", teacher)
+    train_and_evaluate(config, tmp_path / "run")
+    shutil.rmtree(teacher / "checkpoints" / "12")
+    with pytest.raises(UserError, match=r"the weights of config.task's teacher are not those with which the run in"):
+        train_and_evaluate(config, tmp_path / "run")
 
 
 def test_nothing_of_a_teacher_is_saved_and_it_is_not_needed_afterwards(tiny_config, trained, tmp_path):
@@ -141,6 +260,7 @@ def test_nothing_of_a_teacher_is_saved_and_it_is_not_needed_afterwards(tiny_conf
         ({"name": "simclr", "temperature": 0.0}, "config.task.temperature=0.0 is impossible"),
         ({"name": "simclr", "neighbors": "many"}, "config.task.neighbors='many' is impossible; it must be a whole"),
         ({"name": "classify", "teacher": "x"}, "key of config.task 'teacher' is not known"),
+        ({"name": "distill", "teacher": "gs://b/x"}, "config.task.teacher='gs://b/x' is a URL; it must be a local"),
     ],
 )
 def test_what_a_task_cannot_do_is_said_with_its_key(task, words, tiny_config):
@@ -168,6 +288,13 @@ def test_a_contrastive_loss_is_of_a_whole_batch(tiny_config):
         prepare(tiny_config, None, "", range(0))
 
 
+def test_a_task_with_a_loss_of_its_own_takes_no_keys_for_another(tiny_config):
+    tiny_config.task, tiny_config.augment.mixup.probability = {"name": "simclr"}, 0.0
+    tiny_config.loss.l2, tiny_config.loss.label_smoothing = 0.1, 0.1
+    with pytest.raises(UserError, match=r"config.loss.label_smoothing=0.1 is not for config.task.name='simclr', which"):
+        prepare(tiny_config, None, "", range(0))
+
+
 def test_a_name_on_the_command_line_decides_the_keys_of_its_block(tmp_path):
     file = tmp_path / "config.py"
     file.write_text(
@@ -183,6 +310,11 @@ def test_a_name_on_the_command_line_decides_the_keys_of_its_block(tmp_path):
     assert main.parse([*flags, "--config.model.name=improved_vit_tiny"]).config.model.depth == 3
     with pytest.raises(UserError, match=r"config key 'task.temprature' is not known; did you mean 'task.temperature'"):
         main.parse([*flags, "--config.task.name=distill", "--config.task.temprature=2"])
+    with pytest.raises(UserError, match=r"--config.task.teacher is a key of another objective; add .*name=distill"):
+        main.parse([*flags, "--config.task.teacher=x"])
+    file.write_text(file.read_text().replace("c.model.depth = 3", "c.task.teacher = 'x'"))
+    with pytest.raises(UserError, match=r"sets 'teacher', which is no key there; it is one of .*'distill'\)"):
+        main.parse(flags)
 
 
 def test_a_config_without_a_task_is_of_classification(tiny_config):

@@ -107,6 +107,16 @@ def defaults(entry: type) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(entry)}
 
 
+def local_path() -> Any:
+    """A field that is a path on this machine: made absolute, and free to change when a run goes on."""
+    return dataclasses.field(default="", metadata={"path": True})
+
+
+def paths(entry: type) -> set[str]:
+    """The fields that are `local_path`s."""
+    return {field.name for field in dataclasses.fields(entry) if field.metadata.get("path")}
+
+
 def of_two_types(entry: type) -> set[str]:
     """The fields whose values may have one of several types, as `int | tuple`; the dataclass checks them itself."""
     return {field.name for field in dataclasses.fields(entry) if not isinstance(field.type, type)}

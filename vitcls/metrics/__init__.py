@@ -4,7 +4,7 @@ from vitcls.metrics.calibration import Reliability, expected_calibration_error, 
 from vitcls.metrics.classification import classification_report, evidence_of, negative_log_likelihood
 from vitcls.metrics.roc import Curve, RocCurves, roc_curves
 from vitcls.metrics.sums import Sums, evaluation_sums, merge
-from vitcls.metrics.table import METRICS, Evidence, Metric, higher_is_better, metric_of, summarize
+from vitcls.metrics.table import METRICS, Evidence, Metric, higher_is_better, metric_of, metrics_of, summarize
 
 __all__ = [
     "METRICS",
@@ -21,6 +21,7 @@ __all__ = [
     "higher_is_better",
     "merge",
     "metric_of",
+    "metrics_of",
     "negative_log_likelihood",
     "reliability",
     "roc_curves",

@@ -1,16 +1,17 @@
 """All that a report says of predictions, on the host."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from vitcls.core.errors import RunError
-from vitcls.metrics.table import METRICS, Evidence, summarize
+from vitcls.metrics.table import Evidence, summarize
 
 
 def classification_report(evidence: Evidence, class_names: Sequence[str]) -> dict[str, Any]:
-    """Every metric of the table and the scores of each class; every number is finite.
+    """Every metric that there is and the scores of each class; None for a number that is not finite.
 
     Macro averages are over the classes that occur; a class that is never predicted has precision 0. Where all labels
     are of one class no AUC is defined, and the two averages are 0.5, as for chance.
@@ -27,9 +28,10 @@ def classification_report(evidence: Evidence, class_names: Sequence[str]) -> dic
     """
     if not np.isfinite(evidence.probabilities.sum(axis=1)).all():
         raise RunError("the model gives probabilities that are not finite; evaluate an earlier checkpoint")
+    scores = summarize(evidence, evidence.metrics)
     return {
         "num_examples": len(evidence.labels),
-        **summarize(evidence, METRICS),
+        **{name: value if math.isfinite(value) else None for name, value in scores.items()},
         "per_class": _per_class(evidence, class_names),
     }
 

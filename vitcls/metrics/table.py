@@ -6,7 +6,7 @@ A new metric is one entry. It then appears in metrics.json and on the report pag
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -58,9 +58,18 @@ class Evidence:
         both = self.confusion.sum(axis=0) + self.support
         return 2 * np.diag(self.confusion) / np.maximum(both, 1)
 
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that there are: all but those of the sums of another task."""
+        return metrics_of(self.sums)
+
     @functools.cached_property
     def roc(self) -> RocCurves | None:
         return roc_curves(self.labels, self.probabilities)
+
+    def mean(self, name: str) -> float:
+        """The mean over the examples of a sum."""
+        return float(self.sums[name]) / self.count
 
     def macro(self, values: np.ndarray) -> float:
         """The mean over the classes that occur."""
@@ -79,6 +88,11 @@ class Metric(NamedTuple):
     meaning: str = ""  # in a few words, for the head of the page; without them it stands among the details
     headline: str = ""  # what the last line of a command calls it; without it is not there
     needs_predictions: bool = False  # more than the sums
+    task_sum: str = ""  # which of Task.eval_sums it is of; without it, every evaluation has it
+
+    def show(self, value: float | None) -> str:
+        """The value in words; None is not defined."""
+        return "–" if value is None else self.format.format(value)
 
 
 METRICS = {
@@ -90,7 +104,7 @@ METRICS = {
             "Accuracy",
             "{:.2%}",
             True,
-            lambda evidence: float(evidence.sums["correct"]) / evidence.count,
+            lambda evidence: evidence.mean("correct"),
             "of the images, first guess right",
             "accuracy",
         ),
@@ -100,7 +114,7 @@ METRICS = {
             "Top-5 accuracy",
             "{:.2%}",
             True,
-            lambda evidence: float(evidence.sums["correct_top5"]) / evidence.count,
+            lambda evidence: evidence.mean("correct_top5"),
             "of the images, true class among five guesses",
             "top-5",
         ),
@@ -142,7 +156,7 @@ METRICS = {
             "Loss",
             "{:.4f}",
             False,
-            lambda evidence: float(evidence.sums["loss"]) / evidence.count,
+            lambda evidence: evidence.mean("loss"),
             "nats per image, cross-entropy",
             "loss",
         ),
@@ -170,9 +184,23 @@ METRICS = {
             True,
             lambda evidence: mean_auc(_hard_aucs(evidence.confusion)),
         ),
+        Metric(
+            "neighbor_similarity",
+            "cosine",
+            "Similarity to the neighbours that vote",  # 1 where all features have collapsed into one
+            "{:.4f}",
+            True,
+            lambda evidence: evidence.mean("neighbor_similarity"),
+            task_sum="neighbor_similarity",
+        ),
     )
 }
 ALWAYS_LOGGED = ("loss", "accuracy", "top5_accuracy")  # as eval/NAME
+
+
+def metrics_of(sums: Container[str]) -> list[str]:
+    """The names of the metrics of an evaluation in which a task gives these sums."""
+    return [name for name, metric in METRICS.items() if not metric.task_sum or metric.task_sum in sums]
 
 
 def metric_of(key: str) -> Metric:

@@ -1,6 +1,6 @@
 """The table of all models: parameters, FLOPs and activation memory per image, native size and paper.
 
-python -m vitcls.models [NAME ...] [--markdown]
+vitcls models [NAME ...] [--markdown]
 """
 
 import math
@@ -15,7 +15,7 @@ from vitcls.models import flops
 _HEADER = """# Models
 
 Every model of vitcls, at its native size and with the number of classes of its own task. This page is written by
-`python -m vitcls.models --markdown`; a test keeps it current.
+`vitcls models --markdown`; a test keeps it current.
 
 - *Parameters* leave out running statistics.
 - *FLOPs* are those of one forward pass of one image, 2 per multiply-add.

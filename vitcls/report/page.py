@@ -100,10 +100,10 @@ def render(
 
 def _cards(metrics: dict[str, Any]) -> str:
     cards = (
-        f'<div class="card"><span>{escape(metric.label)}</span><b>{metric.format.format(metrics[name])}</b>'
+        f'<div class="card"><span>{escape(metric.label)}</span><b>{metric.show(metrics[name])}</b>'
         f"<small>{escape(metric.meaning)}</small></div>"
         for name, metric in METRICS.items()
-        if metric.meaning
+        if metric.meaning and name in metrics
     )
     return '<div class="cards">\n' + "\n".join(cards) + "\n</div>"
 
@@ -131,9 +131,9 @@ def _figure(title: str, caption: str, path: pathlib.Path) -> str:
 
 def _details(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
-        (metric.label, f"{metric.format.format(metrics[name])} ({metric.unit.partition(' ')[0]})")
+        (metric.label, f"{metric.show(metrics[name])} ({metric.unit.partition(' ')[0]})")
         for name, metric in METRICS.items()
-        if not metric.meaning
+        if not metric.meaning and name in metrics
     ]
     rows += [(label, form.format(metrics[key])) for key, label, form in _DETAILS if key in metrics]
     return rows + [(name, f"{weight:.4f} (learned)") for name, weight in metrics["learned_weights"].items()]

@@ -62,22 +62,30 @@ def series(history: History, name: str) -> tuple[np.ndarray, np.ndarray]:
     return steps[finite], values[finite]
 
 
-def curves(history: History) -> Figure | None:
-    """Loss and accuracy over the steps, in training and on the validation split; None without any."""
-    drawn = [metric for metric in ("loss", "accuracy") if any(len(series(history, f"{k}/{metric}")[0]) for k in _KINDS)]
+def curves(history: History, names: Sequence[str] = ("loss", "accuracy")) -> Figure | None:
+    """Numbers over the steps, in training and on the validation split; None without any."""
+    drawn = [name for name in names if any(len(series(history, f"{kind}/{name}")[0]) for kind in _KINDS)]
     if not drawn:
         return None
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-        unit, scale = ("%", 100) if METRICS[metric].format.endswith("%}") else (METRICS[metric].unit.split()[0], 1)
+    for axes, name in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        title, unit, scale = _axis(name)
         for kind, (color, label) in _KINDS.items():
-            steps, values = series(history, f"{kind}/{metric}")
+            steps, values = series(history, f"{kind}/{name}")
             if len(steps):
                 axes.plot(steps, scale * values, color=color, label=label, lw=1.8, marker=_marker(steps), ms=3.5)
-        axes.set(title=METRICS[metric].label, ylabel=f"{metric} [{unit}]")
+        axes.set(title=title, ylabel=f"{name.replace('_', ' ')}{f' [{unit}]' if unit else ''}")
         _step_axis(axes)
         axes.legend()
     return figure
+
+
+def _axis(name: str) -> tuple[str, str, float]:
+    """Title, unit and scale of a number that is logged; a mean that only its task knows has no unit."""
+    metric = METRICS.get(name)
+    if metric is None:
+        return name.replace("_", " ").capitalize(), "", 1
+    return (metric.label, "%", 100) if metric.format.endswith("%}") else (metric.label, metric.unit.split()[0], 1)
 
 
 def learning_rate(history: History) -> Figure | None:

@@ -35,14 +35,16 @@ def write(
     images: Callable[[np.ndarray], np.ndarray],
     history: list[dict[str, Any]],
     facts: dict[str, Any],
+    curves: Sequence[str] = ("loss", "accuracy"),
 ) -> None:
     """Writes metrics.json, predictions.npz, the plots and index.html; a report that was there is replaced in one move.
 
     Args:
-      metrics: what metrics.json will hold; every number finite, its unit in UNITS.
+      metrics: what metrics.json will hold; every number finite or None, its unit in UNITS.
       labels: int [N]; probabilities: float32 [N, K]; roc: what metrics.roc_curves makes of them.
       images: gives uint8 [n, H, W, C] for indices [n] of the split.
       history: the events of metrics.jsonl; facts: rows for the page, see `page.render`.
+      curves: names of `history` that are drawn, without 'train/' and 'eval/'.
     """
     from vitcls.report import page, plots
 
@@ -61,11 +63,36 @@ def write(
         ids=np.arange(len(labels), dtype=np.int64),  # places in the split
     )
 
-    drawings = {
+    shown = []
+    drawings = _drawings(metrics, labels, probabilities, roc, class_names, images, history, curves)
+    for name, (title, caption, draw) in drawings.items():
+        figure = plots.styled(draw)
+        path = new / f"{name}.png" if figure is not None else None
+        if figure is not None:
+            figure.savefig(path, dpi=figure.dpi if name in ("confusion_matrix", "class_accuracy") else 150)
+        shown.append((title, caption if path or name == "mistakes" else "nothing was logged.", path))
+    (new / "index.html").write_text(printable(page.render(metrics, facts, shown)), encoding="utf-8")
+    _replace(directory, new)
+
+
+def _drawings(
+    metrics: dict[str, Any],
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    roc: RocCurves | None,
+    class_names: Sequence[str],
+    images: Callable[[np.ndarray], np.ndarray],
+    history: list[dict[str, Any]],
+    curves: Sequence[str],
+) -> dict[str, tuple[str, str, Callable]]:
+    """The plots of a report, in order: name of the file -> title, caption and what draws it."""
+    from vitcls.report import plots
+
+    return {
         "curves": (
             "Training",
-            "Loss and accuracy, in training and on the validation split.",
-            lambda: plots.curves(history),
+            "In training and on the validation split.",
+            lambda: plots.curves(history, curves),
         ),
         "learning_rate": (
             "Learning rate",
@@ -98,15 +125,6 @@ def write(
             lambda: plots.reliability(labels, probabilities),
         ),
     }
-    shown = []
-    for name, (title, caption, draw) in drawings.items():
-        figure = plots.styled(draw)
-        path = new / f"{name}.png" if figure is not None else None
-        if figure is not None:
-            figure.savefig(path, dpi=figure.dpi if name in ("confusion_matrix", "class_accuracy") else 150)
-        shown.append((title, caption if path or name == "mistakes" else "nothing was logged.", path))
-    (new / "index.html").write_text(printable(page.render(metrics, facts, shown)), encoding="utf-8")
-    _replace(directory, new)
 
 
 def _replace(directory: pathlib.Path, new: pathlib.Path) -> None:

@@ -101,7 +101,11 @@ class Task(NamedTuple):
     means: Mapping[str, str] = {"accuracy": "correct"}
     # (apply, variables, images, bank) -> logits [B, K]; `apply(variables, images, *, sow=False)` gives an Output
     predict: Callable[..., jax.Array] = own_logits
+    # Sums of an evaluation besides those of every one: name -> (apply, variables, images, bank) -> [B], on which a
+    # metric of the table (`task_sum`) can be built.
+    eval_sums: Mapping[str, Callable[..., jax.Array]] = {}
     # (apply, variables, images) -> rows [B, ...], collected over the training split into the `bank` of `predict`
     remember: Callable[..., PyTree] | None = None
     bank_size: int = 0  # training images in the bank, at most
+    own_loss: bool = False  # True where `Context.loss` is not used, so that no key of config.loss but l2 counts
     separable: bool = True  # False where the loss couples the examples of a batch, which then cannot be in parts

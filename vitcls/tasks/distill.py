@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from vitcls.core.registry import require
+from vitcls.core.registry import local_path, require
 from vitcls.tasks.base import Aux, Context, Task, TrainedRun, augmented, same_guess
 
 
@@ -19,7 +19,7 @@ class Distill:
     section 2), or, if `hard`, the cross-entropy with the teacher's first guess (DeiT: Touvron et al. 2021, equation 3).
     """
 
-    teacher: str = ""  # the workdir of a run on the same classes and image size
+    teacher: str = local_path()  # the workdir of a run on the same classes and image size
     temperature: float = 4.0
     weight: float = 0.9
     hard: bool = False

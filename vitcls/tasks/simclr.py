@@ -53,9 +53,15 @@ class SimCLR:
             found = apply(variables, images, sow=True).sown["encoder"]["features"][0].astype(jnp.float32)
             return found / jnp.maximum(jnp.linalg.norm(found, axis=-1, keepdims=True), 1e-6)
 
-        def predict(apply, variables, images, bank):
+        def neighbors(apply, variables, images, bank):
             cosines = features(apply, variables, images) @ bank["rows"].T
-            best, places = jax.lax.top_k(cosines, min(self.neighbors, cosines.shape[1]))
+            return jax.lax.top_k(cosines, min(self.neighbors, cosines.shape[1]))
+
+        def similarity(*args):
+            return jnp.mean(neighbors(*args)[0], axis=1)
+
+        def predict(apply, variables, images, bank):
+            best, places = neighbors(apply, variables, images, bank)
             votes = jnp.exp((best - best[:, :1]) / self.neighbor_temperature)
             classes = jax.nn.one_hot(bank["label"][places], num_classes)
             shares = jnp.sum(votes[..., None] * classes, axis=1) / jnp.sum(votes, axis=1, keepdims=True)
@@ -67,8 +73,10 @@ class SimCLR:
             wrap=lambda model: Projected(encoder=model, dim=self.projection_dim),
             means={"pairs_found": "found"},
             predict=predict,
+            eval_sums={"neighbor_similarity": similarity},
             remember=features,
             bank_size=self.bank_size,
+            own_loss=True,
             separable=False,
         )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -21,10 +22,12 @@ from vitcls.data.augment import make_augment, mixes_pairs, to_float, views
 from vitcls.models import convolutions
 from vitcls.models.variables import variable_shapes
 from vitcls.tasks import TASKS, Context, Task, TrainedRun, losses
+from vitcls.tasks.losses import LOSSES
 from vitcls.training import run_dir, steps
 from vitcls.training.state import create_state
 
 PyTree = Any
+_logger = logging.getLogger("vitcls")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,7 @@ def examples_kept_together(config) -> int:
 
 def make_task(config, info: DatasetInfo) -> Task:
     """The training objective of a config; raises UserError where it cannot be that of these data."""
-    with losses.LOSSES.about(config.loss.name):
+    with LOSSES.about(config.loss.name):
         class_weights = losses.class_weights(tuple(config.loss.class_weights), np.asarray(info.class_counts))
     context = Context(
         class_names=info.class_names,
@@ -87,7 +90,9 @@ def _open_run(path: str) -> TrainedRun:
             f"the run in {path} was trained by config.task.name='{trained.config.task.name}' and has no classifier"
         )
     model = make_model(trained.config, trained.info)
-    _, variables = trained.restore(model, trained.config.report.checkpoint)
+    step, variables = trained.restore(model, trained.config.report.checkpoint)
+    total = make_plan(trained.config, trained.info).total
+    _logger.info("teacher   %s of %s, step %s of %s", trained.config.model.name, path, f"{step:,}", f"{total:,}")
     normalize = steps.make_normalize(trained.info.mean, trained.info.std)
     return TrainedRun(model, variables, trained.info.class_names, trained.info.image_shape, normalize)
 
@@ -138,6 +143,12 @@ def make_training(config, info: DatasetInfo, plan: Plan, layout: Partition) -> T
         raise UserError(
             f"config.optimizer.accumulate={config.optimizer.accumulate} is not for config.task.name="
             f"'{config.task.name}', whose loss is of a whole batch; set it to 1"
+        )
+    changed = [key for key, value in LOSSES.block("cross_entropy").items() if config.loss[key] != value and key != "l2"]
+    if task.own_loss and changed:
+        raise UserError(
+            f"config.loss.{changed[0]}={config.loss[changed[0]]!r} is not for config.task.name='{config.task.name}', "
+            "which has a loss of its own; leave it at its default"
         )
     if not task.separable and mixes_pairs(config.augment):
         raise UserError(

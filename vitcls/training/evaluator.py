@@ -158,6 +158,7 @@ def write_report(
         images=lambda indices: np.stack([data.read_image(examples, int(i), info.image_shape) for i in indices]),
         history=history,
         facts=facts.facts(config, info, step=step),
+        curves=list(dict.fromkeys(["loss", "accuracy", *build.make_task(config, info).means])),
     )
     return results
 

@@ -46,8 +46,8 @@ def command_line() -> str:
 def headline(results: dict, workdir) -> str:
     """The last lines of a command: the main numbers and where the report is."""
     numbers = ", ".join(
-        f"{metric.headline} {metric.format.format(results[name])}"
+        f"{metric.headline} {metric.show(results[name])}"
         for name, metric in METRICS.items()
-        if metric.headline
+        if metric.headline and name in results
     )
     return f"{results['split']}: {numbers} on {results['num_examples']:,} images\nreport: {workdir}/report/index.html"

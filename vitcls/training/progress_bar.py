@@ -59,7 +59,6 @@ class ProgressBar(contextlib.AbstractContextManager):
 
 
 _UNSEEN = ("l2", "gradient_norm", "skipped", "images_per_second", "seconds", "epoch")  # numbers that few follow
-_FORMATS = {name: metric.format for name, metric in METRICS.items()} | {"learning_rate": "{:.3g}"}
 
 
 def _words(event: dict[str, float]) -> str:
@@ -69,7 +68,8 @@ def _words(event: dict[str, float]) -> str:
     for key, value in event.items():
         name = key.removeprefix(f"{kind}/")
         if name not in _UNSEEN:
-            words.append(f"{name.replace('_', ' ')} {_FORMATS.get(name, '{:.4g}').format(value)}")
+            form = METRICS[name].format if name in METRICS else "{:.4g}"
+            words.append(f"{name.replace('_', ' ')} {form.format(value)}")
     if event.get("train/skipped"):
         words.append(f"{event['train/skipped']:.0f} updates skipped (not finite)")
     return "  ".join(words)

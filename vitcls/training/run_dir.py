@@ -3,28 +3,36 @@
 config.json      the resolved config          metrics.jsonl        events of training and evaluation
 dataset.json     classes, shape, mean, std    checkpoints/<step>/  see checkpoint.py
 moved.json       where the data are, once they have moved
+frozen.json      SHA-256 of what the objective keeps fixed, such as a teacher
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
 import re
 import time
+from collections.abc import Collection
+from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from vitcls import config as configs
 from vitcls.core import durations
 from vitcls.core.errors import UserError
+from vitcls.core.registry import paths
 from vitcls.core.terminal import printable
 from vitcls.data import DatasetInfo
 from vitcls.models.variables import variable_shapes
+from vitcls.tasks import TASKS
 from vitcls.training import checkpoint
 
 CONFIG_FILE, DATASET_FILE, CHECKPOINTS, PROFILE = "config.json", "dataset.json", "checkpoints", "profile"
-_MOVED_FILE = "moved.json"
+_MOVED_FILE, _FROZEN_FILE = "moved.json", "frozen.json"
+PyTree = Any
 _REMOVAL = 1.0  # seconds in which a run has removed a checkpoint that it began to remove
 
 
@@ -143,19 +151,28 @@ def max_value(path: pathlib.Path) -> float | None:
         return None
 
 
-def begin(path: pathlib.Path, config: configs.ConfigDict, info: DatasetInfo, *, place: str = "") -> None:
+def begin(
+    path: pathlib.Path, config: configs.ConfigDict, info: DatasetInfo, *, place: str = "", frozen: PyTree = None
+) -> None:
     """Makes the workdir of a run, or checks that the run that is in it already is the same.
 
     An older version's config is completed first. `place` is where the data are; if that is not where the config has
-    them, they may have another name there, and moved.json remembers it. Raises UserError where the workdir holds a run
-    of another config or other data: nothing of it is overwritten.
+    them, they may have another name there, and moved.json remembers it. `frozen` are the arrays of the task; where
+    they come from may change, as long as they are the same. Raises UserError where the workdir holds a run of another
+    config or other data: nothing of it is overwritten.
     """
     moved = place not in ("", config.dataset.data_dir)
-    free = ("name",) if moved else ()  # that of a folder
+    free = {
+        DATASET_FILE: {"name"} if moved else set(),  # that of a folder
+        CONFIG_FILE: {f"task.{key}" for key in paths(TASKS[config.task.name])},
+        _FROZEN_FILE: set(),
+    }
     texts = {CONFIG_FILE: configs.to_json(config), DATASET_FILE: info.to_json()}
+    if frozen is not None:
+        texts[_FROZEN_FILE] = json.dumps({"sha256": _digest(frozen)}) + "\n"
     there = {name for name in texts if (path / name).exists()}
     for name in sorted(there):
-        _check_same(path, name, texts[name], free)
+        _check_same(path, name, texts[name], free[name])
     for name in texts.keys() - there:
         write_atomically(path / name, texts[name])
     if moved:
@@ -165,10 +182,20 @@ def begin(path: pathlib.Path, config: configs.ConfigDict, info: DatasetInfo, *, 
 _READERS = {
     CONFIG_FILE: lambda text: configs.from_json(text).to_dict(),
     DATASET_FILE: lambda text: dataclasses.asdict(DatasetInfo.from_json(text)),
+    _FROZEN_FILE: lambda text: {"sha256": json.loads(text)["sha256"]},
 }
 
 
-def _check_same(path: pathlib.Path, name: str, text: str, free: tuple[str, ...]) -> None:
+def _digest(tree: PyTree) -> str:
+    """SHA-256 of the arrays of a tree and their places in it."""
+    digest = hashlib.sha256()
+    for place, leaf in jax.tree.leaves_with_path(tree):
+        digest.update(f"{jax.tree_util.keystr(place)} {leaf.dtype} {leaf.shape}\n".encode())
+        digest.update(np.ascontiguousarray(leaf))
+    return digest.hexdigest()
+
+
+def _check_same(path: pathlib.Path, name: str, text: str, free: Collection[str]) -> None:
     """Raises UserError where the file `name` says otherwise than `text`, but for the keys that are `free`."""
     try:
         old = configs.flatten(_READERS[name]((path / name).read_text(encoding="utf-8")))
@@ -183,6 +210,11 @@ def _check_same(path: pathlib.Path, name: str, text: str, free: tuple[str, ...])
         advice = "use another --workdir"
         if changed == ["dataset.data_dir"]:
             advice = "if the data have moved, leave the config as it was and add --data_dir=DIR"
+        if name == _FROZEN_FILE:
+            raise UserError(
+                f"the weights of config.task's teacher are not those with which the run in {path} began; give the "
+                "original, or use another --workdir"
+            )
         raise UserError(f"{path} holds a run with another {name}: {shown}{more}; {advice}")
 
 

@@ -238,16 +238,21 @@ def make_apply(model: nn.Module, normalize: Callable) -> Callable[..., Output]:
 def make_eval_step(
     task: Task, *, model: nn.Module, views: Callable, normalize: Callable
 ) -> Callable[..., tuple[Sums, jax.Array]]:
-    """Builds eval_step(variables, batch, bank=None) -> (metrics.evaluation_sums over the batch, probabilities [B, K]).
+    """Builds eval_step(variables, batch, bank=None) -> (sums over the batch, probabilities [B, K]).
 
-    Both are of the global batch, on every device. `views(images uint8)` are pairs of a weight and images float32 in
-    [0, 1]; the logits are the sum of theirs.
+    The sums are metrics.evaluation_sums and those of the task. Both are of the global batch, on every device.
+    `views(images uint8)` are pairs of a weight and images float32 in [0, 1]; the logits are the sum of theirs.
     """
     apply = make_apply(model, normalize)
 
     def eval_step(variables: dict, batch: Batch, bank: PyTree = None) -> tuple[Sums, jax.Array]:
-        logits = sum(weight * task.predict(apply, variables, images, bank) for weight, images in views(batch["image"]))
+        def over_views(function: Callable) -> jax.Array:
+            return sum(weight * function(apply, variables, images, bank) for weight, images in views(batch["image"]))
+
+        logits = over_views(task.predict)
         sums = metrics.evaluation_sums(logits, batch["label"], batch["mask"])
+        for name, function in task.eval_sums.items():
+            sums[name] = jnp.sum(jnp.where(batch["mask"] > 0, over_views(function), 0.0))
         return _global_sum(sums), _gather_batch(jax.nn.softmax(logits, axis=-1))
 
     return eval_step

@@ -25,7 +25,7 @@ class Tfds:
             option = f" --data_dir={shlex.quote(config.data_dir)}" if config.data_dir else ""
             raise UserError(
                 f"the data set '{config.name}' is not prepared in {builder.data_dir}; "
-                f"prepare it with 'python -m vitcls.prepare {config.name}{option}'"
+                f"prepare it with 'vitcls prepare {config.name}{option}'"
             )
         image_key, label_key = _tfds_keys(builder)
         available = builder.info.splits
