@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 failure; 2 bad config, flags or input (one line on stderr)
 """
 
 import argparse
+import gc
 import importlib
 import importlib.util
 import logging
@@ -84,6 +85,8 @@ def run(command: Callable[[list[str]], int | None], argv: list[str] | None = Non
     """Runs a command on its arguments (sys.argv[1:]) and returns its exit code."""
     terminal.print_anything()
     quiet_libraries()
+    # Tracing makes millions of small objects that stay; Python's default would search them for garbage again and again.
+    gc.set_threshold(50_000, 20, 20)
     try:
         return command(sys.argv[1:] if argv is None else argv) or 0
     except SystemExit as exit:  # of --help

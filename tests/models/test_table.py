@@ -77,6 +77,7 @@ def test_the_command_prints_one_line_for_each_model_and_one_for_a_wrong_name():
     assert header.split()[:2] == ["model", "parameters"]
     assert lenet.split()[:2] == ["lenet5", "61,706"]
     assert cnn.split()[:2] == ["mnist_cnn", "421,642"]
+    assert "| conv_2/conv/kernel | (5, 5, 6, 16)" in run("lenet5", "--parameters").stdout
     wrong = run("lenet6")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert len(wrong.stderr.splitlines()) == 1

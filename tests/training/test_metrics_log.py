@@ -1,4 +1,7 @@
 import json
+import time
+
+import pytest
 
 from vitcls.training.metrics_log import METRICS_FILE, MetricWriter, read_history
 
@@ -31,10 +34,15 @@ def test_values_that_are_not_finite_stay_readable_json(tmp_path):
 
 
 def test_tensorboard_reads_the_same_numbers(tmp_path):
+    """Those that a resumed run says again only once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     write(tmp_path, [1, 2, 4])
-    accumulator = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
+    time.sleep(1.1)  # events have the second of their writer in the name of their file
+    write(tmp_path, [3, 5], rewind_to=2)
+    accumulator = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0})
     accumulator.Reload()
-    steps = [event.step for event in accumulator.Tensors("train/loss")]
-    assert steps == [1, 2, 4]
+    events = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    assert [event["step"] for event in events] == [1, 2, 3, 5]
+    told = [(event.step, pytest.approx(event.value)) for event in accumulator.Scalars("train/loss")]
+    assert told == [(event["step"], event["train/loss"]) for event in events]

@@ -33,7 +33,7 @@ from vitcls import config as configs
 def get_config():
     config = configs.from_json(open({path!r}).read())
     if config.dataset.pipeline != "streaming":
-        sys.modules["tensorflow"] = None  # whose import takes longer than all else: no TensorBoard
+        sys.modules["tensorflow"] = None  # which only streaming needs
     return config
 """
 UNINTERRUPTED = """

@@ -1,6 +1,6 @@
 """The table of all models: parameters, FLOPs and activation memory per image, native size and paper.
 
-vitcls models [NAME ...] [--markdown]
+vitcls models [NAME ...] [--markdown | --parameters]
 """
 
 import math
@@ -11,6 +11,7 @@ import jax
 
 from vitcls import cli, models
 from vitcls.models import flops
+from vitcls.models.variables import variable_shapes
 
 _HEADER = """# Models
 
@@ -110,13 +111,30 @@ def markdown_page(rows: list[Row]) -> str:
     return _HEADER + "\n".join(lines) + "\n"
 
 
+def parameters_table(name: str) -> str:
+    """Every parameter of the model `name` at its native size: path, shape, dtype and count."""
+    from clu import parameter_overview
+
+    preset = models.preset(name)
+    shapes = variable_shapes(models.create(name, preset.num_classes), preset.image_shape)
+    return parameter_overview.get_parameter_overview(shapes["params"], include_stats=False)
+
+
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog=cli.program("models"), description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="the models to show; all without")
-    parser.add_argument("--markdown", action="store_true", help="as docs/models.md has it")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="as docs/models.md has it")
+    form.add_argument(
+        "--parameters", action="store_true", help="the paths and shapes of all parameters, as optimizer.multipliers see"
+    )
     flags = parser.parse_args(argv)
     for name in flags.names:
         models.preset(name)
+    if flags.parameters:
+        for name in flags.names or models.names():
+            print(f"{name}\n{parameters_table(name)}")
+        return
     rows = [describe(name) for name in flags.names or models.names()]
     print((markdown_page if flags.markdown else text_table)(rows), end="")
 

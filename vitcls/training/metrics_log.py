@@ -1,14 +1,13 @@
-"""Where a run says how it is doing: metrics.jsonl always, TensorBoard events where TensorFlow is; the only CLU file."""
+"""Where a run says how it is doing: metrics.jsonl, and events for TensorBoard."""
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
 import pathlib
 from collections.abc import Mapping
 
-from vitcls.core.terminal import quiet_tensorflow
+from tensorboardX import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -17,7 +16,7 @@ class MetricWriter(contextlib.AbstractContextManager):
     """Appends events to metrics.jsonl: one JSON object a line, `step` and then names such as `train/loss`.
 
     Only the first of several processes writes (`active`). A run that is resumed from a checkpoint says again what the
-    killed one had said after it: that is dropped first.
+    killed one had said after it: that is dropped first, and TensorBoard is told to.
     """
 
     def __init__(self, workdir: os.PathLike | str, *, rewind_to: int, active: bool = True):
@@ -25,7 +24,7 @@ class MetricWriter(contextlib.AbstractContextManager):
         if active:
             _rewind(path, rewind_to)
         self._file = open(path, "a", encoding="utf-8") if active else None  # noqa: SIM115 (closed by __exit__)
-        self._tensorboard = _tensorboard_writer(workdir) if active else None
+        self._tensorboard = SummaryWriter(os.fspath(workdir), purge_step=rewind_to + 1) if active else None
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one event; a value that is not finite becomes null."""
@@ -34,22 +33,20 @@ class MetricWriter(contextlib.AbstractContextManager):
         values = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        if self._tensorboard is not None:
-            self._tensorboard.write_scalars(step, scalars)
+        for name, value in scalars.items():
+            self._tensorboard.add_scalar(name, value, step)
 
     def sync(self) -> None:
         """Returns when all that was written would outlive the machine."""
         if self._file is None:
             return
         os.fsync(self._file.fileno())
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
+        self._tensorboard.flush()
 
     def __exit__(self, *error) -> None:
         self.sync()
         if self._file is not None:
             self._file.close()
-        if self._tensorboard is not None:
             self._tensorboard.close()
 
 
@@ -74,12 +71,3 @@ def _rewind(path: pathlib.Path, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(replacement, path)
-
-
-def _tensorboard_writer(workdir: os.PathLike | str):
-    if importlib.util.find_spec("tensorflow") is None or importlib.util.find_spec("tensorboard") is None:
-        return None
-    quiet_tensorflow()
-    from clu import metric_writers
-
-    return metric_writers.SummaryWriter(os.fspath(workdir))
