@@ -116,16 +116,14 @@ class Trainer:
         self.training = build.make_training(config, info, plan, layout)
         self.state = layout.init(self.training.create_state, jax.random.key(config.seed))
         self._sums = layout.replicate(jax.device_get(steps.zero_sums(self.training.task.means.values())))
-        self._frozen = layout.place(self.training.frozen)
         self._step = 0
-        call = steps.make_train_call(
-            self.training.train_step, batch_fn=self._batches.batch_fn, seed=config.seed, length=self._length
-        )
+        call = steps.make_train_call(self.training.train_step, batch_fn=self._batches.batch_fn, length=self._length)
+        self._fixed = layout.replicate(np.int32(config.seed)), layout.place(self.training.frozen)
         first = self._batches.host_inputs(0, self._length)
         start = time.perf_counter()
-        self.compiled = layout.compile_update(call, self.state, self._sums, first, self._frozen)
+        self.compiled = layout.compile_update(call, self.state, self._sums, first, *self._fixed)
         if layout.mapped:  # what `pmap` would do at its first call; it cannot for several processes
-            self.compiled = self.compiled.lower(self.state, self._sums, first, self._frozen).compile()
+            self.compiled = self.compiled.lower(self.state, self._sums, first, *self._fixed).compile()
         self.compile_seconds = time.perf_counter() - start
 
     @property
@@ -140,7 +138,7 @@ class Trainer:
         for _ in range(self.calls):
             previous = self._sums
             batches = self._batches.host_inputs(self._step, self._length)
-            self.state, self._sums = self.compiled(self.state, self._sums, batches, self._frozen)
+            self.state, self._sums = self.compiled(self.state, self._sums, batches, *self._fixed)
             self._step += self._length
             jax.block_until_ready(previous)  # as the loop of vitcls.train does: one call ahead, not more
         return jax.block_until_ready(self._sums)["loss"]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vitcls import config as configs
 from vitcls import data, metrics, optim
@@ -239,9 +240,8 @@ class Update:
     """Runs `length` steps in one dispatch, by one program for the whole run; those past its end change nothing."""
 
     def __init__(self, training: Training, batches: data.TrainBatches, layout: Partition, seed: int, length: int):
-        self._train_call = steps.make_train_call(
-            training.train_step, batch_fn=batches.batch_fn, seed=seed, length=length
-        )
+        self._train_call = steps.make_train_call(training.train_step, batch_fn=batches.batch_fn, length=length)
+        self._seed = layout.replicate(np.int32(seed))
         self._frozen = layout.place(training.frozen)
         self._batches = batches
         self._layout = layout
@@ -261,10 +261,11 @@ class Update:
             what = "the training step" if self._length == 1 else f"{self._length} training steps per call"
             _logger.info("compiling %s ...", what)
             compiling_since = time.perf_counter()
-            self._compiled = self._layout.compile_update(self._train_call, state, sums, batches, self._frozen)
+            arguments = (state, sums, batches, self._seed, self._frozen)
+            self._compiled = self._layout.compile_update(self._train_call, *arguments)
             start = time.perf_counter()
         with jax.transfer_guard("disallow"):
-            state, new_sums = self._compiled(state, sums, batches, self._frozen)
+            state, new_sums = self._compiled(state, sums, batches, self._seed, self._frozen)
         if first and self._layout.mapped:
             start = time.perf_counter()
         if first:

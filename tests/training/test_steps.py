@@ -146,8 +146,8 @@ def test_every_step_and_every_example_has_a_key_of_its_own():
         return no_augment(keys, images, targets)
 
     train_step, state = build(augment=spy)
-    call = steps.make_train_call(train_step, batch_fn=lambda data, step, n: lambda i: data, seed=3, length=4)
-    jax.block_until_ready(jax.jit(call)(state, steps.zero_sums(), batch()))
+    call = steps.make_train_call(train_step, batch_fn=lambda data, step, n: lambda i: data, length=4)
+    jax.block_until_ready(jax.jit(call)(state, steps.zero_sums(), batch(), jnp.int32(3)))
     jax.effects_barrier()
     keys = {tuple(key) for keys in seen for key in keys}
     assert len(seen) == 4
@@ -161,9 +161,9 @@ def test_calls_of_any_length_make_the_same_run_even_where_the_last_goes_past_its
     def run(length):
         new, sums = state, steps.zero_sums()
         opened = lambda data, step, n: lambda i: jax.tree.map(lambda x: x[step + i], data)  # noqa: E731
-        call = jax.jit(steps.make_train_call(train_step, batch_fn=opened, seed=0, length=length))
+        call = jax.jit(steps.make_train_call(train_step, batch_fn=opened, length=length))
         for _ in range(-(-6 // length)):
-            new, sums = call(new, sums, data)
+            new, sums = call(new, sums, data, jnp.int32(0))
         return new, sums
 
     expected = run(1)

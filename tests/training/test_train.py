@@ -358,6 +358,17 @@ def test_a_whole_run_compiles_training_and_evaluation_once_each(tiny_config, tmp
     assert read_history(tmp_path / "run")[-1]["step"] == 13
 
 
+def test_another_seed_is_another_run_of_the_same_program(tiny_config, tmp_path, caplog):
+    runs = []
+    for seed in (1, 2):
+        tiny_config.seed = seed
+        with jax.log_compiles():
+            runs.append(train_and_evaluate(tiny_config, tmp_path / str(seed)))
+    assert runs[0]["loss"] != runs[1]["loss"]
+    found = re.findall(r"Persistent compilation cache (hit|miss) for '(\w+)'", caplog.text)
+    assert found.count(("miss", "jit_train_call")) <= 1 and ("hit", "jit_train_call") in found
+
+
 def test_chosen_steps_are_traced_and_no_others(tiny_config, tmp_path):
     train_and_evaluate(tiny_config, tmp_path / "run", profile_steps=range(5, 8))
     (trace,) = (tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz")

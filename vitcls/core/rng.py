@@ -19,8 +19,8 @@ def mapped_axis() -> str | None:
     return BATCH_AXIS
 
 
-def step_key(seed: int, step: jax.Array) -> jax.Array:
-    """The key of training step `step` (int32 scalar)."""
+def step_key(seed: jax.Array | int, step: jax.Array) -> jax.Array:
+    """The key of training step `step`; int32 scalars."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
 

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 _ORDER_STREAM = 0x0DDE  # keeps the keys of the order apart from those of the steps
 
 
-def epoch_order(seed: int, epoch: jax.Array, labels: jax.Array, *, num_classes: int, balanced: bool) -> jax.Array:
+def epoch_order(
+    seed: jax.Array | int, epoch: jax.Array | int, labels: jax.Array, *, num_classes: int, balanced: bool
+) -> jax.Array:
     """The order int32 [N] in which epoch `epoch` visits the N training examples with `labels` int32 [N].
 
     Uniform: a permutation; every example once. Balanced: every class gets the same number of the N places (to one),

@@ -35,7 +35,8 @@ class Resident:
         self._batch_size = batch_size
         self._num_examples = len(labels)
         self._arrays = partition.replicate({"image": images, "label": labels})
-        order = functools.partial(epoch_order, seed, num_classes=num_classes, balanced=balanced)
+        self._seed = partition.replicate(np.int32(seed))  # data, so that all seeds share a program
+        order = functools.partial(epoch_order, num_classes=num_classes, balanced=balanced)
         self._compute_order = partition.compile_evaluation(order)
         self._orders: dict[int, jax.Array] = {}  # of the epochs that the newest call touched
 
@@ -69,4 +70,4 @@ class Resident:
         return batch
 
     def _epoch_order(self, epoch: int) -> jax.Array:
-        return self._compute_order(self._partition.replicate(np.int32(epoch)), self._arrays["label"])
+        return self._compute_order(self._seed, self._partition.replicate(np.int32(epoch)), self._arrays["label"])

@@ -189,11 +189,11 @@ def _host_epoch_order(
         host = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
         host = jax.local_devices()[0]
-    order = jax.jit(functools.partial(epoch_order, seed, num_classes=num_classes, balanced=balanced))
+    order = jax.jit(functools.partial(epoch_order, num_classes=num_classes, balanced=balanced))
 
     def compute(epoch: int) -> np.ndarray:
         with jax.default_device(host), jax.transfer_guard("allow"):
-            return np.asarray(order(epoch, labels))
+            return np.asarray(order(seed, epoch, labels))
 
     return _once_and_ahead(compute)
 

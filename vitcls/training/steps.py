@@ -200,15 +200,17 @@ def _count_skips(counts: NonFinite, step: jax.Array, due: jax.Array, finite: jax
 
 
 def make_train_call(
-    train_step: Callable, *, batch_fn: Callable[[Any, jax.Array, int], Callable], seed: int, length: int
-) -> Callable[[TrainState, Sums, Any, PyTree], tuple[TrainState, Sums]]:
-    """Builds train_call(state, sums, inputs, frozen): `length` steps in one dispatch (fewer at the end).
+    train_step: Callable, *, batch_fn: Callable[[Any, jax.Array, int], Callable], length: int
+) -> Callable[..., tuple[TrainState, Sums]]:
+    """Builds train_call(state, sums, inputs, seed, frozen=None): `length` steps in one dispatch (fewer at the end).
 
     Metrics are added to `sums`. `batch_fn(inputs, step, length)` gives the function i -> batch of step + i (see
-    vitcls.data).
+    vitcls.data). `seed` is an int32 scalar on the devices, so that one program serves all seeds.
     """
 
-    def train_call(state: TrainState, sums: Sums, inputs: Any, frozen: PyTree = None) -> tuple[TrainState, Sums]:
+    def train_call(
+        state: TrainState, sums: Sums, inputs: Any, seed: jax.Array, frozen: PyTree = None
+    ) -> tuple[TrainState, Sums]:
         batch = batch_fn(inputs, state.step, length)
 
         def one_step(carry, i):
