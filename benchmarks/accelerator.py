@@ -69,7 +69,7 @@ def parts(out: pathlib.Path, data_dir: str) -> list[Part]:
     found.append(Part("correctness", tests, "all pass on the device"))
     bench("attention", "attention", bf16, "--calls=50", goal="the presets take the winner")
     layers = ("--scale=16", "--calls=20", "--step", "--image_size=224")
-    bench("grouped_conv", "grouped_conv", bf16, *layers, goal="FORM_BY_PLATFORM takes the winner")
+    bench("grouped_conv", "grouped_conv", bf16, *layers, goal="FASTEST_GROUPED_CONV takes the winner")
     for model, batch, images in SPEEDS:
         arguments = (f"--model={model}", f"--batch={batch}", bf16, "--calls=10")
         bench("throughput", "throughput", *arguments, goal=f"{images:,} images/s", folder=f"throughput_{model}")

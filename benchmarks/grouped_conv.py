@@ -3,7 +3,7 @@
     python -m benchmarks.grouped_conv [--out=DIR] [--repeats=5] [--step]
     python -m benchmarks.grouped_conv --dtype=bfloat16 --scale=16 --calls=50 --step --image_size=224    # a GPU
 
-The form that trains the fastest on a platform belongs into convolutions.FORM_BY_PLATFORM. `--step` adds the training
+The form that trains the fastest on a platform belongs into forms.FASTEST_GROUPED_CONV. `--step` adds the training
 step, `--calls` shares a dispatch between layers that take no longer than one.
 """
 

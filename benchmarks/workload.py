@@ -6,6 +6,7 @@ functions as a run of `vitcls.main`.
 
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from vitcls import config as configs
 from vitcls import config_file, models
 from vitcls.core.partition import Partition
+from vitcls.core.rng import BATCH_AXIS
 from vitcls.data import DatasetInfo
 from vitcls.data.resident import Resident
 from vitcls.models import summary
@@ -103,6 +105,29 @@ def random_resident(layout: Partition, info: DatasetInfo, batch_size: int) -> Re
         seed=0,
         balanced=False,
     )
+
+
+def step_shapes(config, info: DatasetInfo, layout: Partition) -> tuple[Callable, tuple]:
+    """The call of a training run and the shapes of its arguments, placed on devices that need not be there."""
+    training = build.make_training(config, info, build.make_plan(config, info), layout)
+    batch = config.batch_size
+    rows = {
+        "image": jax.ShapeDtypeStruct((batch, *info.image_shape), np.uint8),
+        "label": jax.ShapeDtypeStruct((batch,), np.int32),
+        "mask": jax.ShapeDtypeStruct((batch,), np.float32),
+    }
+
+    def placed(shapes, sharding):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+    state = jax.eval_shape(training.create_state, jax.eval_shape(lambda: jax.random.key(0)))
+    state = jax.tree.map(placed, state, layout.state_shardings(state))
+    sums = placed(jax.eval_shape(lambda: steps.zero_sums(training.task.means.values())), layout.sharding())
+    seed = placed(jax.ShapeDtypeStruct((), np.int32), layout.sharding())
+    call = steps.make_train_call(
+        training.train_step, batch_fn=lambda inputs, step, length: lambda i: inputs, length=config.steps_per_call
+    )
+    return call, (state, sums, placed(rows, layout.sharding(BATCH_AXIS)), seed)
 
 
 class Trainer:

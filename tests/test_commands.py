@@ -63,7 +63,7 @@ def run(command, arguments, capsys):
         ([DIGITS, "--workdir=x", "--config.dataset.name=cifar1000"], "did you mean 'cifar100'?"),
         (
             [DIGITS, "--workdir=x", "--config.dataset.name=mnist", "--config.dataset.data_dir=/nowhere"],
-            "vitcls.prepare mnist",
+            "vitcls prepare mnist",
         ),
         ([DIGITS, "--workdir=x", "--config.total=-3 epochs"], "config.total"),
         ([DIGITS, "--workdir=x", "--config.total=3"], "a duration needs a unit"),
@@ -110,7 +110,7 @@ def test_bad_input_is_one_line_and_code_2(arguments, words, capsys, tmp_path, mo
     ("lines", "complaint"),
     [
         ("raise ValueError('first\\nsecond')", "config.py, line 4, cannot be loaded: ValueError: first second"),
-        ("c.augment.rotate = 0.5", "config.py, line 4, cannot be loaded: TypeError: Could not override field 'rotate'"),
+        ("c.augment.rotate = 0.5", "config.py, line 4, sets 'rotate' to 0.5 (float); it must be a block of keys"),
         ("with c.ignore_type(): c.augment.rotate = 0.5", "config.augment.rotate=0.5 is impossible: it is a block of "),
         ("c.augment.rotate = dict(degrees=9, share=1)", "key of config.augment.rotate 'share' is not known"),
         ("c.batchsize = 3", "config.py, line 4, sets 'batchsize', which is no key there; did you mean 'batch_size'?"),

@@ -56,6 +56,12 @@ class Run:
         """Parameters and batch statistics as numpy arrays: the averages where the run kept some."""
         return self._opened.restore(self.model, self._checkpoint)[1]
 
+    def normalize(self, images: np.ndarray) -> np.ndarray:
+        """Images uint8 [N, H, W, C] as the model takes them, float32 [N, H, W, C]."""
+        info = self._opened.info
+        mean, std = np.asarray(info.mean, np.float32), np.asarray(info.std, np.float32)
+        return (np.asarray(images, np.float32) / 255 - mean) / std
+
     @property
     def metrics(self) -> dict[str, Any]:
         """The report's metrics.json; raises UserError where there is no report yet."""
@@ -88,6 +94,9 @@ class Run:
         if hasattr(images, "__array__"):  # of JAX too
             images = np.asarray(images)
         else:
+            images = list(images)
+            if not all(isinstance(path, str | os.PathLike) for path in images):
+                raise UserError("predict takes paths, or one array uint8 [N, H, W, C]; np.stack makes one of several")
             return predict.read_all([pathlib.Path(path) for path in images], self._opened)
         *size, channels = self.image_shape
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != channels:

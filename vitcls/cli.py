@@ -23,7 +23,7 @@ class Verb(NamedTuple):
     """A command: `vitcls VERB` is `python -m MODULE`."""
 
     module: str
-    group: str  # what one wants
+    group: str  # its purpose
     help: str
 
 
@@ -37,7 +37,7 @@ VERBS = {
 
 
 def program(verb: str) -> str:
-    """How this process was asked for a command: 'vitcls VERB', or 'python -m vitcls.VERB'."""
+    """How the command was invoked: 'vitcls VERB', or 'python -m vitcls.VERB'."""
     as_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
     return f"python -m {VERBS[verb].module}" if as_module else f"vitcls {verb}"
 
@@ -68,10 +68,20 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of all commands on a trained run."""
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="that of the run")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="directory of the run")
+    parser.add_argument(
+        "--import", action="append", type=_import, metavar="MODULE", help="one that registers parts which the run uses"
+    )
     parser.add_argument(
         "--checkpoint", default="", metavar="STEP", help="'last', 'best' or a step; default: config.report.checkpoint"
     )
+
+
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"--import={module}: {error}") from None
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +121,7 @@ def one_line(error: Exception) -> str:
 
 
 def quiet_libraries() -> None:
-    """Sends the words of vitcls to stderr, one plain line each, and only the complaints of the libraries."""
+    """Logs vitcls to stderr in plain lines, and silences the libraries below warnings."""
     terminal.quiet_tensorflow()
     handler = _CurrentStderr()
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -169,18 +179,24 @@ def use_cache() -> None:
 
 def main() -> int:
     """The installed script `vitcls`."""
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(help_text())
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
+    verb, *rest = sys.argv[1:] or [""]
+    if verb == "help" and rest:
+        verb, rest = rest[0], ["--help"]
+    if verb in VERBS:
+        return run(importlib.import_module(_door(VERBS[verb].module)).main, rest)
+    return run(_about_commands, [verb])
+
+
+def _about_commands(arguments: list[str]) -> int:
+    """What there is besides the commands; raises UserError for an unknown one."""
+    (asked,) = arguments
+    if asked == "--version":
         print(f"vitcls {vitcls.__version__}")
-        return 0
-    verb, *rest = arguments
-    if verb not in VERBS:
-        print(f"error: {errors.unknown('command', verb, VERBS)}", file=sys.stderr)
-        return 2
-    return run(importlib.import_module(_door(VERBS[verb].module)).main, rest)
+    elif asked in ("", "-h", "--help", "help"):
+        print(help_text())
+    else:
+        raise errors.unknown("command", asked, VERBS)
+    return 0 if asked else 2
 
 
 def _door(module: str) -> str:
@@ -190,7 +206,7 @@ def _door(module: str) -> str:
 
 
 def help_text() -> str:
-    """All commands, by what one wants."""
+    """All commands, by purpose."""
     lines = ["usage: vitcls COMMAND ...   (or --version)", "", "vitcls COMMAND --help tells more of each.", ""]
     for group in dict.fromkeys(verb.group for verb in VERBS.values()):
         lines += [f"{group}:", *(f"  {name:<10} {verb.help}" for name, verb in VERBS.items() if verb.group == group)]

@@ -280,7 +280,7 @@ def from_json(text: str) -> ConfigDict:
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split(" Other fields")[0].split())
         raise UserError(
-            f"config.json cannot be read: {reason}; it is damaged, or was made with parts that are not registered here"
+            f"{reason}; it is damaged, or needs --import=MODULE with the parts of its own that it uses"
         ) from None
     return resolve(config)
 
@@ -289,7 +289,7 @@ _RENAMED: dict[str, str] = {}  # what a key of an older version is called now, a
 
 
 def _renamed(values: dict) -> dict:
-    """A config of any version under the names of this one."""
+    """Renames the keys of older versions."""
     for old, new in _RENAMED.items():
         *blocks, key = old.split(".")
         node = functools.reduce(lambda node, block: node.get(block, {}), blocks, values)

@@ -31,7 +31,10 @@ def load(file: os.PathLike | str, overrides: Mapping[str, Any] | Sequence[tuple[
     """
     path, _, preset = os.fspath(file).partition(":")
     if not os.path.isfile(path):
-        raise UserError(f"the config file '{path}' is not there; see the directory configs/")
+        what = (
+            "is a directory; name a file in it" if os.path.isdir(path) else "is not there; see the directory configs/"
+        )
+        raise UserError(f"the config file '{path}' {what}")
     try:
         config = _run(path, preset)
     except UserError:
@@ -50,7 +53,10 @@ def _run(path: str, preset: str) -> ConfigDict:
     spec.loader.exec_module(module)
     if not callable(getattr(module, "get_config", None)):
         raise UserError(f"{path} has no function get_config(), which returns the config")
-    takes_preset = len(inspect.signature(module.get_config).parameters) > 0
+    parameters = list(inspect.signature(module.get_config).parameters.values())
+    takes_preset = len(parameters) > 0
+    if not preset and takes_preset and parameters[0].default is inspect.Parameter.empty:
+        raise UserError(f"{path} needs a preset: {path}:PRESET")
     if preset and not takes_preset:
         raise UserError(f"{path} has no presets, so it takes no ':{preset}'")
     config = module.get_config(preset) if preset else module.get_config()
@@ -68,13 +74,14 @@ def _words(error: BaseException, path: str) -> str:
         key = text.split('"')[1]
         hint = f"; did you mean '{text.split('Did you mean ')[1].split(chr(34))[1]}'?" if "Did you mean" in text else ""
         if tasks := _tasks_with(key):
-            hint = f"; it is one of `default_config(model_name, '{tasks[0]}')`"
+            hint = f"; it belongs to the task '{tasks[0]}': use default_config(model_name, '{tasks[0]}')"
         return f"{place} sets '{key}', which is no key there{hint}"
     wrong = re.match(r"Could not override field '(\w+)'.*?\. (.*) is of original type .* casted to type (.*)", text)
     if isinstance(error, TypeError) and wrong:
         key, value, kind = wrong.groups()
         kind = kind.rpartition("'")[0].rpartition("'")[2].rpartition(".")[2]
-        return f"{place} sets '{key}' to {value}; it must be {_KINDS.get(kind, kind)}"
+        given = re.search(r"original type <class '(?:\w+\.)*(\w+)'>", text)[1]
+        return f"{place} sets '{key}' to {value} ({given}); it must be {_KINDS.get(kind, kind)}"
     if isinstance(error, SystemExit):
         return f"{place} ends the program (SystemExit: {text}); a config file returns its config from get_config()"
     return f"{place} cannot be loaded: {type(error).__name__}: {text}"
@@ -150,5 +157,7 @@ def parse(text: str | None, kind: type, key: str) -> Any:
 
 def _example(kind: type, key: str) -> str:
     return (
-        "a tuple, such as '(1, 2)'" if kind is tuple else f"a value: it is a block; name a key, as --config.{key}.name="
+        "a tuple, such as '(1, 2)'"
+        if kind is tuple
+        else f"a value for a block of keys; name one, as --config.{key}.name="
     )

@@ -94,7 +94,7 @@ def read_all(files: list[pathlib.Path], trained: run_dir.Workdir) -> np.ndarray:
 def _read_ahead(
     files: list[pathlib.Path], batch_size: int, trained: run_dir.Workdir
 ) -> Iterator[tuple[list[pathlib.Path], list[np.ndarray | str]]]:
-    """Yields so many files at a time and their images, or why not; threads read the next ones meanwhile."""
+    """Yields batches of files with their images, or why a file is unreadable; threads read the next ones meanwhile."""
     decoding = image_files.Decoding(trained.info.max_value, trained.config.dataset.eval_crop)
 
     def outcome(file: pathlib.Path) -> np.ndarray | str:

@@ -283,7 +283,7 @@ def seconds_until_ready(sums: steps.Sums) -> float:
 
 
 def _due(before: int, step: int, total: int) -> Callable[[int], bool]:
-    """Returns whether something that happens `every` so many steps fell due in (before, step], or at the end."""
+    """Returns a test: did what has the period `every` fall due in (before, step], or at the end?"""
     return lambda every: every > 0 and (step // every > before // every or step == total)
 
 

@@ -17,7 +17,7 @@ from tests.models.literal import assert_near, literal_grouped_conv, normal
 from vitcls import config as configs
 from vitcls import data, models
 from vitcls.core import partition
-from vitcls.models import convolutions
+from vitcls.models import convolutions, forms
 from vitcls.training import build
 
 # Channels, features, groups: depthwise, depthwise that makes two of each channel, groups of several, one group.
@@ -120,14 +120,14 @@ def test_the_trainer_takes_the_form_of_the_platform_for_its_step_alone(tiny_conf
         )
         return [len(re.findall("feature_group_count=4", str(program))) for program in programs]
 
-    monkeypatch.setattr(convolutions, "FORM_BY_PLATFORM", {jax.default_backend(): "cpu"})
+    monkeypatch.setattr(forms, "FASTEST_GROUPED_CONV", {jax.default_backend(): "cpu"})
     in_training, in_evaluation = grouped()
     assert in_training == 0 < in_evaluation
     assert grouped(grouped_conv="auto") == [0, in_evaluation]
     assert min(grouped(grouped_conv="xla")) == in_evaluation
-    monkeypatch.setattr(convolutions, "FORM_BY_PLATFORM", {})
+    monkeypatch.setattr(forms, "FASTEST_GROUPED_CONV", {})
     assert min(grouped(grouped_conv="auto")) == in_evaluation
-    assert convolutions.for_training(nn.Dense(3)) == nn.Dense(3)  # a module without forms
+    assert forms.for_device(nn.Dense(3), jax.devices()[0], training=True) == nn.Dense(3)  # a module without forms
 
 
 def test_an_exported_model_takes_any_batch_by_grouped_convolutions():

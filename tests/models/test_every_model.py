@@ -612,8 +612,7 @@ def test_recomputed_blocks_do_the_same_in_the_same_order(name):
     without, recomputed = (
         trace(model, image_shape(name), train=train) for model, train in ((tiny(name), False), (loaded(name), True))
     )
-    assert without.count("checkpoint", "remat2") == 0
-    assert recomputed.count("checkpoint", "remat2") > 0
+    assert recomputed.count("checkpoint", "remat2") > without.count("checkpoint", "remat2")
     names = ("conv_general_dilated", "dot_general", "concatenate")
     assert without.shapes(*names) == recomputed.shapes(*names)
 

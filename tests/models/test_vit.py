@@ -12,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from PIL import Image
 
 from vitcls import evaluate, models, predict, train
-from vitcls.models import vit
+from vitcls.models import attention, forms, vit
 from vitcls.training import run_dir
 
 TINY = {"patch_size": 2, "hidden_dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24}
@@ -246,7 +246,7 @@ def test_bfloat16_is_close_and_keeps_parameters_and_logits_in_float32():
 @pytest.fixture
 def said(monkeypatch):
     """What the log says of attention, as if this process had said nothing before."""
-    vit.attention_form.cache_clear()
+    forms._attention.cache_clear()
     logger, lines = logging.getLogger("vitcls"), []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -272,13 +272,14 @@ def said(monkeypatch):
     ],
 )
 def test_what_fused_attention_lacks(compute_capability, dtype, head_dim, lacks):
-    assert vit.cudnn_lacks(compute_capability, dtype, head_dim) == lacks
+    assert attention.cudnn_lacks(compute_capability, dtype, head_dim) == lacks
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere cuDNN may be there")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_without_cudnn_attention_is_that_of_xla_and_the_log_says_so_once(said, dtype):
     ours, fused = plain(dtype=dtype), plain(dtype=dtype, attention="cudnn")
+    fused = forms.for_device(fused, jax.devices()[0])
     params = random_params(fused)
     np.testing.assert_array_equal(forward(fused, params, IMAGES), forward(ours, params, IMAGES))
     (line,) = said()

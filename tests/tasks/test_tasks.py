@@ -95,13 +95,14 @@ class MeanTeacher:
             lesson = tools.forward(jax.lax.stop_gradient(extra["teacher"]), batch_stats, inputs["image"], key).logits
             gap = jnp.mean((output.logits - lesson) ** 2, axis=-1)
             correct = jnp.argmax(output.logits, axis=-1) == jnp.argmax(inputs["target"], axis=-1)
-            return context.loss(output.logits, inputs["target"]) + gap, Aux(
-                output.batch_stats, {"correct": correct, "gap": gap}
-            )
+            sums = {"correct": correct, "gap": gap}
+            return context.loss(output.logits, inputs["target"]) + gap, Aux(output.batch_stats, sums, lesson)
 
-        def update(extra, params, sums):
-            teacher = jax.tree.map(lambda t, p: self.decay * t + (1 - self.decay) * p, extra["teacher"], params)
-            return {"teacher": teacher, "gaps": extra["gaps"] + sums["gap"], "updates": extra["updates"] + 1}
+        def update(extra, updated):
+            teacher = jax.tree.map(lambda t, p: self.decay * t + (1 - self.decay) * p, extra["teacher"], updated.params)
+            queue = jnp.concatenate([updated.rows, extra["queue"]])[: len(extra["queue"])]
+            gaps = extra["gaps"] + updated.sums["gap"]
+            return {"teacher": teacher, "gaps": gaps, "updates": updated.step + 1, "queue": queue}
 
         return Task(
             loss,
@@ -109,6 +110,7 @@ class MeanTeacher:
                 "teacher": jax.tree.map(jnp.copy, variables["params"]),
                 "gaps": jnp.zeros(()),
                 "updates": jnp.zeros((), jnp.int32),
+                "queue": jnp.zeros((40, 3)),
             },
             update=update,
             means={"accuracy": "correct", "gap": "gap"},
@@ -116,7 +118,7 @@ class MeanTeacher:
         )
 
 
-def confidence(apply, variables, images, bank):
+def confidence(apply, variables, images, labels, bank):
     return jnp.max(jax.nn.softmax(apply(variables, images).logits), axis=-1)
 
 
@@ -181,6 +183,8 @@ def test_what_a_task_keeps_is_updated_with_each_step_and_saved(tiny_config, trai
                 state = reader.restore(tmp_path / strategy / "checkpoints" / str(step) / "tree")["state"]
             kept[strategy][step] = {name: jax.device_get(state[name]) for name in ("params", "task")}
     before, after = kept["data"][2], kept["data"][3]
+    np.testing.assert_array_equal(after["task"]["queue"][16:40], before["task"]["queue"][:24])
+    assert np.abs(after["task"]["queue"][:16]).min() > 0  # the lessons of the newest batch
     assert before["task"]["updates"] == 2 and after["task"]["updates"] == 3
     assert after["task"]["gaps"] > before["task"]["gaps"] > 0
     expected = jax.tree.map(lambda t, p: 0.5 * t + 0.5 * p, before["task"]["teacher"], after["params"])
@@ -224,7 +228,7 @@ def test_a_teacher_may_move_but_not_change(tiny_config, trained, tmp_path, capfd
     config = with_task(tiny_config, "distill", teacher)
     train_and_evaluate(config, tmp_path / "run")
     shutil.rmtree(teacher / "checkpoints" / "12")
-    with pytest.raises(UserError, match=r"the weights of config.task's teacher are not those with which the run in"):
+    with pytest.raises(UserError, match=r"what config.task keeps fixed .a teacher's weights. is not what the run in"):
         train_and_evaluate(config, tmp_path / "run")
 
 
@@ -288,11 +292,42 @@ def test_a_contrastive_loss_is_of_a_whole_batch(tiny_config):
         prepare(tiny_config, None, "", range(0))
 
 
-def test_a_task_with_a_loss_of_its_own_takes_no_keys_for_another(tiny_config):
+def test_a_task_with_a_loss_of_its_own_says_that_the_keys_of_another_do_not_count(tiny_config, tmp_path, capfd):
+    from vitcls.cli import quiet_libraries
+
+    quiet_libraries()
     tiny_config.task, tiny_config.augment.mixup.probability = {"name": "simclr"}, 0.0
-    tiny_config.loss.l2, tiny_config.loss.label_smoothing = 0.1, 0.1
-    with pytest.raises(UserError, match=r"config.loss.label_smoothing=0.1 is not for config.task.name='simclr', which"):
-        prepare(tiny_config, None, "", range(0))
+    tiny_config.loss.label_smoothing = 0.1
+    train_and_evaluate(tiny_config, tmp_path / "run", dry_run=True)
+    assert "task simclr, whose loss is its own: of config.loss only l2 counts" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"losses": lambda x: x[:, None]}, "the task's loss has shape (16, 1); it must be (16,)"),
+        ({"losses": lambda x: x.sum()}, "the task's loss has shape (); it must be (16,)"),
+        ({"sums": {"count": jnp.zeros(16)}}, "the task's sum 'count' is the step's own name"),
+        ({"sums": {"hits": jnp.zeros(())}}, "the task's sum 'hits' has shape (), not (16,) and more"),
+        ({"means": {"hits": "hit"}}, "the task's mean 'hits' is of the sum 'hit', which its loss must give as (16,)"),
+        ({"means": {"loss": "hits"}}, "the task's mean 'loss' is logged by every step already; rename it"),
+    ],
+)
+def test_a_task_that_cannot_be_right_is_told_so(wrong, words, tiny_config, tmp_path, monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Wrong:
+        def build(self, context):
+            def loss(tools, params, batch_stats, inputs, extra, frozen, key):
+                output = tools.forward(params, batch_stats, inputs["image"], key)
+                losses = wrong.get("losses", lambda x: x)(context.loss(output.logits, inputs["target"]))
+                return losses, Aux(output.batch_stats, wrong.get("sums", {"hits": jnp.zeros(16)}))
+
+            return Task(loss, means=wrong.get("means", {}))
+
+    monkeypatch.setitem(TASKS._entries, "wrong", Wrong)
+    tiny_config.task = {"name": "wrong"}
+    with pytest.raises(ValueError, match=re.escape(words)):
+        train_and_evaluate(tiny_config, tmp_path / "run", dry_run=True)
 
 
 def test_a_name_on_the_command_line_decides_the_keys_of_its_block(tmp_path):
@@ -313,7 +348,10 @@ def test_a_name_on_the_command_line_decides_the_keys_of_its_block(tmp_path):
     with pytest.raises(UserError, match=r"--config.task.teacher is a key of another objective; add .*name=distill"):
         main.parse([*flags, "--config.task.teacher=x"])
     file.write_text(file.read_text().replace("c.model.depth = 3", "c.task.teacher = 'x'"))
-    with pytest.raises(UserError, match=r"sets 'teacher', which is no key there; it is one of .*'distill'\)"):
+    with pytest.raises(
+        UserError,
+        match=r"sets 'teacher', which is no key there; it belongs to the task 'distill': use default_config.model_name, 'distill'\)",
+    ):
         main.parse(flags)
 
 

@@ -1,4 +1,4 @@
-"""The ways a command ends before it is done, and the words it says then."""
+"""Exceptions that end a command, and their messages."""
 
 import difflib
 from collections.abc import Iterable

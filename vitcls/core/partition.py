@@ -41,6 +41,11 @@ class Partition:
     def mapped(self) -> bool:
         return self.strategy == "pmap"
 
+    @property
+    def device(self) -> jax.Device:
+        """One of the devices, which are all of a kind; of this process, if it has any."""
+        return next(iter(self._local_devices), self.mesh.devices.flat[0])
+
     def sharding(self, *spec: str | None) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
@@ -199,7 +204,14 @@ class Partition:
 
 def all_devices(strategy: str, *, min_shard_elements: int = 1, deterministic: bool = False) -> Partition:
     """The partition over all devices of all processes."""
-    devices = ordered(jax.devices())
+    return over(jax.devices(), strategy, min_shard_elements=min_shard_elements, deterministic=deterministic)
+
+
+def over(
+    devices: Sequence[jax.Device], strategy: str, *, min_shard_elements: int = 1, deterministic: bool = False
+) -> Partition:
+    """The partition over these devices."""
+    devices = ordered(devices)
     if strategy == "pmap":  # which wants the devices of a process side by side
         devices = np.array(sorted(devices, key=lambda device: device.process_index))
     mesh = Mesh(devices, (AXIS,), axis_types=(AxisType.Auto,))

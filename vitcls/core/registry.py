@@ -45,8 +45,9 @@ class Registry(Mapping[str, type]):
         Raises ValueError for what is no dataclass with a default for every field, for a name that another has, and for
         a field that means something else in the block.
         """
-        if not dataclasses.is_dataclass(entry) or dataclasses.MISSING in defaults(entry).values():
-            raise ValueError(f"{entry!r} is no dataclass whose fields all have a default")
+        frozen = dataclasses.is_dataclass(entry) and entry.__dataclass_params__.frozen
+        if not frozen or dataclasses.MISSING in defaults(entry).values():
+            raise ValueError(f"{entry!r} must be a frozen dataclass, each field with a plain default (no factory)")
         other = self._entries.get(name, entry)
         if getattr(other, "__qualname__", other) != entry.__qualname__:
             raise ValueError(f"{self.key}.name='{name}' is taken by {other}")
@@ -54,8 +55,13 @@ class Registry(Mapping[str, type]):
         others = [] if self._separate else [self[each] for each in self if each != name]
         there = {field: default for each in others for field, default in defaults(each).items()}
         for field, default in defaults(entry).items():
-            if field in fixed or there.get(field, default) != default:
+            if field in fixed:
                 raise ValueError(f"the field '{field}' of {entry.__name__} is a key of {self.key} already; rename it")
+            if there.get(field, default) != default:
+                raise ValueError(
+                    f"the field '{field}' of {entry.__name__} is a key of {self.key} already, whose default is "
+                    f"{there[field]!r}: take that default, or rename it"
+                )
         self._entries[name] = entry
 
     def __getitem__(self, name: str) -> type:
@@ -88,7 +94,7 @@ class Registry(Mapping[str, type]):
         return block
 
     def create(self, name: str, values: Mapping[str, Any], *, key: str = "") -> Any:
-        """The dataclass `name` with its fields from `values`, which may have more; raises UserError, naming the key."""
+        """The dataclass `name` with its fields from `values`; extra values are ignored. UserError names the key."""
         return fill(self[name], values, key or self.key, check=self._check)
 
     def about(self, name: str) -> contextlib.AbstractContextManager[None]:
@@ -123,7 +129,7 @@ def of_two_types(entry: type) -> set[str]:
 
 
 def fill(entry: type, values: Mapping[str, Any], key: str, *, check: Callable[[Any], None] = lambda entry: None) -> Any:
-    """The dataclass `entry` with its fields from `values`, which may have more; raises UserError, naming `key`."""
+    """The dataclass `entry` with its fields from `values`; extra values are ignored. UserError names `key`."""
     fields, free = defaults(entry), of_two_types(entry)
     given = {
         field: checked(values[field], None if field in free else default, f"{key}.{field}")

@@ -60,7 +60,7 @@ class Evidence:
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics that there are: all but those of the sums of another task."""
+        """The names of the metrics that these sums allow: all but those of another task."""
         return metrics_of(self.sums)
 
     @functools.cached_property
@@ -68,7 +68,7 @@ class Evidence:
         return roc_curves(self.labels, self.probabilities)
 
     def mean(self, name: str) -> float:
-        """The mean over the examples of a sum."""
+        """sums[name] / count."""
         return float(self.sums[name]) / self.count
 
     def macro(self, values: np.ndarray) -> float:
@@ -86,7 +86,7 @@ class Metric(NamedTuple):
     higher_is_better: bool
     compute: Callable[[Evidence], float]
     meaning: str = ""  # in a few words, for the head of the page; without them it stands among the details
-    headline: str = ""  # what the last line of a command calls it; without it is not there
+    headline: str = ""  # its name in the last line of a command; empty: not there
     needs_predictions: bool = False  # more than the sums
     task_sum: str = ""  # which of Task.eval_sums it is of; without it, every evaluation has it
 
@@ -195,6 +195,15 @@ METRICS = {
         ),
     )
 }
+
+
+def add(metric: Metric) -> None:
+    """Adds a metric from elsewhere; raises ValueError where its name is taken."""
+    if metric.name in METRICS:
+        raise ValueError(f"there is a metric '{metric.name}' already")
+    METRICS[metric.name] = metric
+
+
 ALWAYS_LOGGED = ("loss", "accuracy", "top5_accuracy")  # as eval/NAME
 
 

@@ -3,6 +3,7 @@
 vitcls models [NAME ...] [--markdown | --parameters]
 """
 
+import fnmatch
 import math
 import sys
 from typing import NamedTuple
@@ -122,20 +123,23 @@ def parameters_table(name: str) -> str:
 
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog=cli.program("models"), description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="the models to show; all without")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="models or patterns such as '*vit*'; default: all")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="as docs/models.md has it")
     form.add_argument(
         "--parameters", action="store_true", help="the paths and shapes of all parameters, as optimizer.multipliers see"
     )
     flags = parser.parse_args(argv)
-    for name in flags.names:
-        models.preset(name)
+    names = [name for pattern in flags.names for name in fnmatch.filter(models.names(), pattern)]
+    for pattern in flags.names:
+        if not fnmatch.filter(models.names(), pattern):
+            models.preset(pattern)  # says which is the nearest
+    names = list(dict.fromkeys(names)) or models.names()
     if flags.parameters:
-        for name in flags.names or models.names():
+        for name in names:
             print(f"{name}\n{parameters_table(name)}")
         return
-    rows = [describe(name) for name in flags.names or models.names()]
+    rows = [describe(name) for name in names]
     print((markdown_page if flags.markdown else text_table)(rows), end="")
 
 

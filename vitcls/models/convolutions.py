@@ -10,17 +10,6 @@ import jax.numpy as jnp
 from vitcls.core import errors
 
 GROUPED_CONV_FORMS = ("auto", "xla", "shifted", "mixed", "cpu")
-FORM_BY_PLATFORM = {"cpu": "cpu"}  # what `for_training` makes of 'auto'; elsewhere 'xla'
-
-
-def for_training(model: nn.Module) -> nn.Module:
-    """`model` with its convolutions in the form that trains the fastest on this platform, if its own is 'auto'.
-
-    It has the same parameters and is for a run and its own evaluations: what is exported or timed is `model` itself.
-    """
-    if getattr(model, "grouped_conv", None) != "auto":
-        return model
-    return model.clone(grouped_conv=FORM_BY_PLATFORM.get(jax.default_backend(), "xla"))
 
 
 def conv(
@@ -97,7 +86,7 @@ class GroupedConv(nn.Module):
                    one group 'shifted' where the result is smaller than the kernel and so mostly made of padding,
                    'mixed' where a kernel of at most 7x7, with at least 128 pairs of channels, is used in at least
                    16,384 places, else 'xla'
-        'auto'     'xla', which the trainer replaces by the platform's: `for_training`
+        'auto'     'xla', which the trainer replaces by the platform's: `forms.for_device`
 
     `padding` is 'SAME', 'VALID' or the zeros on every side.
     """

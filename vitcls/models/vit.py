@@ -6,23 +6,19 @@ detail (`local_conv`, `squeeze_excite`), and an aggregation function g over all 
 """
 
 import dataclasses
-import functools
-import logging
 import math
-import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitcls.models import checks, convolutions, layers
+from vitcls.models import attention, checks, convolutions, layers
 from vitcls.models.preset import Preset
 
-_logger = logging.getLogger("vitcls")
 _CHOICES = {
     "stem": ("patch", "conv"),
     "position_embedding": ("learned", "sincos2d", "none"),
-    "attention": ("xla", "cudnn"),
+    "attention": attention.FORMS,
     "aggregation": ("token", "mean", "gem", "attention", "mean_attention"),
 }
 
@@ -52,7 +48,7 @@ class VisionTransformer(nn.Module):
     drop_path: float = 0.0  # of the last block; grows linearly from 0
     dropout: float = 0.0  # of embeddings, projections and the hidden layer
     attention_dropout: float = 0.0
-    attention: str = "xla"  # 'cudnn': fused, where `attention_form` finds it; not while attention_dropout acts
+    attention: str = "auto"  # 'xla'; 'cudnn': fused, but not while attention_dropout acts; see `forms.for_device`
     activation: str = "gelu"  # 'relu', 'silu'
     local_conv: bool = False  # depthwise 3x3 with an inner residual in the feed-forward network
     squeeze_excite: float = 0.0  # width of the feed-forward network's gate, of hidden_dim; 0 for none
@@ -68,10 +64,12 @@ class VisionTransformer(nn.Module):
         tokens = self._embed(images.astype(self.dtype), train=train)  # [B, H, W, C] -> [B, N, D]
         grid = tuple(size // self.patch_size for size in images.shape[1:3])
 
-        design = self._design()
+        design, length = self._design(), tokens.shape[1]
+        tokens = jnp.pad(tokens, ((0, 0), (0, self._padding(length)), (0, 0)))
         block = layers.checkpointed(Block, self.remat)
         for i, drop_path in enumerate(layers.linear_rates(self.drop_path, self.depth)):
-            tokens = block(design, grid, drop_path, name=f"block_{i}")(tokens, train)
+            tokens = block(design, grid, length, drop_path, name=f"block_{i}")(tokens, train)
+        tokens = tokens[:, :length]
         tokens = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(tokens)
         self.sow("intermediates", "tokens", tokens)
 
@@ -82,9 +80,12 @@ class VisionTransformer(nn.Module):
         return layers.head(features, self.num_classes, kernel_init=nn.initializers.truncated_normal(0.02))
 
     def _design(self) -> "Design":
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Design)}
-        form = attention_form(self.attention, self.dtype, self.hidden_dim // self.num_heads)
-        return Design(**fields | {"attention": form})
+        return Design(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Design)})
+
+    def _padding(self, tokens: int) -> int:
+        """Tokens to add once for all blocks, where nothing but attention looks from one token at another."""
+        explicit = self.is_mutable_collection("intermediates") or self.attention_dropout
+        return 0 if explicit or self.local_conv or self.squeeze_excite else attention.padding(tokens, self.attention)
 
     def _check(self, shape: tuple[int, ...]) -> None:
         self._check_fields()
@@ -119,13 +120,13 @@ class VisionTransformer(nn.Module):
             positions = layers.sincos_position_embedding(rows, columns, self.hidden_dim)
             tokens += positions.astype(tokens.dtype)[None]
         elif self.position_embedding == "learned":
-            tokens += self._learned_positions(rows, columns).astype(tokens.dtype)[None]
+            tokens += _for_each_image(self._learned_positions(rows, columns).astype(tokens.dtype), batch)
         if self.aggregation == "token":
             token = self.param("class_token", nn.initializers.zeros, (1, 1, self.hidden_dim))
             if self.position_embedding == "learned":
                 init = nn.initializers.normal(0.02)
                 token = token + self.param("class_position_embedding", init, (1, 1, self.hidden_dim))
-            token = jnp.broadcast_to(token.astype(tokens.dtype), (batch, 1, self.hidden_dim))
+            token = _for_each_image(token[0].astype(tokens.dtype), batch)
             tokens = jnp.concatenate([token, tokens], axis=1)
         return layers.Dropout(self.dropout)(tokens, train=train)
 
@@ -153,34 +154,13 @@ class VisionTransformer(nn.Module):
                 return jnp.mean(tokens.astype(jnp.float32), axis=1) + layers.AttentionPool(name="aggregation")(tokens)
 
 
-@functools.cache  # every trace asks; the log says it once
-def attention_form(asked: str, dtype: str, head_dim: int) -> str:
-    """The form of attention that this process computes: `asked`, or 'xla', with a line in the log, for 'cudnn'.
+def _for_each_image(positions: jax.Array, batch: int) -> jax.Array:
+    """[N, D] -> [batch, N, D], by a product with ones, so that the gradient is one too.
 
-    Parameters are the same either way.
+    That of a broadcast, a sum over the batch, makes XLA lay the tokens out with the batch innermost on GPUs, and every
+    norm and residual of the network becomes a transpose.
     """
-    if asked != "cudnn":
-        return asked
-    missing = cudnn_lacks(getattr(jax.local_devices()[0], "compute_capability", ""), dtype, head_dim)
-    if not missing:
-        return asked
-    _logger.info("attention='cudnn' needs %s; computing attention by 'xla'", " and ".join(missing))
-    return "xla"
-
-
-def cudnn_lacks(compute_capability: str, dtype: str, head_dim: int) -> list[str]:
-    """What cuDNN's fused attention needs and does not have, in words; [] where it can be used.
-
-    `compute_capability` is that of the device: '9.0' of an H100, 'gfx90a' of a GPU of AMD, '' of what has none.
-    """
-    version = float(compute_capability) if re.fullmatch(r"\d+\.\d+", compute_capability) else 0.0
-    widest = 256 if version >= 9 else 128
-    needs = {
-        "an NVIDIA GPU, Ampere or later": version >= 8,
-        "dtype='bfloat16'": dtype == "bfloat16",
-        f"heads of at most {widest} channels, a multiple of 8": head_dim <= widest and head_dim % 8 == 0,
-    }
-    return [need for need, met in needs.items() if not met]
+    return jnp.einsum("b,nd->bnd", jnp.ones((batch,), positions.dtype), positions)
 
 
 class ConvStem(nn.Module):
@@ -216,7 +196,7 @@ class Design:
     layer_scale: float = 0.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
-    attention: str = "xla"  # the form that this process computes
+    attention: str = "auto"
     activation: str = "gelu"
     local_conv: bool = False
     squeeze_excite: float = 0.0
@@ -229,6 +209,7 @@ class Block(nn.Module):
 
     design: Design
     grid: tuple[int, int]
+    length: int  # how many of the tokens are real: the first
     drop_path: float
 
     @nn.compact
@@ -240,7 +221,7 @@ class Block(nn.Module):
                 branch = layers.LayerScale(design.layer_scale, name=f"{name}_scale")(branch)
             return layers.DropPath(self.drop_path)(branch, train=train)
 
-        attend = SelfAttention(design, name="attention")
+        attend = SelfAttention(design, self.length, name="attention")
         feed_forward = FeedForward(design, self.grid, name="feed_forward")
         y = nn.LayerNorm(epsilon=1e-6, dtype=design.dtype, name="attention_norm")(x)
         x += residual(attend(y, train=train), "attention")
@@ -252,14 +233,14 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention (improved ViT, section 2): [B, N, D] -> [B, N, D]; one matrix makes Q, K and V."""
 
     design: Design
+    length: int = 0  # how many of the tokens are real: the first; 0 for all
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         batch, tokens, dim = x.shape
         xavier = nn.initializers.xavier_uniform()
-        qkv = nn.Dense(3 * dim, dtype=self.design.dtype, kernel_init=xavier, name="qkv")(x)
-        qkv = qkv.reshape(batch, tokens, 3, self.design.num_heads, dim // self.design.num_heads)
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, heads, D / heads]
+        shape = (batch, tokens, self.design.num_heads, dim // self.design.num_heads)
+        query, key, value = (part.reshape(shape) for part in QueryKeyValue(self.design.dtype, name="qkv")(x))
         if self.design.qk_norm:  # Dehghani et al. 2023, section 2.2
             query = nn.LayerNorm(epsilon=1e-6, use_bias=False, dtype=self.design.dtype, name="query_norm")(query)
             key = nn.LayerNorm(epsilon=1e-6, use_bias=False, dtype=self.design.dtype, name="key_norm")(key)
@@ -267,28 +248,34 @@ class SelfAttention(nn.Module):
         explicit = self.is_mutable_collection("intermediates") or (train and self.design.attention_dropout > 0)
         with layers.precise_products(self.design.dtype):
             if explicit:
-                weights = attention_weights(query, key)
+                weights = attention.weights(query, key)
                 self.sow("intermediates", "attention_weights", weights)
                 weights = layers.Dropout(self.design.attention_dropout)(weights, train=train)
                 mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
             else:
-                mixed = jax.nn.dot_product_attention(query, key, value, implementation=self.design.attention)
+                mixed = attention.attend(query, key, value, self.design.attention, self.length)
         out = nn.Dense(dim, dtype=self.design.dtype, kernel_init=xavier, name="project")(
             mixed.reshape(batch, tokens, dim)
         )
         return layers.Dropout(self.design.dropout)(out, train=train)
 
 
-def attention_weights(query: jax.Array, key: jax.Array) -> jax.Array:
-    """softmax(Q K^T / sqrt(d_k)) (improved ViT, section 2), in float32.
+class QueryKeyValue(nn.Module):
+    """x W_q + b_q, x W_k + b_k and x W_v + b_v, each [B, N, D], of one kernel [D, 3 D]: the parameters of `nn.Dense`.
 
-    Args:
-      query, key: [batch, tokens, heads, d_k].
-    Returns:
-      [batch, heads, query tokens, key tokens]; each row sums to 1.
+    Three products: slices of the result of one, and the concatenation of their gradients, cost a GPU 5 % of a step.
     """
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(scores / math.sqrt(query.shape[-1]), axis=-1)
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        dim = x.shape[-1]
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (dim, 3 * dim)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (3 * dim,)).astype(self.dtype)
+        x = x.astype(self.dtype)
+        parts = zip(jnp.split(kernel, 3, axis=1), jnp.split(bias, 3), strict=True)
+        return [x @ part + shift[None, None] for part, shift in parts]
 
 
 class FeedForward(nn.Module):

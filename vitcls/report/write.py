@@ -1,4 +1,4 @@
-"""Writes a report directory, whole or not at all."""
+"""Writes a report directory atomically."""
 
 import json
 import os

@@ -4,9 +4,9 @@
 """
 
 from vitcls.core.registry import Registry
-from vitcls.tasks.base import Aux, Context, Output, Task, Tools, TrainedRun
+from vitcls.tasks.base import Aux, Context, Output, Task, Tools, TrainedRun, Updated
 
-__all__ = ["TASKS", "Aux", "Context", "Output", "Task", "Tools", "TrainedRun"]
+__all__ = ["TASKS", "Aux", "Context", "Output", "Task", "Tools", "TrainedRun", "Updated"]
 
 TASKS = Registry(
     "config.task",

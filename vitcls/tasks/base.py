@@ -29,7 +29,7 @@ class Tools(NamedTuple):
     forward: Callable[..., Output]  # (params, batch_stats, images, key, *, sow=False), in training
     augment: Callable  # (keys [B], images uint8, targets [B, K]) -> (images float32 in [0, 1], targets)
     normalize: Callable[[jax.Array], jax.Array]  # images in [0, 1] -> what the model takes
-    gather_params: Callable[[PyTree], PyTree]  # makes parameters that are spread over the devices whole on each
+    gather_params: Callable[[PyTree], PyTree]  # gathers sharded parameters onto every device
     gather_batch: Callable[[PyTree], PyTree]  # rows of this device [b, ...] -> of the global batch [B, ...]
     positions: Callable[[int], jax.Array]  # b -> int32 [b], the places of this device's examples in the global batch
     num_classes: int
@@ -40,6 +40,17 @@ class Aux(NamedTuple):
 
     batch_stats: PyTree
     sums: dict[str, jax.Array]  # [B, ...]: the step sums them over the unmasked examples
+    rows: PyTree = None  # leaves [B, ...], such as features for a queue; `Task.update` gets those of the global batch
+
+
+class Updated(NamedTuple):
+    """What a task's extra state is updated from."""
+
+    step: jax.Array  # int32 scalar, of this update
+    params: PyTree  # after the update
+    batch_stats: PyTree
+    sums: dict[str, jax.Array]  # Aux.sums over the global batch
+    rows: PyTree  # Aux.rows of the global batch, in its order unless the batch was processed in parts
 
 
 class Context(NamedTuple):
@@ -48,7 +59,7 @@ class Context(NamedTuple):
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]  # H, W, C
     loss: Callable[[jax.Array, jax.Array], jax.Array]  # config.loss: (logits [B, K], targets [B, K]) -> [B]
-    open_run: Callable[[str], "TrainedRun"]  # the best or last checkpoint of a workdir; raises UserError
+    open_run: Callable[[str], "TrainedRun"]  # the checkpoint of its report; raises UserError
 
 
 class TrainedRun(NamedTuple):
@@ -83,7 +94,7 @@ def own_logits(apply: Callable, variables: PyTree, images: jax.Array, bank: PyTr
 
 
 class Task(NamedTuple):
-    """A training objective. Whatever is left out is that of plain classification."""
+    """A training objective; the defaults are those of plain classification."""
 
     # (tools, params, batch_stats, inputs, extra, frozen, key) -> (loss [B], Aux)
     loss: Callable[..., tuple[jax.Array, Aux]]
@@ -93,19 +104,19 @@ class Task(NamedTuple):
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model
     # (key, variables) -> extra state that is trained along: a queue, a centre, a teacher's average; saved and resumed
     init: Callable[[jax.Array, PyTree], PyTree] = lambda key, variables: None
-    # (extra, params, sums) -> extra after an update; `sums` are Aux.sums over the batch
-    update: Callable[..., PyTree] = lambda extra, params, sums: extra
-    # Gives the arrays that stay what they are, such as a teacher's: an argument of the compiled step, and never saved.
+    # (extra, updated: Updated) -> extra after an update
+    update: Callable[[PyTree, Updated], PyTree] = lambda extra, updated: extra
+    # Returns constant arrays, such as a teacher's: an argument of the compiled step, and never saved.
     frozen: Callable[[], PyTree] = lambda: None
     # Logged as train/NAME: which of Aux.sums, [B], to divide by the number of examples.
     means: Mapping[str, str] = {"accuracy": "correct"}
     # (apply, variables, images, bank) -> logits [B, K]; `apply(variables, images, *, sow=False)` gives an Output
     predict: Callable[..., jax.Array] = own_logits
-    # Sums of an evaluation besides those of every one: name -> (apply, variables, images, bank) -> [B], on which a
-    # metric of the table (`task_sum`) can be built.
+    # Extra sums of an evaluation: name -> (apply, variables, images, labels, bank) -> [B], for a metric of the table
+    # that names it as its `task_sum`.
     eval_sums: Mapping[str, Callable[..., jax.Array]] = {}
     # (apply, variables, images) -> rows [B, ...], collected over the training split into the `bank` of `predict`
     remember: Callable[..., PyTree] | None = None
     bank_size: int = 0  # training images in the bank, at most
     own_loss: bool = False  # True where `Context.loss` is not used, so that no key of config.loss but l2 counts
-    separable: bool = True  # False where the loss couples the examples of a batch, which then cannot be in parts
+    separable: bool = True  # False where the loss couples the examples of a batch, so that it cannot be split

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from vitcls.core.registry import require, require_range
 from vitcls.tasks.base import Aux, Context, Task
 
+_OTHERS = 1e-3  # of the vote, for all images of the bank
+
 
 @dataclasses.dataclass(frozen=True)
 class SimCLR:
@@ -16,7 +18,8 @@ class SimCLR:
 
     Views are what `config.augment` makes of an image with two keys; the paper crops, jitters colours and flips. A
     projection head of two layers is trained on top of the model's features and left out of the evaluation, which is a
-    weighted vote of the nearest training images by the cosine of features (Wu et al. 2018, section 3.4).
+    weighted vote of the nearest training images by the cosine of features (Wu et al. 2018, section 3.4). All others
+    have a thousandth of the vote, which orders the classes that no neighbour is of.
     """
 
     temperature: float = 0.5
@@ -53,19 +56,23 @@ class SimCLR:
             found = apply(variables, images, sow=True).sown["encoder"]["features"][0].astype(jnp.float32)
             return found / jnp.maximum(jnp.linalg.norm(found, axis=-1, keepdims=True), 1e-6)
 
-        def neighbors(apply, variables, images, bank):
-            cosines = features(apply, variables, images) @ bank["rows"].T
-            return jax.lax.top_k(cosines, min(self.neighbors, cosines.shape[1]))
+        def cosines(apply, variables, images, bank):
+            return features(apply, variables, images) @ bank["rows"].T
 
-        def similarity(*args):
-            return jnp.mean(neighbors(*args)[0], axis=1)
+        def nearest(similarity):
+            return jax.lax.top_k(similarity, min(self.neighbors, similarity.shape[1]))
+
+        def neighbor_similarity(apply, variables, images, labels, bank):
+            return jnp.mean(nearest(cosines(apply, variables, images, bank))[0], axis=1)
 
         def predict(apply, variables, images, bank):
-            best, places = neighbors(apply, variables, images, bank)
-            votes = jnp.exp((best - best[:, :1]) / self.neighbor_temperature)
-            classes = jax.nn.one_hot(bank["label"][places], num_classes)
-            shares = jnp.sum(votes[..., None] * classes, axis=1) / jnp.sum(votes, axis=1, keepdims=True)
-            return jnp.log(shares + 1e-6)
+            similarity = cosines(apply, variables, images, bank)
+            best, places = nearest(similarity)
+            classes = jax.nn.one_hot(bank["label"], num_classes)
+            votes = jax.nn.softmax(best / self.neighbor_temperature)
+            shares = jnp.sum(votes[..., None] * classes[places], axis=1)
+            every = jax.nn.softmax(similarity / self.neighbor_temperature) @ classes
+            return jnp.log((1 - _OTHERS) * shares + _OTHERS * every)
 
         return Task(
             loss,
@@ -73,7 +80,7 @@ class SimCLR:
             wrap=lambda model: Projected(encoder=model, dim=self.projection_dim),
             means={"pairs_found": "found"},
             predict=predict,
-            eval_sums={"neighbor_similarity": similarity},
+            eval_sums={"neighbor_similarity": neighbor_similarity},
             remember=features,
             bank_size=self.bank_size,
             own_loss=True,

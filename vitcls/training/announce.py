@@ -31,7 +31,8 @@ def log_start(config, info: DatasetInfo, plan: Plan, training: Training, layout:
         f"{plan.steps_per_call} steps in one call",
         f"memory    {mebibytes(layout.bytes_per_device(state))} of state and {mebibytes(resident)} of images a device, "
         "and the activations",
-        f"model     {config.model.name}, trained to {config.task.name}",
+        f"model     {config.model.name}, task {config.task.name}"
+        + (", whose loss is its own: of config.loss only l2 counts" if training.task.own_loss else ""),
         summary.parameter_table(training.model, info.image_shape),
     ]
     for line in lines:

@@ -19,7 +19,7 @@ from vitcls.core.partition import Partition
 from vitcls.core.registry import about
 from vitcls.data import DatasetInfo
 from vitcls.data.augment import make_augment, mixes_pairs, to_float, views
-from vitcls.models import convolutions
+from vitcls.models import forms
 from vitcls.models.variables import variable_shapes
 from vitcls.tasks import TASKS, Context, Task, TrainedRun, losses
 from vitcls.tasks.losses import LOSSES
@@ -97,19 +97,25 @@ def _open_run(path: str) -> TrainedRun:
     return TrainedRun(model, variables, trained.info.class_names, trained.info.image_shape, normalize)
 
 
-def make_model(config, info: DatasetInfo, task: Task | None = None, *, for_training: bool = False) -> nn.Module:
+def make_model(
+    config,
+    info: DatasetInfo,
+    task: Task | None = None,
+    *,
+    device: jax.Device | None = None,
+    training: bool = False,
+) -> nn.Module:
     """The model of a config, with what its task adds; `task` is that of the config, made if left out.
 
-    Raises UserError, by shapes alone, where it cannot take the images. `for_training` chooses the form of convolutions
-    that trains the fastest here; the variables are the same.
+    It is in forms that `device` has, by default the first of this process; in `training` in those that train the
+    fastest there. Raises UserError, by shapes alone, where it cannot take the images.
     """
     fields = {key: value for key, value in config.model.items() if key != "name"}
     model = models.create(config.model.name, info.num_classes, **fields)
-    if for_training:
-        model = convolutions.for_training(model)
-    model = (task or make_task(config, info)).wrap(model)
     try:
         with about("config.model", fields):
+            model = forms.for_device(model, device or jax.local_devices()[0], training=training)
+            model = (task or make_task(config, info)).wrap(model)
             variable_shapes(model, info.image_shape)
     except UserError:
         raise
@@ -128,7 +134,7 @@ class Training:
 
     task: Task
     model: nn.Module
-    step_model: nn.Module  # the same in the form that trains the fastest on this platform
+    step_model: nn.Module  # the same in the forms that train the fastest on these devices
     schedule: optax.Schedule
     create_state: Callable  # key -> TrainState
     train_step: Callable  # (state, batch, key, frozen) -> (state, sums)
@@ -138,17 +144,12 @@ class Training:
 def make_training(config, info: DatasetInfo, plan: Plan, layout: Partition) -> Training:
     """Builds the training functions of a config for the devices of `layout`; no device work."""
     task = make_task(config, info)
-    model, step_model = make_model(config, info, task), make_model(config, info, task, for_training=True)
+    model = make_model(config, info, task, device=layout.device)
+    step_model = make_model(config, info, task, device=layout.device, training=True)
     if config.optimizer.accumulate > 1 and not task.separable:
         raise UserError(
             f"config.optimizer.accumulate={config.optimizer.accumulate} is not for config.task.name="
             f"'{config.task.name}', whose loss is of a whole batch; set it to 1"
-        )
-    changed = [key for key, value in LOSSES.block("cross_entropy").items() if config.loss[key] != value and key != "l2"]
-    if task.own_loss and changed:
-        raise UserError(
-            f"config.loss.{changed[0]}={config.loss[changed[0]]!r} is not for config.task.name='{config.task.name}', "
-            "which has a loss of its own; leave it at its default"
         )
     if not task.separable and mixes_pairs(config.augment):
         raise UserError(

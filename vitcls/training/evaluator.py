@@ -193,7 +193,7 @@ def measure_throughput(evaluator: Evaluator, variables, batches: data.Evaluation
 
 
 def _time(call: Callable[[], object], at_least: float) -> list[float]:
-    """Seconds of each of several calls, `at_least` so many in all, after one that warms up."""
+    """Seconds of each of several calls, at least `at_least` in total, after a warm-up call."""
     call()
     seconds: list[float] = []
     while len(seconds) < _TIMED_RUNS or (sum(seconds) < at_least and len(seconds) < 100):

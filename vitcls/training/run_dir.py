@@ -26,6 +26,7 @@ from vitcls.core.errors import UserError
 from vitcls.core.registry import paths
 from vitcls.core.terminal import printable
 from vitcls.data import DatasetInfo
+from vitcls.models import forms
 from vitcls.models.variables import variable_shapes
 from vitcls.tasks import TASKS
 from vitcls.training import checkpoint
@@ -33,6 +34,7 @@ from vitcls.training import checkpoint
 CONFIG_FILE, DATASET_FILE, CHECKPOINTS, PROFILE = "config.json", "dataset.json", "checkpoints", "profile"
 _MOVED_FILE, _FROZEN_FILE = "moved.json", "frozen.json"
 PyTree = Any
+_FORMS = {f"model.{field}" for field in forms.FIELDS}  # which compute the same; older versions had other defaults
 _REMOVAL = 1.0  # seconds in which a run has removed a checkpoint that it began to remove
 
 
@@ -104,7 +106,7 @@ def open_workdir(path: os.PathLike | str) -> Workdir:
         except OSError as error:
             raise UserError(f"{path} is not the workdir of a run: {error.filename} cannot be read") from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path / name} is damaged: {error}") from None
+            raise UserError(f"{path / name} cannot be used: {error}") from None
     config, info = values
     return Workdir(path, config, info)
 
@@ -164,7 +166,7 @@ def begin(
     moved = place not in ("", config.dataset.data_dir)
     free = {
         DATASET_FILE: {"name"} if moved else set(),  # that of a folder
-        CONFIG_FILE: {f"task.{key}" for key in paths(TASKS[config.task.name])},
+        CONFIG_FILE: {f"task.{key}" for key in paths(TASKS[config.task.name])} | _FORMS,
         _FROZEN_FILE: set(),
     }
     texts = {CONFIG_FILE: configs.to_json(config), DATASET_FILE: info.to_json()}
@@ -212,14 +214,14 @@ def _check_same(path: pathlib.Path, name: str, text: str, free: Collection[str])
             advice = "if the data have moved, leave the config as it was and add --data_dir=DIR"
         if name == _FROZEN_FILE:
             raise UserError(
-                f"the weights of config.task's teacher are not those with which the run in {path} began; give the "
-                "original, or use another --workdir"
+                f"what config.task keeps fixed (a teacher's weights) is not what the run in {path} began with; give "
+                "the original, or use another --workdir"
             )
         raise UserError(f"{path} holds a run with another {name}: {shown}{more}; {advice}")
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a small file so that it is there whole or not at all."""
+    """Writes a small file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:

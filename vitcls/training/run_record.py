@@ -15,7 +15,7 @@ class Progress:
     """Seconds of training, the best evaluation so far and how long ago it was."""
 
     train_seconds: float = 0.0  # without compilation, evaluation and saving; over all restarts
-    interval_seconds: float = 0.0  # of which since the last log
+    interval_seconds: float = 0.0  # the part since the last log
     best: float | None = None  # of config.checkpoint.metric
     improved: bool = False  # whether the last evaluation was the best
     early_stopping: EarlyStopping = dataclasses.field(default_factory=EarlyStopping)

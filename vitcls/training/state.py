@@ -41,7 +41,7 @@ class TrainState(flax.struct.PyTreeNode):
     ema_batch_stats: PyTree
     plateau: PyTree  # optax.contrib.ReduceLROnPlateauState
     nonfinite: NonFinite
-    task: PyTree = None  # what the training objective keeps besides
+    task: PyTree = None  # extra state of the task
 
     @property
     def variables(self) -> dict[str, PyTree]:

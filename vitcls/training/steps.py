@@ -10,13 +10,14 @@ import optax
 
 from vitcls import metrics, optim
 from vitcls.core import rng
-from vitcls.tasks.base import Aux, Batch, Output, Task, Tools
+from vitcls.tasks.base import Aux, Batch, Output, Task, Tools, Updated
 from vitcls.tasks.losses import l2_penalty
 from vitcls.training.state import NonFinite, TrainState
 
 Sums = dict[str, jax.Array]
 PyTree = Any
 _OWN_SUMS = ("loss", "l2", "count", "gradient_norm", "updates", "skipped")
+_OWN_MEANS = (*_OWN_SUMS, "images_per_second", "seconds", "learning_rate", "epoch")
 
 
 def zero_sums(means: Iterable[str] = ("correct",)) -> Sums:
@@ -85,14 +86,19 @@ def make_train_step(task: Task, tools: Tools, update: Update) -> Callable[..., t
     it. With `accumulate` > 1 it is augmented and processed in so many parts, for the memory of one. From step
     `total_steps` on it changes nothing and counts nothing, so that a last call of fewer steps is the same program.
     `frozen` holds the arrays of `task.frozen`.
+
+    Raises ValueError, when it is built or traced, for a task whose names or shapes cannot be right.
     """
+    if taken := [name for name in task.means if name in _OWN_MEANS]:
+        raise ValueError(f"the task's mean '{taken[0]}' is logged by every step already; rename it")
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array, frozen: PyTree = None) -> tuple[TrainState, Sums]:
         augment_key, dropout_key = jax.random.split(key)
         batch = batch | {"key": rng.example_keys(augment_key, batch["label"].shape[0])}
         count = _global_sum(jnp.sum(batch["mask"]))
 
-        batch_stats, grads, sums = _gradients(task, tools, update, state, batch, frozen, dropout_key, count)
+        grads, aux = _gradients(task, tools, update, state, batch, frozen, dropout_key, count)
+        sums = aux.sums
         penalty = jnp.zeros((), jnp.float32)
         if update.l2:
             mask = optim.decay_mask(state.params)
@@ -104,7 +110,7 @@ def make_train_step(task: Task, tools: Tools, update: Update) -> Callable[..., t
         due = state.step < update.total_steps
         applied = due & finite & (state.nonfinite.streak < update.nonfinite_limit)
 
-        new = _updated(task, update, state, grads, batch_stats, sums)
+        new = _updated(task, update, state, grads, aux)
         old = {name: getattr(state, name) for name in new}
         state = state.replace(
             **jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old),
@@ -128,49 +134,64 @@ def _gradients(
     frozen: PyTree,
     key: jax.Array,
     count: jax.Array,
-) -> tuple[PyTree, PyTree, Sums]:
-    """The batch statistics after the last part of a batch, and the sums over its parts of gradients and of Aux.sums."""
+) -> tuple[PyTree, Aux]:
+    """The gradients of a batch and its Aux: statistics after the last part, sums over all parts, their rows."""
 
     def objective(params, batch_stats, inputs, mask, key):
         losses, aux = task.loss(tools, params, batch_stats, inputs, state.task, frozen, key)
+        _check(losses, aux, mask.shape, task)
         total = jnp.sum(mask * losses)
         sums = {name: jnp.tensordot(mask, values.astype(jnp.float32), 1) for name, values in aux.sums.items()}
-        return total / count, Aux(aux.batch_stats, {"loss": total} | sums)
+        return total / count, aux._replace(sums={"loss": total} | sums)
 
     def one_part(batch_stats, part, index):
-        """(batch statistics, (gradients, sums)) of a part, whose images are still uint8."""
+        """(batch statistics, (gradients, sums), rows) of a part, whose images are still uint8."""
         inputs, part_key = task.inputs(tools, part), jax.random.fold_in(key, index)
         gradient = jax.value_and_grad(objective, has_aux=True)
         (_, aux), grads = gradient(state.params, batch_stats, inputs, part["mask"], part_key)
-        return aux.batch_stats, (grads, aux.sums)
+        return aux.batch_stats, (grads, aux.sums), aux.rows
+
+    def whole(batch_stats, summed, rows):
+        grads, sums = _global_sum(summed)
+        return grads, Aux(batch_stats, sums, _gather_batch(rows))
 
     if update.accumulate == 1:
-        batch_stats, summed = one_part(state.batch_stats, batch, jnp.zeros((), jnp.int32))
-        return batch_stats, *_global_sum(summed)
+        return whole(*one_part(state.batch_stats, batch, jnp.zeros((), jnp.int32)))
 
     def add_part(carry, indexed):
-        batch_stats, summed = one_part(carry[0], *indexed)
-        return (batch_stats, jax.tree.map(jnp.add, carry[1], summed)), None
+        batch_stats, summed, rows = one_part(carry[0], *indexed)
+        return (batch_stats, jax.tree.map(jnp.add, carry[1], summed)), rows
 
     parts = split_into_parts(batch, update.accumulate, update.unit), jnp.arange(update.accumulate)
-    _, shapes = jax.eval_shape(one_part, state.batch_stats, *jax.tree.map(lambda x: x[0], parts))
+    _, shapes, _ = jax.eval_shape(one_part, state.batch_stats, *jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    (batch_stats, summed), _ = jax.lax.scan(add_part, (state.batch_stats, zeros), parts)
-    return batch_stats, *_global_sum(summed)
+    carry, rows = jax.lax.scan(add_part, (state.batch_stats, zeros), parts)
+    return whole(*carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows))
 
 
-def _updated(
-    task: Task, update: Update, state: TrainState, grads: PyTree, batch_stats: PyTree, sums: Sums
-) -> dict[str, PyTree]:
+def _check(losses: jax.Array, aux: Aux, shape: tuple[int, ...], task: Task) -> None:
+    """Raises ValueError for a loss or sums of other shapes, or without what the task's means need."""
+    if losses.shape != shape:
+        raise ValueError(f"the task's loss has shape {losses.shape}; it must be {shape}, one value for each example")
+    for name, values in aux.sums.items():
+        if name in _OWN_SUMS or values.shape[:1] != shape:
+            why = "is the step's own name" if name in _OWN_SUMS else f"has shape {values.shape}, not {shape} and more"
+            raise ValueError(f"the task's sum '{name}' {why}")
+    for name, of in task.means.items():
+        if aux.sums[of].shape != shape if of in aux.sums else True:
+            raise ValueError(f"the task's mean '{name}' is of the sum '{of}', which its loss must give as {shape}")
+
+
+def _updated(task: Task, update: Update, state: TrainState, grads: PyTree, aux: Aux) -> dict[str, PyTree]:
     """The fields of the state that an update changes."""
     updates, opt_state = update.optimizer.update(grads, state.opt_state, state.params)
     learning_rate = update.schedule(state.step) * (1.0 if state.plateau is None else state.plateau.scale)
     params = jax.tree.map(lambda p, u: p + (learning_rate * u).astype(p.dtype), state.params, updates)
-    new = {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}
-    new["task"] = task.update(state.task, params, sums)
+    new = {"params": params, "batch_stats": aux.batch_stats, "opt_state": opt_state}
+    new["task"] = task.update(state.task, Updated(state.step, params, *aux))
     if state.ema_params is not None:
         average = (state.ema_params, state.ema_batch_stats)
-        average = optim.ema_update(average, (params, batch_stats), update.ema_decay, state.step)
+        average = optim.ema_update(average, (params, aux.batch_stats), update.ema_decay, state.step)
         new |= dict(zip(("ema_params", "ema_batch_stats"), average, strict=True))
     return new
 
@@ -248,13 +269,12 @@ def make_eval_step(
     apply = make_apply(model, normalize)
 
     def eval_step(variables: dict, batch: Batch, bank: PyTree = None) -> tuple[Sums, jax.Array]:
-        def over_views(function: Callable) -> jax.Array:
-            return sum(weight * function(apply, variables, images, bank) for weight, images in views(batch["image"]))
-
-        logits = over_views(task.predict)
-        sums = metrics.evaluation_sums(logits, batch["label"], batch["mask"])
+        labels, mask, weighted = batch["label"], batch["mask"], list(views(batch["image"]))
+        logits = sum(weight * task.predict(apply, variables, images, bank) for weight, images in weighted)
+        sums = metrics.evaluation_sums(logits, labels, mask)
         for name, function in task.eval_sums.items():
-            sums[name] = jnp.sum(jnp.where(batch["mask"] > 0, over_views(function), 0.0))
+            values = sum(weight * function(apply, variables, images, labels, bank) for weight, images in weighted)
+            sums[name] = jnp.sum(jnp.where(mask > 0, values, 0.0))
         return _global_sum(sums), _gather_batch(jax.nn.softmax(logits, axis=-1))
 
     return eval_step
