@@ -103,11 +103,17 @@ def in_words(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _key(row: dict[str, Any]) -> tuple:
-    return tuple(str(list(row[field.name]) if field.name == "overrides" else row[field.name]) for field in _FIELDS)
+def job_fields() -> list[str]:
+    return [field.name for field in dataclasses.fields(Job)]
 
 
-_FIELDS = dataclasses.fields(Job)
+def _key(row: dict[str, Any]) -> str:
+    return json.dumps([row[name] for name in job_fields()])
+
+
+def is_too_large(row: dict[str, Any]) -> bool:
+    """Whether a step does not fit a chip of 16 GiB, which the compiler of TPUs refuses."""
+    return row.get("error") == harness.OUT_OF_MEMORY or row.get("temporaries_gib", 0) + row.get("arguments_gib", 0) > 16
 
 
 def compile_jobs(jobs: list[Job], out: str, *, keep_programs: bool = False) -> list[dict[str, Any]]:

@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
     flags.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     flags.add_argument("--partition", choices=("data", "fsdp", "pmap"), default="data")
     flags.add_argument("--calls", type=int, default=1, help="dispatches in one timed call")
-    flags.add_argument("--override", action="append", default=[], help="config key=value, such as model.remat=True")
+    flags.add_argument("--override", action="append", default=[], help="config key=value, such as model.remat=block")
     flags.add_argument("--peak_tflops", type=float, default=0, help="of one device; by its kind without")
     flags.add_argument("--memory_limit_gib", type=float, default=0, help="treat what needs more as out of memory")
     flags.add_argument("--find_largest_batch", action="store_true", help="from --batch on")

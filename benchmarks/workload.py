@@ -25,7 +25,7 @@ _STEPS = 1_000_000  # no benchmark comes to the end of its run
 
 
 def make_config(model: str, batch_size: int, *, dtype: str = "float32", overrides: tuple[str, ...] = ()) -> Any:
-    """A config for `model`; `overrides` are 'key=value' with keys of vitcls.config, such as 'model.remat=True'."""
+    """A config for `model`; `overrides` are 'key=value' with keys of vitcls.config, such as 'model.remat=block'."""
     config = configs.default_config(model)
     config.batch_size = batch_size
     config.total = f"{_STEPS} steps"

@@ -286,10 +286,16 @@ def from_json(text: str) -> ConfigDict:
 
 
 _RENAMED: dict[str, str] = {}  # what a key of an older version is called now, as 'block.key'
+_REPLACED = {"model.remat": {False: "none", True: "block"}}  # what its values are called now
 
 
 def _renamed(values: dict) -> dict:
-    """Renames the keys of older versions."""
+    """Renames the keys of older versions, and their values."""
+    for place, now in _REPLACED.items():
+        *blocks, key = place.split(".")
+        node = functools.reduce(lambda node, block: node.get(block, {}), blocks, values)
+        if isinstance(node.get(key), bool):
+            node[key] = now[node[key]]
     for old, new in _RENAMED.items():
         *blocks, key = old.split(".")
         node = functools.reduce(lambda node, block: node.get(block, {}), blocks, values)

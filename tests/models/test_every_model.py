@@ -267,7 +267,7 @@ class Traced(NamedTuple):
 
 def plain(model: nn.Module) -> nn.Module:
     """`model` without what changes no variable."""
-    fields = {"remat": False, "dtype": "float32"}
+    fields = {"remat": "none", "dtype": "float32"}
     fields |= {field: 0.0 for field in model.__dataclass_fields__ if "drop" in field}
     return model.clone(**{field: value for field, value in fields.items() if hasattr(model, field)})
 
@@ -441,7 +441,7 @@ class Trained(NamedTuple):
 @functools.cache
 def training(model: nn.Module, shape: tuple[int, int, int]):
     """(parameters, statistics, key) -> Trained, on the digits."""
-    unravel = start(model.clone(remat=False), shape).unravel
+    unravel = start(model.clone(remat="none"), shape).unravel
 
     @jax.jit
     def train(params, stats, images, labels, key):
@@ -459,7 +459,7 @@ def training(model: nn.Module, shape: tuple[int, int, int]):
 
 @functools.cache
 def first_step(model: nn.Module, shape: tuple[int, int, int], seed: int = 0) -> Trained:
-    variables = start(model.clone(remat=False), shape)
+    variables = start(model.clone(remat="none"), shape)
     return training(model, shape)(variables.params, variables.stats, seed)
 
 
@@ -572,7 +572,7 @@ def test_the_documented_intermediates_are_sown(name):
 
 def loaded(name: str) -> nn.Module:
     """The tiny version with all that a large run asks for, so that its program need only be traced once."""
-    return tiny(name, dtype="bfloat16", remat=True)
+    return tiny(name, dtype="bfloat16", remat="block")
 
 
 @every_model
@@ -635,7 +635,7 @@ def test_bfloat16_logits_are_near_those_of_float32(name):
 @each(slow=[name for name in KNOWN if FIRST[name] in HEAVY_OR_ALIKE])
 def test_recomputing_in_the_backward_pass_changes_neither_logits_nor_gradients(name):
     model, shape = of(name)
-    plain, recomputed = first_step(model, shape), first_step(model.clone(remat=True), shape)
+    plain, recomputed = first_step(model, shape), first_step(model.clone(remat="block"), shape)
     for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(recomputed), strict=True):
         np.testing.assert_allclose(other, one, rtol=0, atol=1e-4 * np.abs(one).max())
 

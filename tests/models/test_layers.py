@@ -392,7 +392,7 @@ class Checked(nn.Module):
     layer_scale: float = 0.0
     squeeze_excite: float = 0.0
     fractions: tuple[float, ...] = (0.5,)
-    remat: bool = False
+    remat: str = "none"
     dtype: str = "float32"
 
 
@@ -423,7 +423,7 @@ def test_fields_that_cannot_work_are_errors_that_name_them(fields, said):
     [
         {},
         {"kind": "fancy", "norm": "none", "activation": "tanh", "dtype": "bfloat16", "grouped_conv": "shifted"},
-        {"dropout": 0.99, "drop_path": 0.0, "layer_scale": 2.0, "squeeze_excite": 1.0, "remat": True},
+        {"dropout": 0.99, "drop_path": 0.0, "layer_scale": 2.0, "squeeze_excite": 1.0, "remat": "dots"},
     ],
 )
 def test_fields_that_can_work_pass(fields):

@@ -63,7 +63,7 @@ def test_activations_of_a_small_network_are_what_its_backward_pass_reads():
 def test_remat_saves_fewer_activations(monkeypatch):
     plain = describe("resnet18").activation_bytes
     preset = models.preset("resnet18")
-    monkeypatch.setitem(models._PRESETS, "resnet18", preset._replace(fields=preset.fields | {"remat": True}))
+    monkeypatch.setitem(models._PRESETS, "resnet18", preset._replace(fields=preset.fields | {"remat": "block"}))
     assert table.describe("resnet18").activation_bytes < 0.6 * plain
 
 

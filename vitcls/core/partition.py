@@ -74,9 +74,23 @@ class Partition:
     def gather_params(self, params: PyTree) -> PyTree:
         """Inside `jit`: gathers parameters that are spread over the devices, so that only the examples of a batch are.
 
-        Without it the compiler may move activations between devices in place of parameters.
+        Without it the compiler may move activations between devices in place of parameters. Gradients go the other
+        way: summed and scattered, so that no device holds all of them.
         """
-        return jax.lax.with_sharding_constraint(params, self.sharding()) if self.strategy == "fsdp" else params
+        return jax.tree.map(self._gather, params) if self.strategy == "fsdp" else params
+
+    def _gather(self, leaf: jax.Array) -> jax.Array:
+        spread = self._leaf_sharding(leaf)
+
+        @jax.custom_vjp
+        def gather(leaf):
+            return jax.lax.with_sharding_constraint(leaf, self.sharding())
+
+        def backward(_, gradient):
+            return (jax.lax.with_sharding_constraint(gradient, spread),)
+
+        gather.defvjp(lambda leaf: (gather(leaf), None), backward)
+        return gather(leaf)
 
     def local_rows(self, batch_size: int) -> np.ndarray:
         """The rows int64 [local] of a global batch that this process feeds, in the order of its devices in the mesh."""

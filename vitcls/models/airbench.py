@@ -31,7 +31,7 @@ class Airbench(nn.Module):
     activation: str = "gelu"
     dropout: float = 0.0  # before the classifier
     grouped_conv: str = "auto"  # the form of convolutions; see convolutions.GroupedConv
-    remat: bool = False  # recompute each group in the backward pass
+    remat: str = "none"  # 'block': recompute each group in the backward pass; 'dots': all but products
     dtype: str = "float32"  # 'bfloat16'
 
     @nn.compact

@@ -27,7 +27,7 @@ class AlexNet(nn.Module):
     activation: str = "relu"  # 'tanh' is what 2012, figure 1 compares with
     dropout: float = 0.5  # of the classifier's hidden layers
     grouped_conv: str = "auto"  # the form of the convolutions of two towers; see convolutions.GroupedConv
-    remat: bool = False  # recompute the inside of each convolution, norm and activation in the backward pass
+    remat: str = "none"  # 'block': recompute the inside of each unit in the backward pass; 'dots': all but products
     dtype: str = "float32"  # 'bfloat16'
 
     @nn.compact

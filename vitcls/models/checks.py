@@ -13,6 +13,7 @@ _CHOICES = {
     "norm": layers.NORMS,
     "grouped_conv": convolutions.GROUPED_CONV_FORMS,
     "dtype": ("float32", "bfloat16"),
+    "remat": layers.REMATS,
 }
 
 

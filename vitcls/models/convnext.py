@@ -31,7 +31,7 @@ class ConvNeXt(nn.Module):
     drop_path: float = 0.0  # of the last block; grows linearly from 0
     dropout: float = 0.0  # before the classifier
     grouped_conv: str = "auto"  # the form of depthwise convolutions; see convolutions.GroupedConv
-    remat: bool = False  # recompute each block in the backward pass
+    remat: str = "none"  # 'block': recompute each block in the backward pass; 'dots': all but products
     dtype: str = "float32"  # 'bfloat16'
 
     @nn.compact

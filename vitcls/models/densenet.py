@@ -32,7 +32,7 @@ class DenseNet(nn.Module):
     layer_dropout: float = 0.0  # after each layer of a dense block (0.2 in the paper without augmentation)
     dropout: float = 0.0  # before the classifier
     grouped_conv: str = "auto"  # the form of convolutions; see convolutions.GroupedConv
-    remat: bool = False  # recompute each layer in the backward pass
+    remat: str = "none"  # 'block': recompute each layer in the backward pass; 'dots': all but products
     dtype: str = "float32"  # 'bfloat16'
 
     @nn.compact

@@ -32,7 +32,7 @@ class EfficientNet(nn.Module):
     dropout: float = 0.2  # before the classifier
     drop_path: float = 0.2  # of a block after the last; grows linearly from 0
     grouped_conv: str = "auto"  # the form of depthwise convolutions; see convolutions.GroupedConv
-    remat: bool = False  # recompute each block in the backward pass
+    remat: str = "none"  # 'block': recompute each block in the backward pass; 'dots': all but products
     dtype: str = "float32"  # 'bfloat16'
 
     @nn.compact

@@ -76,7 +76,7 @@ class _Inception(nn.Module):
     activation: str = "relu"
     dropout: float = 0.0  # before the classifier
     grouped_conv: str = "auto"  # the form of convolutions; see convolutions.GroupedConv
-    remat: bool = False  # recompute each inception module in the backward pass
+    remat: str = "none"  # 'block': recompute each inception module in the backward pass; 'dots': all but products
     dtype: str = "float32"  # 'bfloat16'
 
     def _unit(self) -> Callable[..., layers.ConvNorm]:

@@ -272,9 +272,24 @@ def classify_flat(model: nn.Module, x: jax.Array, *, side: int, train: bool) -> 
     return classify(model, x, train=train)
 
 
-def checkpointed(block: type[nn.Module], remat: bool) -> type[nn.Module]:
-    """The class of a block, called as block(x, train); with `remat` the backward pass computes its inside again."""
-    return nn.remat(block, static_argnums=(2,)) if remat else block
+REMATS = ("none", "block", "dots")
+
+
+def checkpointed(block: type[nn.Module], remat: str) -> type[nn.Module]:
+    """The class of a block, called as block(x, train), of which the backward pass computes again what `remat` says.
+
+    'none': nothing; 'block': all that is inside; 'dots': all but the results of products with parameters, which are
+    most of the work and a part of the memory.
+    """
+    if remat == "none":
+        return block
+    return nn.remat(block, static_argnums=(2,), policy=_keep_products if remat == "dots" else None)
+
+
+def _keep_products(primitive, *arguments, **parameters) -> bool:
+    if primitive is jax.lax.conv_general_dilated_p:
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)
 
 
 def linear_rates(last: float, count: int) -> list[float]:

@@ -29,7 +29,7 @@ class _MobileNet(nn.Module):
     activation: str = "relu6"
     dropout: float = 0.0  # before the classifier
     grouped_conv: str = "auto"  # the form of depthwise convolutions; see convolutions.GroupedConv
-    remat: bool = False  # recompute each block in the backward pass
+    remat: str = "none"  # 'block': recompute each block in the backward pass; 'dots': all but products
     dtype: str = "float32"  # 'bfloat16'
 
     def _unit(self):

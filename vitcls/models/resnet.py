@@ -40,7 +40,7 @@ class ResNet(nn.Module):
     block_dropout: float = 0.0  # inside each block, before its last convolution
     drop_path: float = 0.0  # of the last block; grows linearly from 0
     grouped_conv: str = "auto"  # the form of grouped convolutions; see convolutions.GroupedConv
-    remat: bool = False  # recompute each block in the backward pass
+    remat: str = "none"  # 'block': recompute each block in the backward pass; 'dots': all but products
     dtype: str = "float32"  # 'bfloat16'
 
     @nn.compact

@@ -31,7 +31,7 @@ class LeNet5(nn.Module):
     norm: str = "none"  # 'batch'
     dropout: float = 0.0  # before the classifier
     grouped_conv: str = "auto"  # the form of convolutions; see convolutions.GroupedConv
-    remat: bool = False  # recompute the inside of each convolution and activation in the backward pass
+    remat: str = "none"  # 'block': recompute the inside of each unit in the backward pass; 'dots': all but products
     dtype: str = "float32"  # 'bfloat16'
 
     @nn.compact
@@ -82,7 +82,7 @@ class PaperCNN(nn.Module):
     activation: str = "relu"
     dropout: float = 0.0  # before the classifier
     grouped_conv: str = "auto"  # the form of convolutions; see convolutions.GroupedConv
-    remat: bool = False  # recompute each convolution's block in the backward pass
+    remat: str = "none"  # 'block': recompute each convolution's block in the backward pass; 'dots': all but products
     dtype: str = "float32"  # 'bfloat16'
 
     @nn.compact

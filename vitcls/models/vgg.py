@@ -26,7 +26,7 @@ class VGG(nn.Module):
     activation: str = "relu"
     dropout: float = 0.5  # of the classifier's hidden layers
     grouped_conv: str = "auto"  # the form of convolutions; see convolutions.GroupedConv
-    remat: bool = False  # recompute each stage in the backward pass
+    remat: str = "none"  # 'block': recompute each stage in the backward pass; 'dots': all but products
     dtype: str = "float32"  # 'bfloat16'
 
     @nn.compact

@@ -55,7 +55,7 @@ class VisionTransformer(nn.Module):
     aggregation: str = "token"  # g: 'token', 'mean', 'gem', 'attention', 'mean_attention'
     head_norm: bool = False  # a second norm, after the aggregation
     grouped_conv: str = "auto"  # of local_conv; see convolutions.GroupedConv
-    remat: bool = False  # recompute each block in the backward pass
+    remat: str = "none"  # 'block': recompute each block in the backward pass; 'dots': all but products
     dtype: str = "float32"  # 'bfloat16'
 
     @nn.compact

@@ -1,0 +1,125 @@
+"""Programs that are compiled for accelerators that are not there, and what is counted in them."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import compiled, compilers, program_cost
+from vitcls import models
+from vitcls.core.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROGRAM = (ROOT / "tests" / "programs" / "h100.hlo").read_text(encoding="utf-8")  # one kernel of each kind
+
+
+def test_kernels_bytes_and_flops_by_hand():
+    kernels = {kernel.kind: kernel for kernel in program_cost.kernels(PROGRAM)}
+    found = {kind: (kernel.moved, kernel.flops, kernel.times) for kind, kernel in kernels.items() if kind != "product"}
+    assert found == {
+        "loop": (2 * 64 * 32 * 2, 0, 1),
+        "convolution": (2 * (4 * 8 * 8 * 32 + 4 * 8 * 8 * 16 + 32 * 9 * 16), 2 * 4 * 8 * 8 * 32 * 9 * 16, 1),
+        "attention": (2 * 2 * 200 * 6 * 64 * 2 + 4 * 2 * 6 * 200, 2 * 2 * 2 * 6 * 200 * 200 * 64, 1),
+        "all-reduce": (2 * 64 * 32 * 2, 0, 1),
+    }
+    gemm, in_loop = (kernel for kernel in program_cost.kernels(PROGRAM) if kernel.kind == "product")
+    assert (gemm.moved, gemm.flops) == (2 * (64 * 16 + 16 * 32 + 64 * 32), 2 * 64 * 32 * 16)  # without the workspace
+    assert (in_loop.flops, in_loop.times) == (2 * 8 * 8 * 16, 5)
+    assert program_cost.collectives(PROGRAM) == {"all-reduce": 1}
+
+
+def test_a_kernel_takes_what_its_bytes_or_its_products_take_and_its_launch():
+    chip = program_cost.Chip(bandwidth=1e3, peak=1e6, launch=0.5)
+    assert program_cost.Kernel("loop", 2_000, 0, 3, "").seconds(chip) == pytest.approx(3 * (2 + 0.5))
+    assert program_cost.Kernel("product", 2_000, 4_000_000, 1, "").seconds(chip) == pytest.approx(4 + 0.5)
+
+
+def test_kernels_are_told_apart_by_part_of_the_network_and_pass():
+    parts = program_cost.by_part(program_cost.kernels(PROGRAM), program_cost.CHIPS["h100"])
+    assert set(parts) == {
+        "block/attention forward", "block/feed_forward backward", "stem forward", "step",
+    }  # fmt: skip
+    assert sum(parts.values()) == pytest.approx(
+        sum(program_cost.by_kind(program_cost.kernels(PROGRAM), program_cost.CHIPS["h100"]).values())
+    )
+
+
+def test_flops_of_a_program_that_xla_has_compiled_here():
+    product = jax.jit(lambda a, b: jnp.sin(a) @ b).lower(jnp.ones((64, 32)), jnp.ones((32, 16))).compile()
+    assert sum(kernel.flops * kernel.times for kernel in program_cost.kernels(product.as_text())) == 2 * 64 * 32 * 16
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [("h100", "set H100_COMPILER to a directory"), ("v5e:2x2", "set TPU_COMPILER to the file libtpu/libtpu.so")],
+)
+def test_without_a_compiler_one_line_says_what_to_download(device, words, monkeypatch):
+    monkeypatch.delenv("H100_COMPILER", raising=False)
+    monkeypatch.delenv("TPU_COMPILER", raising=False)
+    with pytest.raises(UserError, match=words) as caught:
+        compilers.environment(device)
+    assert "pip download --no-deps" in str(caught.value)
+    monkeypatch.setenv("H100_COMPILER", "/nowhere")
+    monkeypatch.setenv("TPU_COMPILER", "/nowhere")
+    with pytest.raises(UserError, match=words):
+        compilers.environment(device)
+
+
+needs_h100 = pytest.mark.skipif("H100_COMPILER" not in os.environ, reason="H100_COMPILER is not set")
+needs_tpu = pytest.mark.skipif("TPU_COMPILER" not in os.environ, reason="TPU_COMPILER is not set")
+
+
+def run(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "benchmarks.compiled", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@needs_h100
+def test_a_step_is_compiled_for_an_h100_once(tmp_path):
+    arguments = ("--device=h100", "--model=lenet5", "--batch=64", f"--out={tmp_path}")
+    first = run(*arguments)
+    assert first.returncode == 0, first.stderr
+    (row,) = json.loads((tmp_path / "compiled.json").read_text())
+    contract = {"model", "batch", "device", "strategy", "tflop_per_chip", "gigabytes_per_chip", "temporaries_gib"}
+    assert contract | {"collectives", "ceiling_images_per_second"} <= set(row)
+    assert row["ceiling_images_per_second"] > 0 and row["collectives"] == {}
+    changed = (tmp_path / "compiled.json").stat().st_mtime_ns
+    assert run(*arguments).stdout == first.stdout
+    assert (tmp_path / "compiled.json").stat().st_mtime_ns == changed
+
+
+@needs_tpu
+def test_a_slice_that_there_is_not_is_one_line(tmp_path):
+    done = run("--device=v5e:3x3", "--model=lenet5", f"--out={tmp_path}")
+    assert done.returncode == 1 and "there is no device 'v5e:3x3'" in done.stdout
+
+
+@needs_h100
+@pytest.mark.slow
+def test_the_bytes_of_a_step_stay_within_the_budget():
+    """3 % over what benchmarks/budgets.json has; a change that saves bytes writes its new numbers there."""
+    budgets = json.loads((ROOT / "benchmarks" / "budgets.json").read_text(encoding="utf-8"))
+    assert len(budgets) >= 5
+    jobs = [
+        compiled.Job(**{key: tuple(row[key]) if key == "overrides" else row[key] for key in compiled.job_fields()})
+        for row in budgets
+    ]
+    for row, budget in zip(compiled.compile_jobs(jobs, ""), budgets, strict=True):
+        assert row["gigabytes_per_chip"] <= 1.03 * budget["gigabytes_per_chip"], row["model"]
+
+
+@needs_tpu
+@pytest.mark.slow
+def test_every_model_compiles_for_a_small_tpu_slice():
+    """On v5e:2x2 at 1,024 images a step; COMPILED_OUT keeps what is done, so that the hour can be had in parts."""
+    jobs = [compiled.Job("v5e:2x2", name, 1024, "data", "bfloat16", 0, ()) for name in models.names()]
+    rows = compiled.compile_jobs(jobs, os.environ.get("COMPILED_OUT", ""))
+    too_large = [row["model"] for row in rows if compiled.is_too_large(row)]
+    assert not [row for row in rows if "error" in row and not compiled.is_too_large(row)]
+    print("do not fit 16 GiB:", ", ".join(too_large) or "none")
