@@ -12,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from PIL import Image
 
 from vitcls import evaluate, models, predict, train
-from vitcls.models import attention, forms, vit
+from vitcls.models import attention, forms, layers, vit
 from vitcls.training import run_dir
 
 TINY = {"patch_size": 2, "hidden_dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24}
@@ -285,6 +285,51 @@ def test_without_cudnn_attention_is_that_of_xla_and_the_log_says_so_once(said, d
     (line,) = said()
     assert "needs an NVIDIA GPU" in line and "'xla'" in line
     assert ("dtype='bfloat16'" in line) == (dtype == "float32")
+
+
+@pytest.mark.parametrize("build", [plain, improved], ids=["once for all blocks", "in each attention"])
+def test_tokens_that_are_added_for_a_kernel_are_seen_by_nobody(build, monkeypatch):
+    """The network with its tokens padded, as fused attention wants them, by products that run anywhere."""
+    model = build(aggregation="token")
+    params = random_params(model)
+    labels = jnp.arange(len(IMAGES)) % model.num_classes
+
+    def loss(params):
+        logits = model.apply({"params": params}, IMAGES, train=False)
+        return jnp.mean(-jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels]), logits
+
+    (_, expected), expected_gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    seen = []
+    real = jax.nn.dot_product_attention
+
+    def spy(query, key, value, **options):
+        seen.append((query.shape[1], "key_value_seq_lengths" in options))
+        return real(query, key, value, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+    monkeypatch.setattr(attention, "padding", lambda tokens, form: -tokens % 8)
+    (_, logits), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    assert seen and all(tokens % 8 == 0 and masked for tokens, masked in seen)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_gelu_is_that_of_the_paper_and_so_is_its_slope():
+    x = np.linspace(-6, 6, 121)
+    cdf = 0.5 * (1 + scipy.special.erf(x / np.sqrt(2)))
+    slope = cdf + x * np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
+    values, slopes = jax.vmap(jax.value_and_grad(layers.gelu))(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(values, x * cdf, atol=1e-6)
+    np.testing.assert_allclose(slopes, slope, atol=1e-6)
+    half = layers.gelu(jnp.asarray(x, jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.asarray(half, np.float32),
+        np.asarray(layers.gelu(jnp.asarray(jnp.asarray(x, jnp.bfloat16), jnp.float32))),
+        rtol=1e-2,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere cuDNN may be there")
