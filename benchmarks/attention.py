@@ -2,8 +2,9 @@
 
     python -m benchmarks.attention --batch=128 --heads=6 --calls=50
 
-The faster belongs into the presets as `attention`. cuDNN needs an NVIDIA GPU and bfloat16; elsewhere its columns stay
-empty. `--calls` shares a dispatch between kernels that take no longer than one.
+`attention='auto'` takes cuDNN's where it runs (vitcls/models/forms.py). It needs an NVIDIA GPU and bfloat16, and 197
+tokens are padded to 200; elsewhere its columns stay empty. `--calls` shares a dispatch between kernels that take no
+longer than one.
 """
 
 import functools
@@ -13,6 +14,7 @@ import jax
 
 from benchmarks import harness
 from vitcls import cli
+from vitcls.models import attention
 
 TOKENS = (64, 197, 1024)
 
@@ -31,9 +33,7 @@ def main(argv: list[str]) -> None:
         shape = (args.batch, tokens, args.heads, args.head_dim)
         arguments = tuple(jax.random.normal(key, shape, args.dtype) for key in jax.random.split(jax.random.key(0), 3))
         by_name = {
-            name: harness.forward_and_backward(
-                functools.partial(jax.nn.dot_product_attention, implementation=name), arguments, args.calls
-            )
+            name: harness.forward_and_backward(functools.partial(attention.attend, form=name), arguments, args.calls)
             for name in implementations
         }
         for direction in ("forward", "forward + backward"):

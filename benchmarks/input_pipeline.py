@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from benchmarks import harness, workload
+from benchmarks.sources import DATA_DIR_HELP
 from vitcls import cli, data
 from vitcls.core import partition
 
@@ -92,7 +93,7 @@ def compare(size: int, args) -> list[harness.Row]:
 def main(argv: list[str]) -> None:
     flags = harness.parser(__doc__)
     flags.add_argument("--dataset", default="cifar10", help="as config.dataset.name")
-    flags.add_argument("--data_dir", default="", help=f"as config.dataset.data_dir, or {workload.DATA_DIR_HELP}")
+    flags.add_argument("--data_dir", default="", help=f"as config.dataset.data_dir, or {DATA_DIR_HELP}")
     flags.add_argument("--sizes", type=harness.integers, default="0", help="pixels; 0 is the size of the data")
     flags.add_argument("--model", default="improved_vit_tiny")
     flags.add_argument("--batch", type=int, default=32)

@@ -21,6 +21,7 @@ import jax
 
 from benchmarks import harness, workload
 from benchmarks.peers import vit_fields
+from benchmarks.sources import DATA_DIR_HELP
 from vitcls import cli, data
 from vitcls.core import errors, partition
 from vitcls.models import summary
@@ -152,7 +153,7 @@ def main(argv: list[str]) -> int:
         "--peers", default="", help=f"default: {','.join(STEP_PEERS)}; with --epoch: {','.join(EPOCH_PEERS)}"
     )
     flags.add_argument("--epoch", action="store_true", help="one epoch of CIFAR-10 with augmentation")
-    flags.add_argument("--data_dir", default="", help=f"with --epoch: {workload.DATA_DIR_HELP}")
+    flags.add_argument("--data_dir", default="", help=f"with --epoch: {DATA_DIR_HELP}")
     args = flags.parse_args(argv)
     chosen = choose_peers(args.peers, EPOCH_PEERS if args.epoch else STEP_PEERS)
     if args.epoch:

@@ -4,7 +4,6 @@ The step is the real one (augmentation, loss, optimizer, non-finite guard, metri
 functions as a run of `vitcls.main`.
 """
 
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.sources import dataset_fields
 from vitcls import config as configs
 from vitcls import config_file, models
 from vitcls.core.partition import Partition
@@ -53,17 +53,6 @@ def make_info(model: str, *, image_size: int = 0, num_classes: int = 0) -> Datas
         class_counts=(1,) * num_classes,
         skipped=(),
     )
-
-
-DATA_DIR_HELP = "where TFDS keeps its sets, or a directory with cifar10.npz and cifar100.npz, which needs no TensorFlow"
-
-
-def dataset_fields(name: str, data_dir: str) -> dict[str, str]:
-    """Fields of a config for the set `name` of TFDS, or for `data_dir`/`name`.npz where that is a file."""
-    file = pathlib.Path(data_dir, f"{name}.npz")
-    if file.is_file():
-        name, data_dir = "npz", str(file)
-    return {"dataset.name": name, "dataset.data_dir": data_dir}
 
 
 def dataset_overrides(name: str, data_dir: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ original:
 - the warm-up starts at 0, not at a fifth of the peak, and biases are not decayed;
 - norms keep running means with momentum 0.9, not 0.6, and epsilon 1e-5, not 1e-12.
 
-docs/results.md says what has been run. Quote the mean over at least 20 seeds (`python -m benchmarks.accelerator
+docs/results.md says what has been run. Quote the mean over at least 20 seeds (`python -m benchmarks.lease
 --only=sprint_cifar10`).
 """
 

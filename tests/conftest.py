@@ -1,6 +1,6 @@
 """Every test runs on eight virtual CPU devices, with rank promotion and warnings as errors, and leaves no trace.
 
-With VITCLS_TEST_PLATFORM=default it runs on what JAX finds (benchmarks/accelerator.py), its products in full precision.
+With VITCLS_TEST_PLATFORM=default it runs on what JAX finds (benchmarks/lease.py), its products in full precision.
 """
 
 import gc

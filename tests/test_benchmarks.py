@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from benchmarks import accelerator, harness, scaling, startup, throughput, versus, workload
+from benchmarks import harness, lease, scaling, startup, throughput, versus, workload
 from benchmarks.peers import vit_fields
 from vitcls import models
 from vitcls.core import partition
@@ -166,11 +166,11 @@ def test_out_of_memory_is_a_row(tmp_path):
 
 
 def test_trainings_are_summed_up_by_their_means(trained):
-    row = accelerator.trained_row(accelerator.Part("tiny", [], "a goal", trained), 10.0)
+    row = lease.trained_row(lease.Part("tiny", [], "a goal", trained), 10.0)
     accuracy = json.loads((trained / "report" / "metrics.json").read_text())["accuracy"]
     assert (row["training"], row["seed"], row["test accuracy %"]) == ("tiny", 0, pytest.approx(100 * accuracy))
     better, other = row | {"seed": 1, "test accuracy %": 100 * accuracy + 2}, row | {"training": "other"}
-    rows = accelerator.with_means([row, other, better])
+    rows = lease.with_means([row, other, better])
     assert [line["seed"] for line in rows] == [0, 1, "mean of 2", 0, "mean of 1"]
     assert rows[2]["test accuracy %"] == pytest.approx(100 * accuracy + 1)
     assert rows[2]["deviation"] == pytest.approx(2**0.5)
@@ -179,9 +179,9 @@ def test_trainings_are_summed_up_by_their_means(trained):
 
 def test_a_training_that_has_ended_is_known_ever_after(trained, tmp_path, monkeypatch):
     monkeypatch.delattr(harness, "machine")  # it would take the devices from the next training
-    part, other = (accelerator.Part(name, [], "a goal", trained / place) for name, place in (("a", ""), ("b", "..")))
-    accelerator.Trainings(tmp_path).add(part, 10.0)
-    again = accelerator.Trainings(tmp_path)
+    part, other = (lease.Part(name, [], "a goal", trained / place) for name, place in (("a", ""), ("b", "..")))
+    lease.Trainings(tmp_path).add(part, 10.0)
+    again = lease.Trainings(tmp_path)
     assert part in again and other not in again
     again.add(part, None)
     report = json.loads((tmp_path / "trainings.json").read_text())
@@ -197,7 +197,7 @@ def test_a_training_that_has_ended_is_known_ever_after(trained, tmp_path, monkey
 
 def test_trainings_read_npz_files_where_there_are_some(tmp_path):
     (tmp_path / "cifar10.npz").touch()
-    commands = {part.name: part.command for part in accelerator.parts(tmp_path / "out", str(tmp_path))}
+    commands = {part.name: part.command for part in lease.parts(tmp_path / "out", str(tmp_path))}
     assert "--config.dataset.name=npz" in commands["sprint_cifar10"]
     assert f"--config.dataset.data_dir={tmp_path}/cifar10.npz" in commands["sprint_cifar10"]
     assert "--config.dataset.name=cifar100" in commands["vit_cifar100"]
