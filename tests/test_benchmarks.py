@@ -2,11 +2,13 @@
 
 import csv
 import dataclasses
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
 import time
 
 import jax
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from benchmarks import harness, lease, scaling, startup, throughput, versus, workload
+from benchmarks import agreement, harness, lease, scaling, startup, throughput, versus, workload
 from benchmarks.peers import vit_fields
 from vitcls import models
 from vitcls.core import partition
@@ -193,6 +195,56 @@ def test_a_training_that_has_ended_is_known_ever_after(trained, tmp_path, monkey
         header, *lines = csv.reader(file)
     assert len(header) == len(set(header))
     assert [line[header.index("run")] for line in lines] == [harness.RUN] * 3
+
+
+def test_a_lease_stops_in_time_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "_LEAST", 1)
+    monkeypatch.setattr(lease, "_SECONDS_TO_SAVE", 3)
+    begun = tmp_path / "begun"
+    slow = (
+        f"import pathlib, signal, time; signal.signal(15, lambda *_: exit(143)); open({str(begun)!r}, 'a').write('x')"
+    )
+    code = {
+        "good": f"open({str(tmp_path / 'out' / 'table.md')!r}, 'w').write('1')",
+        "bad": "exit(3)",
+        "slow": f"{slow}; time.sleep(3600)",
+        "never": "pass",
+    }
+    parts = [lease.Part(name, [sys.executable, "-c", text], "a goal") for name, text in code.items()]
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoints" / "large").touch()
+    start = time.monotonic()
+    assert lease.run_all(parts, tmp_path / "out", dict(os.environ), start + 8) == 1  # one has failed
+    assert time.monotonic() - start < 12
+    rows = {row["part"]: row for row in json.loads((tmp_path / "out" / "lease.json").read_text())}
+    assert {name: row["exit code"] for name, row in rows.items()} == {"good": 0, "bad": 3, "slow": None}
+    with tarfile.open(tmp_path / "out" / "lease.tar.gz") as tar:
+        assert set(tar.getnames()) == {"lease.json", "table.md"}
+    parts[1] = parts[1]._replace(command=[sys.executable, "-c", "pass"])
+    parts[2] = parts[2]._replace(command=[sys.executable, "-c", f"open({str(begun)!r}, 'a').write('y')"])
+    (tmp_path / "out" / "table.md").unlink()
+    assert lease.run_all(parts, tmp_path / "out", dict(os.environ), time.monotonic() + 60) == 0
+    assert begun.read_text() == "xy" and not (tmp_path / "out" / "table.md").exists()  # what had ended is not repeated
+    rows = json.loads((tmp_path / "out" / "lease.json").read_text())
+    assert all(row["ended"] for row in rows) and len(rows) == 4
+
+
+def test_the_parts_of_a_lease_are_commands_that_parse(tmp_path):
+    """Every module is there and knows its flags, in the rehearsal too."""
+    for tiny in (False, True):
+        found = lease.parts(tmp_path, str(tmp_path), tiny=tiny)
+        assert len({part.key for part in found}) == len(found)
+        for part in found:
+            if "benchmarks." in part.command[2]:
+                module = importlib.import_module(part.command[2])
+                with pytest.raises((UserError, SystemExit)) as caught:
+                    module.main([*part.command[3:], "--no_such_flag"])
+                assert "flag '--no_such_flag' is not known" in str(caught.value)
+
+
+def test_a_step_agrees_with_the_cpu(capsys):
+    row = agreement.compare("lenet5", "float32", 2, 0)
+    assert row["good"] and row["loss differs by"] == 0 and row["loss"] == pytest.approx(np.log(10), rel=0.2)
 
 
 def test_trainings_read_npz_files_where_there_are_some(tmp_path):
