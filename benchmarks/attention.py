@@ -1,8 +1,9 @@
-"""Attention by XLA against cuDNN's fused kernel at 64, 197 and 1024 tokens, forward and backward.
+"""Attention by XLA against the folded form and cuDNN's fused kernel at 64, 197 and 1024 tokens.
 
     python -m benchmarks.attention --batch=128 --heads=6 --calls=50
 
-`attention='auto'` takes cuDNN's where it runs (vitcls/models/forms.py). It needs an NVIDIA GPU and bfloat16, and 197
+Forward, and forward with backward. `attention='auto'` takes cuDNN's where it runs and the folded one on CPUs
+(vitcls/models/forms.py). The former needs an NVIDIA GPU and bfloat16, and 197
 tokens are padded to 200; elsewhere its columns stay empty. `--calls` shares a dispatch between kernels that take no
 longer than one.
 """
@@ -27,7 +28,9 @@ def main(argv: list[str]) -> None:
     flags.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     flags.add_argument("--calls", type=int, default=1, help="calls in one program")
     args = flags.parse_args(argv)
-    implementations = ("xla", "cudnn") if jax.default_backend() == "gpu" and args.dtype == "bfloat16" else ("xla",)
+    implementations = ("xla", "folded")
+    if jax.default_backend() == "gpu" and args.dtype == "bfloat16":
+        implementations += ("cudnn",)
     rows = []
     for tokens in TOKENS:
         shape = (args.batch, tokens, args.heads, args.head_dim)
@@ -40,11 +43,12 @@ def main(argv: list[str]) -> None:
             turns = {name: by_name[name][direction] for name in implementations}
             timings = harness.alternate(turns, repeats=args.repeats)
             row = {"tokens": tokens, "batch": args.batch, "heads": args.heads, "direction": direction}
-            for name in ("xla", "cudnn"):
+            for name in ("xla", "folded", "cudnn"):
                 timing = timings.get(name)
                 row[f"{name} ms"] = timing and 1e3 * timing.median / args.calls
                 row[f"{name} fastest..slowest"] = timing and timing.spread(1e3 / args.calls)
-            row["xla / cudnn"] = harness.ratio(timings["xla"], timings["cudnn"]) if "cudnn" in timings else None
+            for name in ("folded", "cudnn"):
+                row[f"xla / {name}"] = harness.ratio(timings["xla"], timings[name]) if name in timings else None
             rows.append(row)
     harness.publish("attention", rows, args.out)
 

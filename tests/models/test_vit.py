@@ -287,6 +287,26 @@ def test_without_cudnn_attention_is_that_of_xla_and_the_log_says_so_once(said, d
     assert ("dtype='bfloat16'" in line) == (dtype == "float32")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_folded_attention_and_its_written_gradient_are_those_of_jax(dtype):
+    draw = np.random.default_rng(0)
+    inputs = [jnp.asarray(draw.normal(size=(2, 5, 3, 4)), dtype) for _ in range(3)]
+
+    def gradients(form):
+        def loss(*inputs):
+            mixed = attention.attend(*inputs, form)
+            return jnp.sum(jnp.sin(mixed.astype(jnp.float32))), mixed
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*inputs)
+
+    (_, ours), of_ours = gradients("folded")
+    (_, theirs), of_theirs = gradients("xla")
+    assert ours.dtype == dtype
+    for one, other in zip((ours, *of_ours), (theirs, *of_theirs), strict=True):
+        tolerance = 1e-5 if dtype == "float32" else 3e-2
+        np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("build", [plain, improved], ids=["once for all blocks", "in each attention"])
 def test_tokens_that_are_added_for_a_kernel_are_seen_by_nobody(build, monkeypatch):
     """The network with its tokens padded, as fused attention wants them, by products that run anywhere."""

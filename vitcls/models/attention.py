@@ -1,4 +1,10 @@
-"""Attention in several forms that compute the same: plain products of XLA, and NVIDIA's fused kernels."""
+"""Attention in several forms that compute the same.
+
+'xla'     JAX's own, plain products
+'folded'  products of [B * heads, N, D], with a written gradient: on a CPU, where 'xla' moves axes before each product
+'cudnn'   NVIDIA's fused kernels
+'auto'    'xla', which a run replaces by what trains the fastest on its devices: `forms.for_device`
+"""
 
 import functools
 import math
@@ -7,7 +13,7 @@ import re
 import jax
 import jax.numpy as jnp
 
-FORMS = ("auto", "xla", "cudnn")
+FORMS = ("auto", "xla", "folded", "cudnn")
 _MULTIPLE = 8  # of tokens, which cuDNN's backward pass wants
 
 
@@ -17,20 +23,50 @@ def padding(tokens: int, form: str) -> int:
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, form: str, length: int = 0) -> jax.Array:
-    """softmax(Q K^T / sqrt(D)) V of [B, N, heads, D], in one of FORMS; 'auto' is 'xla' here, see `forms`.
+    """softmax(Q K^T / sqrt(D)) V of [B, N, heads, D], in one of FORMS.
 
     With `length`, only the first so many tokens are real: nobody looks at the others, whose results mean nothing.
     """
-    tokens = query.shape[1]
+    batch, tokens, heads, dim = query.shape
+    if form == "folded" and length in (0, tokens):
+
+        def fold(x):
+            return x.transpose(0, 2, 1, 3).reshape(batch * heads, tokens, dim)
+
+        return _folded(fold(query), fold(key), fold(value)).reshape(batch, heads, tokens, dim).transpose(0, 2, 1, 3)
     implementation = "cudnn" if form == "cudnn" else "xla"
     if more := padding(tokens, form):
         query, key, value = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (query, key, value))
     lengths = {}
     if query.shape[1] != (length or tokens):
-        each = jnp.full((query.shape[0],), length or tokens, jnp.int32)
+        each = jnp.full((batch,), length or tokens, jnp.int32)
         lengths = {"query_seq_lengths": each, "key_value_seq_lengths": each}
     mixed = jax.nn.dot_product_attention(query, key, value, implementation=implementation, **lengths)
     return mixed[:, :tokens] if more else mixed
+
+
+@jax.custom_vjp
+def _folded(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Attention of [G, N, D], the scores and their softmax in float32."""
+    return _folded_forward(query, key, value)[0]
+
+
+def _folded_forward(query: jax.Array, key: jax.Array, value: jax.Array):
+    scores = jnp.einsum("gnd,gmd->gnm", query, key, preferred_element_type=jnp.float32)
+    probabilities = jax.nn.softmax(scores / math.sqrt(query.shape[-1]), axis=-1).astype(value.dtype)
+    return probabilities @ value, (query, key, value, probabilities)
+
+
+def _folded_backward(saved, gradient: jax.Array):
+    query, key, value, probabilities = saved
+    of_value = jnp.einsum("gnm,gnd->gmd", probabilities, gradient)
+    of_probabilities = jnp.einsum("gnd,gmd->gnm", gradient, value, preferred_element_type=jnp.float32)
+    mean = jnp.sum(of_probabilities * probabilities, axis=-1, keepdims=True)
+    of_scores = (probabilities * (of_probabilities - mean) / math.sqrt(query.shape[-1])).astype(query.dtype)
+    return jnp.einsum("gnm,gmd->gnd", of_scores, key), jnp.einsum("gnm,gnd->gmd", of_scores, query), of_value
+
+
+_folded.defvjp(_folded_forward, _folded_backward)
 
 
 def weights(query: jax.Array, key: jax.Array) -> jax.Array:

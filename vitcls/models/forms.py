@@ -12,7 +12,9 @@ import jax
 from vitcls.models import attention
 
 FIELDS = ("attention", "grouped_conv")  # of models that say it
-FASTEST_GROUPED_CONV = {"cpu": "cpu"}  # by platform; elsewhere 'xla'. See benchmarks/grouped_conv.py
+# By platform; elsewhere 'xla'. See benchmarks/grouped_conv.py and benchmarks/attention.py.
+FASTEST_GROUPED_CONV = {"cpu": "cpu"}
+FASTEST_ATTENTION = {"cpu": "folded"}  # on NVIDIA's GPUs 'cudnn', where it runs
 _logger = logging.getLogger("vitcls")
 
 
@@ -32,13 +34,14 @@ def for_device(model: nn.Module, device: jax.Device, *, training: bool = False) 
 
 @functools.cache  # every command asks several times; the log says it once
 def _attention(asked: str, device: jax.Device, dtype: str, head_dim: int) -> str:
-    """'cudnn' where the device has it, else 'xla', with a line in the log where the former was asked for."""
+    """'cudnn' where the device has it, else the best of the others, with a line in the log where it was asked for."""
+    plain = FASTEST_ATTENTION.get(device.platform, "xla") if asked == "auto" else "xla"
     lacks = attention.cudnn_lacks(getattr(device, "compute_capability", ""), dtype, head_dim)
     if lacks:
         if asked == "cudnn":
             _logger.info("attention='cudnn' needs %s; computing attention by 'xla'", " and ".join(lacks))
-        return "xla"
+        return plain
     if refusal := attention.cudnn_refusal(device, head_dim):
         _logger.info("fused attention does not run here, computing attention by 'xla': %s", refusal)
-        return "xla"
+        return plain
     return "cudnn"

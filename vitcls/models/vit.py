@@ -48,7 +48,7 @@ class VisionTransformer(nn.Module):
     drop_path: float = 0.0  # of the last block; grows linearly from 0
     dropout: float = 0.0  # of embeddings, projections and the hidden layer
     attention_dropout: float = 0.0
-    attention: str = "auto"  # 'xla'; 'cudnn': fused, but not while attention_dropout acts; see `forms.for_device`
+    attention: str = "auto"  # see models/attention.py; only 'xla' while attention_dropout acts
     activation: str = "gelu"  # 'relu', 'silu'
     local_conv: bool = False  # depthwise 3x3 with an inner residual in the feed-forward network
     squeeze_excite: float = 0.0  # width of the feed-forward network's gate, of hidden_dim; 0 for none
