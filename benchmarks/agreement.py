@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import harness, workload
 from vitcls import cli
-from vitcls.core import partition
+from vitcls.core import sharding
 from vitcls.training import build, steps
 
 FAMILIES = (
@@ -30,17 +30,17 @@ def one_step(device: jax.Device, name: str, dtype: str, batch: int, size: int) -
     overrides = ("matmul_precision=highest", "optimizer.name=sgd", "steps_per_call=1")
     config = workload.make_config(name, batch, dtype=dtype, overrides=overrides)
     info = workload.make_info(name, image_size=size)
-    layout = partition.over([device], "data")
-    training = build.make_training(config, info, build.make_plan(config, info), layout)
+    partition = sharding.over([device], "data")
+    training = build.make_training(config, info, build.make_plan(config, info), partition)
     # Weights are drawn by the CPU for both: a device's own arithmetic may round a normal variate otherwise.
     with jax.default_device(jax.devices("cpu")[0]):
         state = jax.device_get(jax.jit(training.create_state)(jax.random.key(0)))
-    batches = workload.ConstantBatch(layout, info, batch)
+    batches = workload.ConstantBatch(partition, info, batch)
     call = steps.make_train_call(training.train_step, batch_fn=batches.batch_fn, length=1)
     arguments = (state, jax.device_get(steps.zero_sums(training.task.means.values())))
-    arguments = (*map(layout.replicate, arguments), batches.batch, layout.replicate(np.int32(0)))
-    _, sums = layout.compile_update(call, *arguments)(*arguments)
-    sums = layout.to_host(sums)
+    arguments = (*map(partition.replicate, arguments), batches.batch, partition.replicate(np.int32(0)))
+    _, sums = partition.compile_update(call, *arguments)(*arguments)
+    sums = partition.to_host(sums)
     return {"loss": float(sums["loss"] / sums["count"]), "gradient norm": float(sums["gradient_norm"])}
 
 

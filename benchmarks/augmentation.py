@@ -10,7 +10,7 @@ import sys
 
 from benchmarks import harness, workload
 from vitcls import cli
-from vitcls.core import partition
+from vitcls.core import sharding
 
 KINDS = {
     "crop + flip": ("crop.probability=1.0", "flip.probability=0.5"),
@@ -39,12 +39,12 @@ def main(argv: list[str]) -> None:
     flags.add_argument("--calls", type=int, default=1, help="steps in one timed call")
     args = flags.parse_args(argv)
     info = workload.make_info(args.model, image_size=args.image_size)
-    layout = partition.all_devices("data")
+    partition = sharding.all_devices("data")
 
     def trainer(kind: tuple[str, ...]) -> workload.Trainer:
         overrides = tuple(f"augment.{value}" for value in kind)
         config = workload.make_config(args.model, args.batch, dtype=args.dtype, overrides=overrides)
-        return workload.Trainer(config, info, layout, calls=args.calls)
+        return workload.Trainer(config, info, partition, calls=args.calls)
 
     plain = trainer(())
     rows = []

@@ -41,16 +41,16 @@ def compile_step(job: Job) -> tuple[str, Any]:
     import jax
 
     from benchmarks import workload
-    from vitcls.core import partition
+    from vitcls.core import sharding
 
     overrides = (*job.overrides, f"partition.strategy={job.strategy}")
     config = workload.make_config(job.model, job.batch, dtype=job.dtype, overrides=overrides)
     info = workload.make_info(job.model, image_size=job.image_size)
     devices = compilers.devices(job.device)
-    layout = partition.over(devices, job.strategy, min_shard_elements=config.partition.min_shard_elements)
-    layout.check_batch_size(job.batch, unit=config.optimizer.accumulate)
-    call, shapes = workload.step_shapes(config, info, layout)
-    shardings = (layout.state_shardings(shapes[0]), layout.sharding())
+    partition = sharding.over(devices, job.strategy, min_shard_elements=config.partition.min_shard_elements)
+    partition.check_batch_size(job.batch, unit=config.optimizer.accumulate)
+    call, shapes = workload.step_shapes(config, info, partition)
+    shardings = (partition.state_shardings(shapes[0]), partition.sharding())
     compiled = jax.jit(call, donate_argnums=0, out_shardings=shardings).lower(*shapes).compile()
     return compiled.as_text(), compiled
 

@@ -15,7 +15,7 @@ import jax
 
 from benchmarks import harness, workload
 from vitcls import cli
-from vitcls.core import partition
+from vitcls.core import sharding
 from vitcls.models import convolutions
 
 FORMS = ("xla", "shifted", "mixed")
@@ -74,7 +74,7 @@ def step_call(form: str, batch: int, image_size: int, dtype: str) -> workload.Tr
     overrides = (f"model.grouped_conv={form}", "optimizer.name=sgd")
     config = workload.make_config("resnext50_32x4d", batch, dtype=dtype, overrides=overrides)
     info = workload.make_info("resnext50_32x4d", image_size=image_size)
-    return workload.Trainer(config, info, partition.all_devices("data"))
+    return workload.Trainer(config, info, sharding.all_devices("data"))
 
 
 def main(argv: list[str]) -> None:

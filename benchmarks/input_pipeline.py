@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks import harness, workload
 from benchmarks.sources import DATA_DIR_HELP
 from vitcls import cli, data
-from vitcls.core import partition
+from vitcls.core import sharding
 
 
 def rate_alone(batches: data.TrainBatches, batch: int, length: int, seconds: float = 3.0) -> float:
@@ -44,12 +44,12 @@ def compare(size: int, args) -> list[harness.Row]:
     config = workload.make_config(args.model, args.batch, dtype=args.dtype, overrides=tuple(overrides))
     dataset = data.load(config.dataset)
     info = data.describe(dataset, config.dataset)
-    layout = partition.all_devices("data")
+    partition = sharding.all_devices("data")
 
     def batches(pipeline: str) -> data.TrainBatches:
         block = config.dataset.copy_and_resolve_references()
         block.pipeline = pipeline
-        return data.train_batches(dataset, block, partition=layout, batch_size=args.batch, seed=0)
+        return data.train_batches(dataset, block, partition=partition, batch_size=args.batch, seed=0)
 
     pipelines, alone, failures = {}, {}, []
     for name in ("resident", "streaming"):
@@ -61,9 +61,9 @@ def compare(size: int, args) -> list[harness.Row]:
             failures.append(
                 {"data": info.name, "image size": info.image_shape[0], "pipeline": name, "error": str(error)}
             )
-    constant = workload.ConstantBatch(layout, info, args.batch)
+    constant = workload.ConstantBatch(partition, info, args.batch)
     trainers = {
-        name: workload.Trainer(config, info, layout, source, calls=args.calls)
+        name: workload.Trainer(config, info, partition, source, calls=args.calls)
         for name, source in ({"constant": constant} | pipelines).items()
     }
     before = {name: trainers[name] for name in pipelines if name == "streaming"}

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks import harness, workload
 from vitcls import cli, data, metrics
-from vitcls.core import partition
+from vitcls.core import sharding
 from vitcls.models import summary
 from vitcls.training import announce, checkpoint
 from vitcls.training.evaluator import make_evaluator
@@ -29,15 +29,15 @@ def main(argv: list[str]) -> None:
     args = flags.parse_args(argv)
     config = workload.make_config(args.model, args.batch, dtype=args.dtype)
     info = workload.make_info(args.model, num_classes=100)
-    layout = partition.all_devices("data")
-    trainer = workload.Trainer(config, info, layout)
+    partition = sharding.all_devices("data")
+    trainer = workload.Trainer(config, info, partition)
     random = np.random.default_rng(0)
     labels = random.integers(0, 100, args.images, np.int32)
     split = data.Split(random.integers(0, 256, (args.images, *info.image_shape), np.uint8), labels)
     batches = data.EvaluationBatches(
-        split, image_shape=info.image_shape, partition=layout, batch_size=layout.round_up(args.batch)
+        split, image_shape=info.image_shape, partition=partition, batch_size=partition.round_up(args.batch)
     )
-    evaluator = make_evaluator(config, trainer.training.model, info, layout)
+    evaluator = make_evaluator(config, trainer.training.model, info, partition)
     variables = trainer.state.variables
 
     def on_devices() -> np.ndarray:

@@ -62,16 +62,16 @@ def run(devices: int, strategy: str, kind: str, model: str, batch: int, dtype: s
     import jax
 
     from benchmarks import workload
-    from vitcls.core import partition
+    from vitcls.core import sharding
 
     assert jax.device_count() == devices
     global_batch = batch * devices if kind == "weak" else batch
     overrides = (*overrides, f"partition.strategy={strategy}", "steps_per_call=1")
     config = workload.make_config(model, global_batch, dtype=dtype, overrides=overrides)
     info = workload.make_info(model)
-    layout = partition.all_devices(strategy, min_shard_elements=config.partition.min_shard_elements)
-    layout.check_batch_size(global_batch)
-    trainer = workload.Trainer(config, info, layout, workload.random_resident(layout, info, global_batch))
+    partition = sharding.all_devices(strategy, min_shard_elements=config.partition.min_shard_elements)
+    partition.check_batch_size(global_batch)
+    trainer = workload.Trainer(config, info, partition, workload.random_resident(partition, info, global_batch))
     sent = collective_bytes(trainer.compiled.as_text()) if devices > 1 else {}  # one device reduces over itself
     parameters = jax.eval_shape(trainer.training.create_state, jax.random.key(0)).params
     parameter_bytes = summary.count_bytes(parameters)

@@ -41,14 +41,14 @@ def run(job: Job) -> harness.Row:
     import jax
 
     from benchmarks import workload
-    from vitcls.core import partition
+    from vitcls.core import sharding
 
     overrides = (*job.overrides, f"partition.strategy={job.partition}")
     config = workload.make_config(job.model, job.batch, dtype=job.dtype, overrides=overrides)
     info = workload.make_info(job.model, image_size=job.image_size)
-    layout = partition.all_devices(job.partition, min_shard_elements=config.partition.min_shard_elements)
-    layout.check_batch_size(job.batch, unit=config.optimizer.accumulate)
-    trainer = workload.Trainer(config, info, layout, calls=job.calls)
+    partition = sharding.all_devices(job.partition, min_shard_elements=config.partition.min_shard_elements)
+    partition.check_batch_size(job.batch, unit=config.optimizer.accumulate)
+    trainer = workload.Trainer(config, info, partition, calls=job.calls)
     planned = trainer.compiled.memory_analysis()
     needed = planned.argument_size_in_bytes + planned.temp_size_in_bytes + planned.output_size_in_bytes
     needed -= planned.alias_size_in_bytes

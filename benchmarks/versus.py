@@ -23,7 +23,7 @@ from benchmarks import harness, workload
 from benchmarks.peers import vit_fields
 from benchmarks.sources import DATA_DIR_HELP
 from vitcls import cli, data
-from vitcls.core import errors, partition
+from vitcls.core import errors, sharding
 from vitcls.models import summary
 
 MODELS = ("vit_tiny_patch16", "resnet50", "resnext50_32x4d", "convnext_tiny")
@@ -115,7 +115,7 @@ def compare_steps(name: str, image_size: int, batch: int, dtype: str, chosen: li
         call()
         return call, count
 
-    trainer = workload.Trainer(config, info, partition.all_devices("data"))
+    trainer = workload.Trainer(config, info, sharding.all_devices("data"))
     rows = against_peers(trainer, chosen, build, repeats, model=name)
     return [{"model": name, "image size": size, "batch": batch, "dtype": dtype} | row for row in rows]
 
@@ -128,10 +128,10 @@ def compare_epochs(data_dir: str, batch: int, dtype: str, chosen: list[str], rep
     config = workload.make_config("vit_tiny_patch4", batch, dtype=dtype, overrides=(*fields, *augment, *source))
     dataset = data.decode(data.load(config.dataset), ("train",))
     info = data.describe(dataset, config.dataset)
-    layout = partition.all_devices("data")
-    batches = data.train_batches(dataset, config.dataset, partition=layout, batch_size=batch, seed=0)
+    partition = sharding.all_devices("data")
+    batches = data.train_batches(dataset, config.dataset, partition=partition, batch_size=batch, seed=0)
     count = len(dataset.train.labels) // batch
-    trainer = workload.Trainer(config, info, layout, batches, calls=3)
+    trainer = workload.Trainer(config, info, partition, batches, calls=3)
     trainer()  # as the peers do, before they are timed
     trainer.calls = count
 

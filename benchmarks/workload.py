@@ -14,8 +14,8 @@ import numpy as np
 from benchmarks.sources import dataset_fields
 from vitcls import config as configs
 from vitcls import config_file, models
-from vitcls.core.partition import Partition
 from vitcls.core.rng import BATCH_AXIS
+from vitcls.core.sharding import Partition
 from vitcls.data import DatasetInfo
 from vitcls.data.resident import Resident
 from vitcls.models import summary
@@ -63,10 +63,10 @@ def dataset_overrides(name: str, data_dir: str) -> tuple[str, ...]:
 class ConstantBatch:
     """The same random batch at every step, on the devices already: training without an input pipeline."""
 
-    def __init__(self, layout: Partition, info: DatasetInfo, batch_size: int):
+    def __init__(self, partition: Partition, info: DatasetInfo, batch_size: int):
         random = np.random.default_rng(0)
-        rows = layout.local_rows(batch_size)
-        self.batch = layout.put_batch(
+        rows = partition.local_rows(batch_size)
+        self.batch = partition.put_batch(
             {
                 "image": random.integers(0, 256, (batch_size, *info.image_shape), np.uint8)[rows],
                 "label": random.integers(0, info.num_classes, batch_size, np.int32)[rows],
@@ -81,12 +81,12 @@ class ConstantBatch:
         return lambda i: inputs
 
 
-def random_resident(layout: Partition, info: DatasetInfo, batch_size: int) -> Resident:
+def random_resident(partition: Partition, info: DatasetInfo, batch_size: int) -> Resident:
     """The resident pipeline over the random images of `info`."""
     random = np.random.default_rng(0)
     count = info.num_examples["train"]
     return Resident(
-        layout,
+        partition,
         random.integers(0, 256, (count, *info.image_shape), np.uint8),
         random.integers(0, info.num_classes, count, np.int32),
         num_classes=info.num_classes,
@@ -96,9 +96,9 @@ def random_resident(layout: Partition, info: DatasetInfo, batch_size: int) -> Re
     )
 
 
-def step_shapes(config, info: DatasetInfo, layout: Partition) -> tuple[Callable, tuple]:
+def step_shapes(config, info: DatasetInfo, partition: Partition) -> tuple[Callable, tuple]:
     """The call of a training run and the shapes of its arguments, placed on devices that need not be there."""
-    training = build.make_training(config, info, build.make_plan(config, info), layout)
+    training = build.make_training(config, info, build.make_plan(config, info), partition)
     batch = config.batch_size
     rows = {
         "image": jax.ShapeDtypeStruct((batch, *info.image_shape), np.uint8),
@@ -110,33 +110,33 @@ def step_shapes(config, info: DatasetInfo, layout: Partition) -> tuple[Callable,
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
     state = jax.eval_shape(training.create_state, jax.eval_shape(lambda: jax.random.key(0)))
-    state = jax.tree.map(placed, state, layout.state_shardings(state))
-    sums = placed(jax.eval_shape(lambda: steps.zero_sums(training.task.means.values())), layout.sharding())
-    seed = placed(jax.ShapeDtypeStruct((), np.int32), layout.sharding())
+    state = jax.tree.map(placed, state, partition.state_shardings(state))
+    sums = placed(jax.eval_shape(lambda: steps.zero_sums(training.task.means.values())), partition.sharding())
+    seed = placed(jax.ShapeDtypeStruct((), np.int32), partition.sharding())
     call = steps.make_train_call(
         training.train_step, batch_fn=lambda inputs, step, length: lambda i: inputs, length=config.steps_per_call
     )
-    return call, (state, sums, placed(rows, layout.sharding(BATCH_AXIS)), seed)
+    return call, (state, sums, placed(rows, partition.sharding(BATCH_AXIS)), seed)
 
 
 class Trainer:
     """A training run without files: each call runs `calls` dispatches and waits for the last."""
 
-    def __init__(self, config, info: DatasetInfo, layout: Partition, batches=None, *, calls: int = 1):
-        self._config, self.info, self.layout = config, info, layout
-        self._batches = batches or ConstantBatch(layout, info, config.batch_size)
+    def __init__(self, config, info: DatasetInfo, partition: Partition, batches=None, *, calls: int = 1):
+        self._config, self.info, self.partition = config, info, partition
+        self._batches = batches or ConstantBatch(partition, info, config.batch_size)
         self._length, self.calls = config.steps_per_call, calls
         plan = build.make_plan(config, info)
-        self.training = build.make_training(config, info, plan, layout)
-        self.state = layout.init(self.training.create_state, jax.random.key(config.seed))
-        self._sums = layout.replicate(jax.device_get(steps.zero_sums(self.training.task.means.values())))
+        self.training = build.make_training(config, info, plan, partition)
+        self.state = partition.init(self.training.create_state, jax.random.key(config.seed))
+        self._sums = partition.replicate(jax.device_get(steps.zero_sums(self.training.task.means.values())))
         self._step = 0
         call = steps.make_train_call(self.training.train_step, batch_fn=self._batches.batch_fn, length=self._length)
-        self._fixed = layout.replicate(np.int32(config.seed)), layout.place(self.training.frozen)
+        self._fixed = partition.replicate(np.int32(config.seed)), partition.place(self.training.frozen)
         first = self._batches.host_inputs(0, self._length)
         start = time.perf_counter()
-        self.compiled = layout.compile_update(call, self.state, self._sums, first, *self._fixed)
-        if layout.mapped:  # what `pmap` would do at its first call; it cannot for several processes
+        self.compiled = partition.compile_update(call, self.state, self._sums, first, *self._fixed)
+        if partition.mapped:  # what `pmap` would do at its first call; it cannot for several processes
             self.compiled = self.compiled.lower(self.state, self._sums, first, *self._fixed).compile()
         self.compile_seconds = time.perf_counter() - start
 
@@ -159,7 +159,7 @@ class Trainer:
 
     def inference(self):
         """A call that classifies the constant batch `calls` times."""
-        evaluate = self.layout.compile_evaluation(build.make_eval_step(self._config, self.training.model, self.info))
+        evaluate = self.partition.compile_evaluation(build.make_eval_step(self._config, self.training.model, self.info))
         batch = self._batches.host_inputs(0, self._length)
         return lambda: [evaluate(self.state.variables, batch) for _ in range(self.calls)]
 

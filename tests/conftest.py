@@ -54,7 +54,7 @@ def what_other_files_left():
 
 
 # The files that take longest, which start first, so that no worker is left alone with one of them.
-LONGEST = ("test_train", "test_partition", "test_every_model", "test_tasks", "test_docs", "test_benchmarks")
+LONGEST = ("test_train", "test_sharding", "test_every_model", "test_tasks", "test_docs", "test_benchmarks")
 LONGEST += ("test_old_workdirs", "test_table", "test_prepare")
 
 

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from benchmarks import agreement, harness, lease, scaling, startup, throughput, versus, workload
 from benchmarks.peers import vit_fields
 from vitcls import models
-from vitcls.core import partition
+from vitcls.core import sharding
 from vitcls.core.errors import UserError
 from vitcls.models import summary
 
@@ -116,8 +116,8 @@ def test_a_step_sends_the_gradients_once_and_nothing_else(strategy):
     strategies = (f"partition.strategy={strategy}", "partition.min_shard_elements=256")
     config = workload.make_config("improved_vit_tiny", 16, overrides=(*tiny, *mixing, *strategies))
     info = workload.make_info("improved_vit_tiny", image_size=8)
-    layout = partition.all_devices(strategy, min_shard_elements=256)
-    trainer = workload.Trainer(config, info, layout, workload.random_resident(layout, info, 16))
+    partition = sharding.all_devices(strategy, min_shard_elements=256)
+    trainer = workload.Trainer(config, info, partition, workload.random_resident(partition, info, 16))
     sent = scaling.collective_bytes(trainer.compiled.as_text())
     state = jax.eval_shape(trainer.training.create_state, jax.random.key(0))
     parameter_bytes = summary.count_bytes(state.params)
@@ -259,8 +259,8 @@ def test_trainings_read_npz_files_where_there_are_some(tmp_path):
 
 
 def test_a_peer_that_cannot_be_compared_is_a_row(monkeypatch):
-    layout, info = partition.all_devices("data"), workload.make_info("lenet5")
-    trainer = workload.Trainer(workload.make_config("lenet5", 8), info, layout)
+    partition, info = sharding.all_devices("data"), workload.make_info("lenet5")
+    trainer = workload.Trainer(workload.make_config("lenet5", 8), info, partition)
 
     def build(peer, module):  # LeNet-5 has 61,706 parameters
         return (lambda: None), {"keras": 61_706, "timm": 61_707}[peer]

@@ -76,7 +76,7 @@ def test_a_config_is_refused_in_one_line_or_can_be_trained_with(mistake):
     except UserError as error:
         assert len(cli.one_line(error)) > 20
         return
-    announce.log_first_step(prepared.config, prepared.info, prepared.training, prepared.layout)
+    announce.log_first_step(prepared.config, prepared.info, prepared.training, prepared.partition)
     step = build.make_eval_step(prepared.config, prepared.training.model, prepared.info)
     shapes = variable_shapes(prepared.training.model, prepared.info.image_shape)
     batch = {"image": (16, *prepared.info.image_shape), "label": (16,), "mask": (16,)}

@@ -19,7 +19,6 @@ from ml_collections import ConfigDict, FieldReference
 from vitcls import models
 from vitcls.core import errors
 from vitcls.core.errors import UserError
-from vitcls.core.partition import STRATEGIES
 from vitcls.core.registry import (
     checked,
     defaults,
@@ -30,6 +29,7 @@ from vitcls.core.registry import (
     require_durations,
     require_range,
 )
+from vitcls.core.sharding import STRATEGIES
 from vitcls.data.augment import AUGMENTATIONS, TEST_TIME, make_augment
 from vitcls.data.order import MAX_BATCH_SIZE
 from vitcls.data.sources import SOURCES, source_of

@@ -7,7 +7,7 @@ import os
 import sys
 
 from vitcls import cli, data
-from vitcls.core import partition
+from vitcls.core import sharding
 from vitcls.core.errors import UserError
 from vitcls.training import build, facts, run_dir
 from vitcls.training.evaluator import make_evaluator, write_report
@@ -36,8 +36,8 @@ def evaluate(path: os.PathLike | str, *, split: str = "test", checkpoint: str = 
     remembers = build.make_task(config, trained.info).remember is not None
     if data.choose_pipeline(dataset, config.dataset) == "resident":
         dataset = data.decode(dataset, (split, "train") if remembers else (split,))
-    layout = partition.all_devices("data")
-    evaluator = make_evaluator(config, model, trained.info, dataset, layout)
+    partition = sharding.all_devices("data")
+    evaluator = make_evaluator(config, model, trained.info, dataset, partition)
     return write_report(
         trained.path,
         config,
@@ -45,7 +45,7 @@ def evaluate(path: os.PathLike | str, *, split: str = "test", checkpoint: str = 
         dataset,
         evaluator,
         model,
-        layout.replicate(variables),
+        partition.replicate(variables),
         split=split,
         step=step,
     )

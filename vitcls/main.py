@@ -9,7 +9,7 @@ import sys
 
 from vitcls import cli, config_file
 from vitcls.core.errors import UserError
-from vitcls.core.partition import STRATEGIES
+from vitcls.core.sharding import STRATEGIES
 from vitcls.tasks import TASKS
 from vitcls.train import train_and_evaluate
 from vitcls.training import facts, run_dir

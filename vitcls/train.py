@@ -14,9 +14,9 @@ import numpy as np
 
 from vitcls import config as configs
 from vitcls import data, metrics, optim
-from vitcls.core import partition
+from vitcls.core import sharding
 from vitcls.core.errors import RunError, Stopped, UserError
-from vitcls.core.partition import Partition
+from vitcls.core.sharding import Partition
 from vitcls.tasks import Task
 from vitcls.training import announce, build, checkpoint, run_dir, steps
 from vitcls.training.build import Plan, Training
@@ -50,14 +50,14 @@ def train_and_evaluate(
     the training diverges, Stopped after saving where a signal asked the run to stop.
     """
     path = run_dir.local(path)
-    prepared = partition.all_or_none(lambda: prepare(config, None if dry_run else path, data_dir, profile_steps))
-    config, place, dataset, info, plan, layout, training = prepared
+    prepared = sharding.all_or_none(lambda: prepare(config, None if dry_run else path, data_dir, profile_steps))
+    config, place, dataset, info, plan, partition, training = prepared
     pipeline = data.choose_pipeline(dataset, config.dataset)
     same = configs.flatten(config.to_dict(), "config") | {"config.dataset.pipeline": pipeline}
-    partition.check_same({key: value for key, value in same.items() if key != "config.dataset.data_dir"})
-    announce.log_start(config, info, plan, training, layout, pipeline=pipeline)
+    sharding.check_same({key: value for key, value in same.items() if key != "config.dataset.data_dir"})
+    announce.log_start(config, info, plan, training, partition, pipeline=pipeline)
     if dry_run:
-        announce.log_first_step(config, info, training, layout)
+        announce.log_first_step(config, info, training, partition)
         return {}
 
     with contextlib.ExitStack() as held:
@@ -70,20 +70,20 @@ def train_and_evaluate(
             checkpoint.latest_whole(path / run_dir.CHECKPOINTS, quarantine=True)
             return lock
 
-        lock = partition.all_or_none(begin)
-        evaluator = make_evaluator(config, training.step_model, info, dataset, layout)
+        lock = sharding.all_or_none(begin)
+        evaluator = make_evaluator(config, training.step_model, info, dataset, partition)
         batches = data.train_batches(
-            dataset, config.dataset, partition=layout, batch_size=config.batch_size, seed=config.seed
+            dataset, config.dataset, partition=partition, batch_size=config.batch_size, seed=config.seed
         )
         validation = None
         if dataset.validation is not None:
-            validation = split_batches(dataset, "validation", layout, config)
-        state, step = fit(config, path, plan, training, layout, batches, evaluator, validation, profile_steps, lock)
+            validation = split_batches(dataset, "validation", partition, config)
+        state, step = fit(config, path, plan, training, partition, batches, evaluator, validation, profile_steps, lock)
 
         variables = state.variables
         if config.report.checkpoint == "best":
             step, best = run_dir.open_workdir(path).restore(training.model, "best")
-            variables = layout.replicate(best)
+            variables = partition.replicate(best)
         return write_report(path, config, info, dataset, evaluator, training.model, variables, split="test", step=step)
 
 
@@ -95,7 +95,7 @@ class Prepared(NamedTuple):
     dataset: data.Dataset
     info: data.DatasetInfo
     plan: Plan
-    layout: Partition
+    partition: Partition
     training: Training
 
 
@@ -118,17 +118,17 @@ def prepare(config: configs.ConfigDict, path: pathlib.Path | None, data_dir: str
             f"--profile_steps={profile_steps.start}:{profile_steps.stop} is after the end of the run, which has "
             f"{plan.total:,} steps"
         )
-    layout = partition.all_devices(
+    partition = sharding.all_devices(
         config.partition.strategy,
         min_shard_elements=config.partition.min_shard_elements,
         deterministic=config.deterministic,
     )
     together = build.examples_kept_together(config)
-    layout.check_batch_size(config.batch_size, unit=together * config.optimizer.accumulate)
-    training = build.make_training(config, info, plan, layout)
+    partition.check_batch_size(config.batch_size, unit=together * config.optimizer.accumulate)
+    training = build.make_training(config, info, plan, partition)
     evaluates = dataset.validation is not None and plan.eval_every > 0
     configs.validate_metrics(config, evaluates=evaluates, sums=training.task.eval_sums)
-    return Prepared(config, place, dataset, info, plan, layout, training)
+    return Prepared(config, place, dataset, info, plan, partition, training)
 
 
 def fit(
@@ -136,7 +136,7 @@ def fit(
     path: pathlib.Path,
     plan: Plan,
     training: Training,
-    layout: Partition,
+    partition: Partition,
     batches: data.TrainBatches,
     evaluator: Evaluator,
     validation: data.EvaluationBatches | None,
@@ -148,9 +148,9 @@ def fit(
     Whatever is due at a step happens in one order: log, evaluate, save. So a checkpoint of step n holds all that was
     known at step n, and what metrics.jsonl says up to n is never said again.
     """
-    state, sums, progress, step = start_or_resume(config, path, training, layout)
+    state, sums, progress, step = start_or_resume(config, path, training, partition)
     watched = configs.watched_metrics(config)
-    update = Update(training, batches, layout, config.seed, plan.steps_per_call)
+    update = Update(training, batches, partition, config.seed, plan.steps_per_call)
 
     with (
         checkpoint.Checkpoints(
@@ -179,15 +179,15 @@ def fit(
                 lock.check()
 
             progress = progress.trained(seconds_until_ready(sums))
-            check_finite(layout.to_host(state.nonfinite), config.nonfinite_limit)
+            check_finite(partition.to_host(state.nonfinite), config.nonfinite_limit)
             if log_due:
-                event = progress.interval_event(layout.to_host(sums), config.batch_size, training.task.means) | {
-                    "train/learning_rate": _learning_rate(training, state, step, layout),
+                event = progress.interval_event(partition.to_host(sums), config.batch_size, training.task.means) | {
+                    "train/learning_rate": _learning_rate(training, state, step, partition),
                     "train/epoch": step / plan.steps_per_epoch,
                 }
                 writer.write(step, event)
                 bar.report(step, event)
-                sums, progress = new_sums(layout, training.task), progress.next_interval()
+                sums, progress = new_sums(partition, training.task), progress.next_interval()
             scores = None
             if eval_due:
                 named = evaluator.scores(state.variables, validation, watched)
@@ -195,11 +195,11 @@ def fit(
                 writer.write(step, scores)
                 bar.report(step, scores)
                 progress = progress.evaluated(scores, config)
-                state = reduce_on_plateau(config.schedule, state, scores, layout)
+                state = reduce_on_plateau(config.schedule, state, scores, partition)
                 save_due = save_due or progress.improved or progress.finished
             if save_due or stop_code:
                 writer.sync()
-                tree = {"state": layout.to_savable(state), "sums": layout.to_savable(sums)}
+                tree = {"state": partition.to_savable(state), "sums": partition.to_savable(sums)}
                 checkpoints.save(step, tree, record=progress.to_record(), metrics=scores)
             if stop_code:
                 checkpoints.wait()
@@ -210,11 +210,11 @@ def fit(
 
 
 def start_or_resume(
-    config: configs.ConfigDict, path: pathlib.Path, training: Training, layout: Partition
+    config: configs.ConfigDict, path: pathlib.Path, training: Training, partition: Partition
 ) -> tuple[TrainState, steps.Sums, Progress, int]:
     """The state, the sums of the open logging interval, the progress and the step to go on from."""
-    state = layout.init(training.create_state, jax.random.key(config.seed))
-    sums = new_sums(layout, training.task)
+    state = partition.init(training.create_state, jax.random.key(config.seed))
+    sums = new_sums(partition, training.task)
     progress = Progress()
     step = checkpoint.latest_whole(path / run_dir.CHECKPOINTS, quarantine=False)
     if step is None:
@@ -222,29 +222,29 @@ def start_or_resume(
     averages = state.ema_batch_stats
     if averages is not None and not checkpoint.has(path / run_dir.CHECKPOINTS, step, "state", "ema_batch_stats"):
         state = state.replace(ema_batch_stats=None)  # 0.1.0 did not average them: the average starts from the newest
-    template = {"state": layout.to_savable(state), "sums": layout.to_savable(sums)}
+    template = {"state": partition.to_savable(state), "sums": partition.to_savable(sums)}
     tree, record = checkpoint.restore(path / run_dir.CHECKPOINTS, step, template)
     _logger.info("resumed from step %s", f"{step:,}")
-    state, sums = layout.from_savable(tree["state"]), layout.from_savable(tree["sums"])
+    state, sums = partition.from_savable(tree["state"]), partition.from_savable(tree["sums"])
     if averages is not None and state.ema_batch_stats is None:
         state = state.replace(ema_batch_stats=jax.tree.map(jnp.copy, state.batch_stats))
     return state, sums, Progress.from_record(record), step
 
 
-def new_sums(layout: Partition, task: Task) -> steps.Sums:
+def new_sums(partition: Partition, task: Task) -> steps.Sums:
     """Sums of a logging interval that has just begun, on the devices."""
-    return layout.replicate(jax.device_get(steps.zero_sums(task.means.values())))
+    return partition.replicate(jax.device_get(steps.zero_sums(task.means.values())))
 
 
 class Update:
     """Runs `length` steps in one dispatch, by one program for the whole run; those past its end change nothing."""
 
-    def __init__(self, training: Training, batches: data.TrainBatches, layout: Partition, seed: int, length: int):
+    def __init__(self, training: Training, batches: data.TrainBatches, partition: Partition, seed: int, length: int):
         self._train_call = steps.make_train_call(training.train_step, batch_fn=batches.batch_fn, length=length)
-        self._seed = layout.replicate(np.int32(seed))
-        self._frozen = layout.place(training.frozen)
+        self._seed = partition.replicate(np.int32(seed))
+        self._frozen = partition.place(training.frozen)
         self._batches = batches
-        self._layout = layout
+        self._layout = partition
         self._length = length
         self._compiled: Callable | None = None
 
@@ -287,21 +287,21 @@ def _due(before: int, step: int, total: int) -> Callable[[int], bool]:
     return lambda every: every > 0 and (step // every > before // every or step == total)
 
 
-def _learning_rate(training: Training, state: TrainState, step: int, layout: Partition) -> float:
+def _learning_rate(training: Training, state: TrainState, step: int, partition: Partition) -> float:
     """The learning rate of the newest update, that of step - 1."""
-    scale = 1.0 if state.plateau is None else float(layout.to_host(state.plateau.scale))
+    scale = 1.0 if state.plateau is None else float(partition.to_host(state.plateau.scale))
     return float(training.schedule(step - 1)) * scale
 
 
-def reduce_on_plateau(schedule_config, state: TrainState, scores: dict[str, float], layout: Partition) -> TrainState:
+def reduce_on_plateau(schedule_config, state: TrainState, scores: dict[str, float], partition: Partition) -> TrainState:
     """Tells the 'plateau' schedule of an evaluation."""
     if state.plateau is None:
         return state
     metric = schedule_config.metric
     plateau = optim.plateau_update(
-        schedule_config, layout.to_host(state.plateau), scores[metric], metrics.higher_is_better(metric)
+        schedule_config, partition.to_host(state.plateau), scores[metric], metrics.higher_is_better(metric)
     )
-    return state.replace(plateau=layout.replicate(jax.device_get(plateau)))
+    return state.replace(plateau=partition.replicate(jax.device_get(plateau)))
 
 
 def check_finite(skipped: NonFinite, limit: int) -> None:

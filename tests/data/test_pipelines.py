@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vitcls import data
-from vitcls.core import partition
+from vitcls.core import sharding
 from vitcls.core.errors import UserError
 from vitcls.data import pipelines, streaming
 from vitcls.data.dataset import Dataset, Split
@@ -56,10 +56,10 @@ def config(**values):
     return ConfigDict(block | values)
 
 
-def read(dataset, config, steps, *, batch_size=16, length=2, seed=0, layout=None):
+def read(dataset, config, steps, *, batch_size=16, length=2, seed=0, partition=None):
     """The batches of calls that start at `steps`, on the host: image [calls, length, B, ...] and so on."""
-    layout = layout or partition.all_devices("data")
-    batches = data.train_batches(dataset, config, partition=layout, batch_size=batch_size, seed=seed)
+    partition = partition or sharding.all_devices("data")
+    batches = data.train_batches(dataset, config, partition=partition, batch_size=batch_size, seed=seed)
     gather = jax.jit(lambda given, step: jax.vmap(batches.batch_fn(given, step, length))(np.arange(length)))
     read = [jax.device_get(gather(batches.host_inputs(step, length), np.int32(step))) for step in steps]
     return jax.tree.map(lambda *parts: np.stack(parts), *read)
@@ -125,8 +125,8 @@ def test_a_damaged_file_is_black_in_both_pipelines_and_ends_no_run(tmp_path, cap
         jax.tree.map(np.testing.assert_array_equal, clean, read(encoded, config(pipeline=pipeline), [0, 2, 4]))
     crop = read(encoded, config(pipeline="streaming", random_resized_crop=True), [0, 2, 4])
     assert not np.any(crop["image"] == 7)
-    layout = partition.all_devices("data")
-    batches = data.EvaluationBatches(encoded.test, image_shape=SHAPE, partition=layout, batch_size=16)
+    partition = sharding.all_devices("data")
+    batches = data.EvaluationBatches(encoded.test, image_shape=SHAPE, partition=partition, batch_size=16)
     seen = np.concatenate([jax.device_get(batch)["image"][:, 0, 0, 0] for batch in batches])[:40]
     np.testing.assert_array_equal(seen, np.where(np.arange(40) == 7, 0, np.arange(40)))
     (line,) = caplog.messages
@@ -161,8 +161,8 @@ def test_random_resized_crop_is_not_offered_where_it_cannot_be_done(tmp_path):
 @pytest.mark.parametrize("encoded", [False, True])
 def test_evaluation_counts_every_example_once(tmp_path, encoded):
     examples = dataset(encoded_in=tmp_path if encoded else None).test
-    layout = partition.all_devices("data")
-    batches = data.EvaluationBatches(examples, image_shape=SHAPE, partition=layout, batch_size=16)
+    partition = sharding.all_devices("data")
+    batches = data.EvaluationBatches(examples, image_shape=SHAPE, partition=partition, batch_size=16)
     for _ in range(2):  # the second time from the devices, where they stay
         got = [jax.device_get(batch) for batch in batches]
         mask = np.concatenate([batch["mask"] for batch in got])
@@ -263,9 +263,9 @@ def test_the_memory_of_the_host_is_what_its_cgroup_leaves(tmp_path, files, expec
 
 
 def test_a_split_that_is_streamed_does_not_stay_on_the_devices():
-    layout = partition.all_devices("data")
+    partition = sharding.all_devices("data")
     kept, streamed = (
-        data.EvaluationBatches(dataset().test, image_shape=SHAPE, partition=layout, batch_size=16, keep=keep)
+        data.EvaluationBatches(dataset().test, image_shape=SHAPE, partition=partition, batch_size=16, keep=keep)
         for keep in (True, False)
     )
     for _ in range(2):
@@ -279,8 +279,8 @@ def test_a_split_that_is_streamed_does_not_stay_on_the_devices():
 
 
 def test_the_order_of_an_epoch_is_made_once():
-    layout = partition.all_devices("data")
-    batches = data.train_batches(dataset(), config(), partition=layout, batch_size=16, seed=0)
+    partition = sharding.all_devices("data")
+    batches = data.train_batches(dataset(), config(), partition=partition, batch_size=16, seed=0)
     first, second, third = (
         batches.host_inputs(step, 1)["orders"] for step in (0, 1, 3)
     )  # 40 examples: step 3 is in epoch 1

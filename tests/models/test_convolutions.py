@@ -16,7 +16,7 @@ from ml_collections import config_dict
 from tests.models.literal import assert_near, literal_grouped_conv, normal
 from vitcls import config as configs
 from vitcls import data, models
-from vitcls.core import partition
+from vitcls.core import sharding
 from vitcls.models import convolutions, forms
 from vitcls.training import build
 
@@ -111,7 +111,7 @@ def test_the_trainer_takes_the_form_of_the_platform_for_its_step_alone(tiny_conf
 
     def grouped(**form):
         config.model.update(form)
-        training = build.make_training(config, info, plan, partition.all_devices("data"))
+        training = build.make_training(config, info, plan, sharding.all_devices("data"))
         state = jax.eval_shape(training.create_state, jax.random.key(0))
         evaluation = build.make_eval_step(config, training.model, info)
         programs = (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vitcls import data, metrics
-from vitcls.core import partition
+from vitcls.core import sharding
 from vitcls.training.evaluator import Evaluator
 
 
@@ -18,12 +18,14 @@ def eval_step(variables, batch):
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_batches_leave_nothing_on_the_devices_but_the_sums(wanted):
-    layout = partition.all_devices("data")
+    partition = sharding.all_devices("data")
     rng = np.random.default_rng(0)
     images = rng.integers(0, 4, (61, 2, 2, 1), np.uint8)
     labels = rng.integers(0, 7, 61).astype(np.int32)
     weights = rng.normal(size=(4, 7)).astype(np.float32)
-    batches = data.EvaluationBatches(data.Split(images, labels), image_shape=(2, 2, 1), partition=layout, batch_size=8)
+    batches = data.EvaluationBatches(
+        data.Split(images, labels), image_shape=(2, 2, 1), partition=partition, batch_size=8
+    )
     kept = []
 
     def watched():
@@ -31,9 +33,11 @@ def test_batches_leave_nothing_on_the_devices_but_the_sums(wanted):
             yield batch
             kept.append(sum(array.shape == (8, 7) for array in jax.live_arrays()))
 
-    evaluator = Evaluator(layout, layout.compile_evaluation(lambda weights, batch, bank: eval_step(weights, batch)), 7)
+    evaluator = Evaluator(
+        partition, partition.compile_evaluation(lambda weights, batch, bank: eval_step(weights, batch)), 7
+    )
     probabilities = np.full((61, 7), np.nan, np.float32) if wanted else None
-    sums = evaluator(layout.replicate(weights), watched(), probabilities)
+    sums = evaluator(partition.replicate(weights), watched(), probabilities)
     assert len(kept) == 8
     assert max(kept) <= 1  # those of the newest batch
     logits = images.reshape(61, 4) @ weights

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from vitcls.core.errors import UserError
-from vitcls.core.partition import Partition
+from vitcls.core.sharding import Partition
 from vitcls.data import images as image_files
 from vitcls.data import streaming
 from vitcls.data.dataset import Dataset, Split

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcls.core.partition import Partition
 from vitcls.core.rng import example_positions
+from vitcls.core.sharding import Partition
 from vitcls.data.order import epoch_order, first_place, offset_on_device
 
 

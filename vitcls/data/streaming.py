@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vitcls.core.partition import Partition
+from vitcls.core.sharding import Partition
 from vitcls.core.terminal import quiet_tensorflow
 from vitcls.data import images as image_files
 from vitcls.data.dataset import Split

@@ -1,7 +1,8 @@
 """What a training objective is: a record of pure functions, as `optax.GradientTransformation` is one.
 
 The training step (vitcls.training.steps) keeps what all objectives share: accumulation, L2, the guard against what is
-not finite, the average of parameters, counting, and the layout over devices. A task says what is computed from a batch.
+not finite, the average of parameters, counting, and the partition over devices. A task says what is computed from a
+batch.
 """
 
 from collections.abc import Callable, Mapping

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from vitcls.core.partition import Partition
 from vitcls.core.rng import BATCH_AXIS
+from vitcls.core.sharding import Partition
 from vitcls.data import DatasetInfo, resident_bytes
 from vitcls.models import summary
 from vitcls.training.build import Plan, Training
@@ -16,7 +16,7 @@ PyTree = Any
 _logger = logging.getLogger("vitcls")
 
 
-def log_start(config, info: DatasetInfo, plan: Plan, training: Training, layout: Partition, pipeline: str) -> None:
+def log_start(config, info: DatasetInfo, plan: Plan, training: Training, partition: Partition, pipeline: str) -> None:
     """Says what is about to run: devices, data, model and memory."""
     state = jax.eval_shape(training.create_state, jax.random.key(0))
     resident = resident_bytes(info.num_examples, info.image_shape) if pipeline == "resident" else 0
@@ -29,8 +29,8 @@ def log_start(config, info: DatasetInfo, plan: Plan, training: Training, layout:
         + ("of the config" if config.dataset.mean and config.dataset.std else "of the training split"),
         f"training  {plan.total:,} steps of {config.batch_size} images, {epochs:.1f} epochs; "
         f"{plan.steps_per_call} steps in one call",
-        f"memory    {mebibytes(layout.bytes_per_device(state))} of state and {mebibytes(resident)} of images a device, "
-        "and the activations",
+        f"memory    {mebibytes(partition.bytes_per_device(state))} of state and {mebibytes(resident)} of images "
+        "a device, and the activations",
         f"model     {config.model.name}, task {config.task.name}"
         + (", whose loss is its own: of config.loss only l2 counts" if training.task.own_loss else ""),
         summary.parameter_table(training.model, info.image_shape),
@@ -39,13 +39,13 @@ def log_start(config, info: DatasetInfo, plan: Plan, training: Training, layout:
         _logger.info("%s", line)
 
 
-def log_first_step(config, info: DatasetInfo, training: Training, layout: Partition) -> None:
+def log_first_step(config, info: DatasetInfo, training: Training, partition: Partition) -> None:
     """Traces the first training step by shapes alone; the end of a dry run."""
     state = jax.eval_shape(training.create_state, jax.random.key(0))
     step, shape = training.train_step, (config.batch_size,)
-    if layout.mapped:
+    if partition.mapped:
         step = jax.vmap(step, in_axes=(None, 0, None, None), axis_name=BATCH_AXIS)
-        shape = (layout.mesh.size, layout.visible(config.batch_size))
+        shape = (partition.mesh.size, partition.visible(config.batch_size))
     batch = {
         "image": jax.ShapeDtypeStruct((*shape, *info.image_shape), np.uint8),
         "label": jax.ShapeDtypeStruct(shape, np.int32),

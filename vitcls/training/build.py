@@ -15,8 +15,8 @@ import optax
 from vitcls import models, optim
 from vitcls.core import durations
 from vitcls.core.errors import UserError
-from vitcls.core.partition import Partition
 from vitcls.core.registry import about
+from vitcls.core.sharding import Partition
 from vitcls.data import DatasetInfo
 from vitcls.data.augment import make_augment, mixes_pairs, to_float, views
 from vitcls.models import forms
@@ -141,11 +141,11 @@ class Training:
     frozen: PyTree  # of the task, on the host
 
 
-def make_training(config, info: DatasetInfo, plan: Plan, layout: Partition) -> Training:
-    """Builds the training functions of a config for the devices of `layout`; no device work."""
+def make_training(config, info: DatasetInfo, plan: Plan, partition: Partition) -> Training:
+    """Builds the training functions of a config for the devices of `partition`; no device work."""
     task = make_task(config, info)
-    model = make_model(config, info, task, device=layout.device)
-    step_model = make_model(config, info, task, device=layout.device, training=True)
+    model = make_model(config, info, task, device=partition.device)
+    step_model = make_model(config, info, task, device=partition.device, training=True)
     if config.optimizer.accumulate > 1 and not task.separable:
         raise UserError(
             f"config.optimizer.accumulate={config.optimizer.accumulate} is not for config.task.name="
@@ -171,7 +171,7 @@ def make_training(config, info: DatasetInfo, plan: Plan, layout: Partition) -> T
         augment=make_augment(config.augment),
         normalize=steps.make_normalize(info.mean, info.std),
         num_classes=info.num_classes,
-        gather_params=layout.gather_params,
+        gather_params=partition.gather_params,
     )
     update = steps.Update(
         optimizer,

@@ -12,7 +12,7 @@ import numpy as np
 
 from vitcls import data, metrics, models, report
 from vitcls.core.errors import UserError
-from vitcls.core.partition import Partition
+from vitcls.core.sharding import Partition
 from vitcls.data import DatasetInfo
 from vitcls.models import summary
 from vitcls.models.variables import variable_shapes
@@ -27,7 +27,7 @@ _TIMED_RUNS = 5
 class Evaluator:
     """A compiled eval_step and the devices it runs on; for a task that remembers, how and what."""
 
-    layout: Partition
+    partition: Partition
     eval_step: Callable
     num_classes: int
     bank_step: Callable | None = None
@@ -53,7 +53,7 @@ class Evaluator:
                 rows = new_rows
         if rows is not None:
             self._fetch(rows, probabilities[start:])
-        return self.layout.to_host(total)
+        return self.partition.to_host(total)
 
     def scores(self, variables, batches: data.EvaluationBatches, names: Collection[str]) -> dict[str, float]:
         """The metrics of these names; predictions are kept only where one of them needs them."""
@@ -68,32 +68,32 @@ class Evaluator:
         """The bank that the task predicts by, on the devices; None for a task that needs none."""
         if self.bank_step is None:
             return None
-        parts = [self.layout.to_host(self.bank_step(variables, batch)) for batch in self.bank_batches]
+        parts = [self.partition.to_host(self.bank_step(variables, batch)) for batch in self.bank_batches]
         bank = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
         kept = bank.pop("mask") > 0
-        return self.layout.replicate(jax.tree.map(lambda rows: rows[kept], bank))
+        return self.partition.replicate(jax.tree.map(lambda rows: rows[kept], bank))
 
     def _fetch(self, rows: jax.Array, place: np.ndarray) -> int:
         """Writes a batch's probabilities at the start of `place`, which may be too short for its padding."""
-        host = self.layout.to_host(rows)[: len(place)]
+        host = self.partition.to_host(rows)[: len(place)]
         place[: len(host)] = host
         return len(host)
 
 
-def make_evaluator(config, model, info: DatasetInfo, dataset: data.Dataset, layout: Partition) -> Evaluator:
-    """Compiles (at its first call) the evaluation of `model` over the devices of `layout`."""
-    eval_step = layout.compile_evaluation(build.make_eval_step(config, model, info))
+def make_evaluator(config, model, info: DatasetInfo, dataset: data.Dataset, partition: Partition) -> Evaluator:
+    """Compiles (at its first call) the evaluation of `model` over the devices of `partition`."""
+    eval_step = partition.compile_evaluation(build.make_eval_step(config, model, info))
     bank_step, size = build.make_bank_step(config, model, info)
     if bank_step is None:
-        return Evaluator(layout, eval_step, info.num_classes)
+        return Evaluator(partition, eval_step, info.num_classes)
     count = len(dataset.train.labels)
     sample = np.sort(np.random.default_rng(0).permutation(count)[:size])
     remembered = dataclasses.replace(dataset, train=dataset.train.take(sample))
-    batches = split_batches(remembered, "train", layout, config)
-    return Evaluator(layout, eval_step, info.num_classes, layout.compile_evaluation(bank_step), batches)
+    batches = split_batches(remembered, "train", partition, config)
+    return Evaluator(partition, eval_step, info.num_classes, partition.compile_evaluation(bank_step), batches)
 
 
-def split_batches(dataset: data.Dataset, split: str, layout: Partition, config) -> data.EvaluationBatches:
+def split_batches(dataset: data.Dataset, split: str, partition: Partition, config) -> data.EvaluationBatches:
     """The batches of a split by name; raises UserError where the data set has no such split.
 
     They stay on the devices if the pipeline of the config is 'resident'.
@@ -104,8 +104,8 @@ def split_batches(dataset: data.Dataset, split: str, layout: Partition, config) 
     return data.EvaluationBatches(
         examples,
         image_shape=dataset.image_shape,
-        partition=layout,
-        batch_size=layout.round_up(config.batch_size),
+        partition=partition,
+        batch_size=partition.round_up(config.batch_size),
         keep=data.choose_pipeline(dataset, config.dataset) == "resident",
     )
 
@@ -123,7 +123,7 @@ def write_report(
     step: int,
 ) -> dict:
     """Evaluates `variables` on a split, writes report/ in the workdir `path` and returns the metrics."""
-    batches = split_batches(dataset, split, evaluator.layout, config)
+    batches = split_batches(dataset, split, evaluator.partition, config)
     examples = getattr(dataset, split)
     probabilities = np.empty((len(examples.labels), info.num_classes), np.float32)
     bank = evaluator.remember(variables)
@@ -131,11 +131,11 @@ def write_report(
     timings = {}
     if config.report.timing:
         timings["images_per_second"] = measure_throughput(evaluator, variables, batches, bank)
-    learned = evaluator.layout.to_host(models.learned_weights(model, variables["params"]))
+    learned = evaluator.partition.to_host(models.learned_weights(model, variables["params"]))
     if jax.process_index():
         return {}
     if config.report.timing:
-        timings["latency_ms"] = measure_latency(config, model, info, evaluator.layout.to_host(bank))
+        timings["latency_ms"] = measure_latency(config, model, info, evaluator.partition.to_host(bank))
 
     evidence = metrics.Evidence(sums, examples.labels, probabilities)
     history = metrics_log.read_history(path)
@@ -185,7 +185,7 @@ def measure_latency(config, model, info: DatasetInfo, bank: PyTree = None) -> di
 def measure_throughput(evaluator: Evaluator, variables, batches: data.EvaluationBatches, bank: PyTree = None) -> float:
     """Images per second of inference on batches that are on the devices already; the median of several runs."""
     batch = next(iter(batches))
-    size = batch["mask"].size * (jax.process_count() if evaluator.layout.mapped else 1)
+    size = batch["mask"].size * (jax.process_count() if evaluator.partition.mapped else 1)
     # Processes take part in the same calls, so they must all make the same number of them.
     at_least = _TIMED_SECONDS if jax.process_count() == 1 else 0.0
     seconds = _time(lambda: jax.block_until_ready(evaluator.eval_step(variables, batch, bank)), at_least)

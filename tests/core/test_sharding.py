@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh
 
 from vitcls import config as configs
 from vitcls import data
-from vitcls.core import partition
+from vitcls.core import sharding
 from vitcls.core.errors import UserError
 from vitcls.core.rng import mapped_axis
 from vitcls.models.layers import Dropout
@@ -47,44 +47,44 @@ class BatchNormNet(nn.Module):
 def layouts():
     one = Mesh(np.asarray(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
     return {
-        "one device": partition.Partition("data", one, 1),
-        "data": partition.all_devices("data"),
-        "fsdp": partition.all_devices("fsdp", min_shard_elements=64),
-        "pmap": partition.all_devices("pmap"),
+        "one device": sharding.Partition("data", one, 1),
+        "data": sharding.all_devices("data"),
+        "fsdp": sharding.all_devices("fsdp", min_shard_elements=64),
+        "pmap": sharding.all_devices("pmap"),
     }
 
 
-def train(config, layout, *, batch_norm=False):
+def train(config, partition, *, batch_norm=False):
     """Trains six steps in two calls; returns, on the host, the state, the sums and the test evaluation."""
     config = configs.resolve(config)
     dataset = data.load(config.dataset)
     info = data.describe(dataset, config.dataset)
     plan = build.make_plan(config, info)
-    training = build.make_training(config, info, plan, layout)
+    training = build.make_training(config, info, plan, partition)
     if batch_norm:
-        training = with_model(config, info, plan, layout)
-    batches = data.train_batches(dataset, config.dataset, partition=layout, batch_size=config.batch_size, seed=0)
-    state = layout.init(training.create_state, jax.random.key(0))
-    sums = layout.replicate(jax.device_get(steps.zero_sums(training.task.means.values())))
+        training = with_model(config, info, plan, partition)
+    batches = data.train_batches(dataset, config.dataset, partition=partition, batch_size=config.batch_size, seed=0)
+    state = partition.init(training.create_state, jax.random.key(0))
+    sums = partition.replicate(jax.device_get(steps.zero_sums(training.task.means.values())))
     call = steps.make_train_call(training.train_step, batch_fn=batches.batch_fn, length=3)
-    fixed = layout.replicate(np.int32(0)), layout.place(training.frozen)
-    update = layout.compile_update(call, state, sums, batches.host_inputs(0, 3), *fixed)
+    fixed = partition.replicate(np.int32(0)), partition.place(training.frozen)
+    update = partition.compile_update(call, state, sums, batches.host_inputs(0, 3), *fixed)
     for step in (0, 3):
         state, sums = update(state, sums, batches.host_inputs(step, 3), *fixed)
     probabilities = np.empty((len(dataset.test.labels), info.num_classes), np.float32)
-    evaluator = make_evaluator(config, training.model, info, dataset, layout)
-    test = data.EvaluationBatches(dataset.test, image_shape=info.image_shape, partition=layout, batch_size=16)
+    evaluator = make_evaluator(config, training.model, info, dataset, partition)
+    test = data.EvaluationBatches(dataset.test, image_shape=info.image_shape, partition=partition, batch_size=16)
     totals = evaluator(state.variables, test, probabilities), probabilities
-    host_state = layout.to_host(state) if layout.mapped else jax.device_get(state)
-    return host_state, layout.to_host(sums), totals
+    host_state = partition.to_host(state) if partition.mapped else jax.device_get(state)
+    return host_state, partition.to_host(sums), totals
 
 
-def with_model(config, info, plan, layout):
+def with_model(config, info, plan, partition):
     """The training functions of a config, of a model with batch statistics."""
     original = build.make_model
     try:
         build.make_model = lambda config, info, *rest, **options: BatchNormNet(info.num_classes)
-        return build.make_training(config, info, plan, layout)
+        return build.make_training(config, info, plan, partition)
     finally:
         build.make_model = original
 
@@ -102,7 +102,7 @@ def test_all_strategies_give_the_same_state_metrics_and_predictions(tiny_config,
     tiny_config.batch_size = 32  # two pairs a device, one for each part
     tiny_config.loss.l2 = 1e-3
     tiny_config.model.dropout = 0.1
-    results = {name: train(tiny_config, layout, batch_norm=batch_norm) for name, layout in layouts().items()}
+    results = {name: train(tiny_config, partition, batch_norm=batch_norm) for name, partition in layouts().items()}
     expected = results.pop("one device")
     start = jax.tree.leaves(train_start(tiny_config))
     assert (
@@ -124,7 +124,7 @@ def test_every_task_is_the_same_under_every_strategy(task, tiny_config, trained)
     tiny_config.optimizer.learning_rate = 0.1
     tiny_config.augment.mixup.probability = 0.0
     expected, *others = (
-        train(tiny_config, layout) for name, layout in layouts().items() if name in ("one device", "fsdp", "pmap")
+        train(tiny_config, partition) for name, partition in layouts().items() if name in ("one device", "fsdp", "pmap")
     )
     for actual in others:
         assert_close(actual, expected)
@@ -134,15 +134,15 @@ def train_start(config):
     config = configs.resolve(config)
     dataset = data.load(config.dataset)
     info = data.describe(dataset, config.dataset)
-    training = build.make_training(config, info, build.make_plan(config, info), partition.all_devices("data"))
+    training = build.make_training(config, info, build.make_plan(config, info), sharding.all_devices("data"))
     return jax.device_get(jax.jit(training.create_state)(jax.random.key(0)).params)
 
 
 def test_fsdp_shards_parameters_and_optimizer_state():
-    layout = partition.all_devices("fsdp", min_shard_elements=64)
+    partition = sharding.all_devices("fsdp", min_shard_elements=64)
     shapes = {"kernel": jax.ShapeDtypeStruct((16, 24), jnp.float32), "bias": jax.ShapeDtypeStruct((24,), jnp.float32)}
-    assert layout.bytes_per_device(shapes) == 16 * 24 * 4 // 8 + 24 * 4
-    made = layout.init(
+    assert partition.bytes_per_device(shapes) == 16 * 24 * 4 // 8 + 24 * 4
+    made = partition.init(
         lambda key: {"kernel": jax.random.normal(key, (16, 24)), "bias": jnp.zeros(24)}, jax.random.key(0)
     )
     assert made["kernel"].addressable_shards[0].data.shape == (16, 3)
@@ -151,14 +151,14 @@ def test_fsdp_shards_parameters_and_optimizer_state():
 
 def test_a_batch_that_cannot_be_divided_is_refused():
     with pytest.raises(UserError, match=r"config.batch_size=12 cannot be divided over 8 devices.*16"):
-        partition.all_devices("data").check_batch_size(12)
+        sharding.all_devices("data").check_batch_size(12)
 
 
 def test_rows_reach_the_devices_in_order():
     rows = {"x": np.arange(32).reshape(2, 16)}
     for name in ("data", "pmap"):
-        layout = partition.all_devices(name)
-        put = layout.put_batch(rows, stacked=True)["x"]
+        partition = sharding.all_devices(name)
+        put = partition.put_batch(rows, stacked=True)["x"]
         host = np.asarray(put)
         np.testing.assert_array_equal(np.moveaxis(host, 0, 1).reshape(2, 16) if name == "pmap" else host, rows["x"])
 
@@ -176,7 +176,7 @@ def test_each_device_of_a_real_slice_gets_its_own_rows(owners):
     batch_size = 3 * len(owners)
     expected = np.repeat(owners, 3)  # device i of the mesh has rows 3 i .. 3 i + 2
     for process in set(owners):
-        rows = partition.rows_of_process(owners, process, batch_size)
+        rows = sharding.rows_of_process(owners, process, batch_size)
         np.testing.assert_array_equal(rows, np.flatnonzero(expected == process))
 
 
@@ -193,19 +193,21 @@ class FakeDevice:
 
 def test_slices_follow_each_other():
     devices = [FakeDevice(i, i // 2, slice_index=(1, 0, 1, 0)[i // 2]) for i in range(8)]
-    assert [device.id for device in partition.ordered(devices)] == [2, 3, 6, 7, 0, 1, 4, 5]
-    assert list(partition.ordered(jax.devices())) == jax.devices()
+    assert [device.id for device in sharding.ordered(devices)] == [2, 3, 6, 7, 0, 1, 4, 5]
+    assert list(sharding.ordered(jax.devices())) == jax.devices()
 
 
 def test_rows_follow_a_mesh_in_any_order():
     devices = np.array(jax.devices())[[3, 0, 7, 1, 6, 2, 5, 4]]
     for strategy in ("data", "pmap"):
-        layout = partition.Partition(strategy, Mesh(devices, ("data",), axis_types=(AxisType.Auto,)))
-        placed = layout.put_batch({"x": np.arange(16)})["x"]
-        double = layout.compile_evaluation(lambda none, x: jax.lax.all_gather(2 * x, "data", tiled=True))
+        partition = sharding.Partition(strategy, Mesh(devices, ("data",), axis_types=(AxisType.Auto,)))
+        placed = partition.put_batch({"x": np.arange(16)})["x"]
+        double = partition.compile_evaluation(lambda none, x: jax.lax.all_gather(2 * x, "data", tiled=True))
         if strategy == "data":
-            double = layout.compile_evaluation(lambda none, x: 2 * x)
-        np.testing.assert_array_equal(layout.to_host(double(layout.replicate(np.zeros(())), placed)), 2 * np.arange(16))
+            double = partition.compile_evaluation(lambda none, x: 2 * x)
+        np.testing.assert_array_equal(
+            partition.to_host(double(partition.replicate(np.zeros(())), placed)), 2 * np.arange(16)
+        )
 
 
 TWO_PROCESSES = """
@@ -213,16 +215,16 @@ import json, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
 from vitcls import cli
-from vitcls.core import partition
+from vitcls.core import sharding
 from vitcls import config as configs
 from vitcls.train import train_and_evaluate
 
 def command(arguments):
     cli.start_jax()
-    plain = partition.ordered
+    plain = sharding.ordered
     for question in json.load(open(arguments[0])):
         order = question["order"] or range(4)
-        partition.ordered = lambda devices: plain(devices)[list(order)]
+        sharding.ordered = lambda devices: plain(devices)[list(order)]
         values = json.dumps(question["config"]).replace("PROCESS", str(jax.process_index()))
         try:
             train_and_evaluate(configs.from_json(values), question["workdir"])
