@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_said_in_one_line(change, fields, message):
         ("googlenet", "googlenet cannot take weights of Keras: no names are known for it"),
         ("resnext50_32x4d", "resnext50_32x4d cannot take weights of Keras"),
         ("vgg16_bn", "vgg16_bn cannot take weights of Keras: no name is known for '.*/norm/"),
-        ("resnet51", "model 'resnet51' is not known; did you mean"),
+        ("resnet51", "config.model.name 'resnet51' is not known; did you mean"),
     ],
 )
 def test_models_that_keras_has_no_names_for(name, message):

@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_said_in_one_line(fields, change, message):
         ("mobilenet_v2", "mobilenet_v2 cannot take weights of PyTorch"),
         ("inception_v3", "inception_v3 can take weights of PyTorch with count_padding=True only"),
         ("improved_resnext50", "improved_resnext50 .* no name is known for '.*/fusion/"),
-        ("resnext51", "model 'resnext51' is not known; did you mean"),
+        ("resnext51", "config.model.name 'resnext51' is not known; did you mean"),
     ],
 )
 def test_models_that_pytorch_has_no_names_for(name, message):

@@ -104,11 +104,13 @@ def test_create_takes_the_preset_and_what_replaces_it():
 
 
 def test_unknown_names_are_answered_with_the_nearest_known():
-    with pytest.raises(ValueError, match="model 'improved_vit_tny' is not known; did you mean 'improved_vit_tiny'"):
+    with pytest.raises(
+        ValueError, match=r"model.name 'improved_vit_tny' is not known; did you mean 'improved_vit_tiny'"
+    ):
         models.create("improved_vit_tny", 10)
     with pytest.raises(ValueError, match="field of improved_vit_tiny 'dept' is not known; did you mean 'depth'"):
         models.create("improved_vit_tiny", 10, dept=3)
-    with pytest.raises(ValueError, match="model 'lenet' is not known"):
+    with pytest.raises(ValueError, match=r"config.model.name 'lenet' is not known"):
         models.field_placeholders("lenet")
 
 

@@ -63,7 +63,7 @@ def test_activations_of_a_small_network_are_what_its_backward_pass_reads():
 def test_remat_saves_fewer_activations(monkeypatch):
     plain = describe("resnet18").activation_bytes
     preset = models.preset("resnet18")
-    monkeypatch.setitem(models._PRESETS, "resnet18", preset._replace(fields=preset.fields | {"remat": "block"}))
+    monkeypatch.setitem(models.MODELS._entries, "resnet18", preset._replace(fields=preset.fields | {"remat": "block"}))
     assert table.describe("resnet18").activation_bytes < 0.6 * plain
 
 
@@ -81,4 +81,4 @@ def test_the_command_prints_one_line_for_each_model_and_one_for_a_wrong_name():
     wrong = run("lenet6")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert len(wrong.stderr.splitlines()) == 1
-    assert "model 'lenet6' is not known; did you mean 'lenet5'" in wrong.stderr
+    assert "config.model.name 'lenet6' is not known; did you mean 'lenet5'" in wrong.stderr

@@ -16,8 +16,8 @@ from vitcls.core import durations, errors
 from vitcls.core.errors import UserError
 
 
-class Registry(Mapping[str, type]):
-    """name -> dataclass, for the block `key` of a config."""
+class Registry(Mapping[str, Any]):
+    """name -> dataclass, for the block `key` of a config. The registry of models has presets of their modules."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Registry(Mapping[str, type]):
         self.shared = shared
         self._separate = separate
         self._check = check
-        self._entries: dict[str, str | type] = dict(entries)
+        self._entries: dict[str, Any] = dict(entries)
 
     def add(self, name: str, entry: type) -> None:
         """Adds a dataclass from elsewhere, under a new name or the one that it has already.
@@ -69,7 +69,7 @@ class Registry(Mapping[str, type]):
         if name not in self:
             raise errors.unknown(f"{self.key}.name", name, self._entries)
         entry = self._entries[name]
-        if isinstance(entry, type):
+        if not isinstance(entry, str):
             return entry
         module, _, attribute = entry.partition(":")
         return getattr(importlib.import_module(module), attribute)
@@ -200,7 +200,7 @@ _TYPES = {
 
 
 def checked(value: Any, default: Any, key: str) -> Any:
-    """`value` if it is of the type of `default`; a list becomes a tuple. A default of None takes anything.
+    """`value` if it is of the type of `default`, or can be. A default of None takes anything.
 
     Raises UserError, naming `key`. A number must keep its meaning in float32: finite there, and not 0 unless it is.
     """
@@ -210,6 +210,8 @@ def checked(value: Any, default: Any, key: str) -> Any:
     wrong = not isinstance(value, types) or (isinstance(value, bool) and bool not in types)
     if wrong or (isinstance(default, float) and not _fits_float32(value)):
         raise UserError(f"{key}={value!r} is impossible; it must be {expected}, such as {default!r}")
+    if isinstance(default, float):
+        return float(value)
     return tuple(value) if isinstance(value, list) else value
 
 

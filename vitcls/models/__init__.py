@@ -8,6 +8,7 @@ import jax
 from ml_collections import config_dict
 
 from vitcls.core import errors
+from vitcls.core.registry import Registry
 from vitcls.models import (
     airbench,
     alexnet,
@@ -38,20 +39,30 @@ _FAMILIES = (
     small,
     airbench,
 )
-_PRESETS: dict[str, Preset] = {name: preset for family in _FAMILIES for name, preset in family.PRESETS.items()}
 _NOT_CONFIGURED = ("num_classes", "parent", "name")
 
 
-def add(name: str, preset: Preset) -> None:
-    """Adds a model from elsewhere; raises ValueError where the name is taken."""
-    if name in _PRESETS:
-        raise ValueError(f"the model '{name}' is there already: {_PRESETS[name].module.__name__}")
-    _PRESETS[name] = preset
+class _Models(Registry):
+    """name -> Preset, a module and what differs from the defaults of its fields, which are the keys of config.model."""
+
+    def add(self, name: str, entry: Preset) -> None:
+        """Adds a model from elsewhere; raises ValueError where the name is taken."""
+        if name in self:
+            raise ValueError(f"{self.key}.name='{name}' is taken by {self[name].module.__name__}")
+        self._entries[name] = entry
+
+
+MODELS = _Models(
+    "config.model",
+    {name: preset for family in _FAMILIES for name, preset in family.PRESETS.items()},
+    separate=True,
+)
+add = MODELS.add
 
 
 def names() -> list[str]:
     """The names of all models."""
-    return sorted(_PRESETS)
+    return sorted(MODELS)
 
 
 def create(name: str, num_classes: int, **overrides: Any) -> nn.Module:
@@ -64,14 +75,12 @@ def create(name: str, num_classes: int, **overrides: Any) -> nn.Module:
         if field not in known:
             raise errors.unknown(f"field of {name}", field, known)
     chosen = {field: value for field, value in overrides.items() if value is not None}
-    return _PRESETS[name].module(num_classes=num_classes, **known | chosen)
+    return MODELS[name].module(num_classes=num_classes, **known | chosen)
 
 
 def preset(name: str) -> Preset:
     """What is known of the model `name`: its paper, native image shape and number of classes; raises UserError."""
-    if not isinstance(name, str) or name not in _PRESETS:
-        raise errors.unknown("model", name, _PRESETS)
-    return _PRESETS[name]
+    return MODELS[name]
 
 
 def learned_weights(model: nn.Module, params: dict) -> dict[str, jax.Array]:
