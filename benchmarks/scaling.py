@@ -14,19 +14,12 @@ import re
 import sys
 
 from benchmarks import harness
+from benchmarks.program_cost import COLLECTIVES
 from vitcls import cli
 from vitcls.models import summary
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
-_COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
-_OPERATION = re.compile(rf"= (.+?) ({'|'.join(_COLLECTIVES)})(-start)?\(")
+_OPERATION = re.compile(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
@@ -82,8 +75,8 @@ def run(devices: int, strategy: str, kind: str, model: str, batch: int, dtype: s
         "step ms": 1e3 * timing.median,
         "fastest..slowest": timing.spread(),
         "parameters MB": parameter_bytes / 1e6,
-        **{f"{collective} MB": sent.get(collective, 0) / 1e6 for collective in _COLLECTIVES[:3]},
-        "other MB": sum(sent.get(collective, 0) for collective in _COLLECTIVES[3:]) / 1e6,
+        **{f"{collective} MB": sent.get(collective, 0) / 1e6 for collective in COLLECTIVES[:3]},
+        "other MB": sum(sent.get(collective, 0) for collective in COLLECTIVES[3:]) / 1e6,
         "gradients once": devices == 1 or only_gradients_once(strategy, sent, parameter_bytes),
     }
 
