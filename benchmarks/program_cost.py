@@ -20,9 +20,9 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
-_BYTES |= {"f64": 8, "s64": 8, "u64": 8}
-_ARRAY = re.compile(rf"\b({'|'.join(_BYTES)})\[([0-9,]*)\]")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+BYTES |= {"f64": 8, "s64": 8, "u64": 8}
+_ARRAY = re.compile(rf"\b({'|'.join(BYTES)})\[([0-9,]*)\]")
 _SHAPE = r"\(.*?\)|[a-z0-9]+\[[^\]]*\](?:\{[^}]*\})?"
 _LINE = re.compile(rf"^(?:ROOT )?%?([\w.\-]+) = ({_SHAPE}) ([\w\-]+)\((.*)$")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
@@ -157,8 +157,7 @@ def _dims(shape: str) -> list[int]:
 def _bytes(shape: str) -> int:
     shape = re.sub(r"s8\[\d+\]", "", shape) if shape.startswith("(") else shape  # the workspace of a library's kernel
     return sum(
-        _BYTES[dtype] * math.prod(int(size) for size in dims.split(",") if size)
-        for dtype, dims in _ARRAY.findall(shape)
+        BYTES[dtype] * math.prod(int(size) for size in dims.split(",") if size) for dtype, dims in _ARRAY.findall(shape)
     )
 
 

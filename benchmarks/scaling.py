@@ -14,11 +14,10 @@ import re
 import sys
 
 from benchmarks import harness
-from benchmarks.program_cost import COLLECTIVES
+from benchmarks.program_cost import BYTES, COLLECTIVES
 from vitcls import cli
 from vitcls.models import summary
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
 _OPERATION = re.compile(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
@@ -31,9 +30,9 @@ def collective_bytes(hlo: str) -> dict[str, int]:
     totals: dict[str, int] = {}
     for shapes, kind, start in _OPERATION.findall(hlo):
         sizes = [
-            math.prod(map(int, filter(None, dimensions.split(",")))) * _BYTES[dtype]
+            math.prod(map(int, filter(None, dimensions.split(",")))) * BYTES[dtype]
             for dtype, dimensions in _SHAPE.findall(shapes)
-            if dtype in _BYTES
+            if dtype in BYTES
         ]
         counted = sizes[len(sizes) // 2 :] if start and kind != "all-reduce" else sizes
         totals[kind] = totals.get(kind, 0) + sum(counted)

@@ -14,7 +14,8 @@ import numpy as np
 from vitcls import models, predict
 from vitcls.core.errors import UserError
 from vitcls.data import images as image_files
-from vitcls.training import build, metrics_log, run_dir
+from vitcls.data.augment import to_float
+from vitcls.training import build, metrics_log, run_dir, steps
 
 
 class Run:
@@ -59,8 +60,7 @@ class Run:
     def normalize(self, images: np.ndarray) -> np.ndarray:
         """Images uint8 [N, H, W, C] as the model takes them, float32 [N, H, W, C]."""
         info = self._opened.info
-        mean, std = np.asarray(info.mean, np.float32), np.asarray(info.std, np.float32)
-        return (np.asarray(images, np.float32) / 255 - mean) / std
+        return np.asarray(steps.make_normalize(info.mean, info.std)(to_float(images)))
 
     @property
     def metrics(self) -> dict[str, Any]:

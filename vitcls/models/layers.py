@@ -18,8 +18,8 @@ from vitcls.models import convolutions
 def gelu(x: jax.Array) -> jax.Array:
     """x / 2 (1 + erf(x / sqrt 2)) (Hendrycks & Gimpel 2016, section 2), of which the backward pass keeps x alone.
 
-    XLA has a tenth of the operations for erf than for erfc, by which `jax.nn.gelu` computes it; they differ by
-    rounding where x is far below 0.
+    XLA computes erf in fewer operations than erfc, which `jax.nn.gelu` uses; they differ by rounding where x is far
+    below 0.
     """
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
