@@ -18,7 +18,7 @@ from vitcls import cli
 from vitcls.core import sharding
 from vitcls.models import convolutions
 
-FORMS = ("xla", "shifted", "mixed")
+FORMS = ("xla", "shifted", "mixed", "merged")
 
 
 class Layer(NamedTuple):
@@ -99,11 +99,11 @@ def main(argv: list[str]) -> None:
     for layer in LAYERS:
         layer = layer._replace(batch=layer.batch * flags.scale)
         calls = {form: layer_calls(form, layer, flags.dtype, flags.calls) for form in FORMS}
-        for direction, forms in (("forward", ("xla", "shifted")), ("forward + backward", FORMS)):
+        for direction, forms in (("forward", ("xla", "shifted", "merged")), ("forward + backward", FORMS)):
             compare(f"{layer}: {direction}", {form: calls[form][direction] for form in forms}, flags.calls)
     if flags.step:
         size, batch = flags.image_size, 16 * flags.scale
-        turns = {form: step_call(form, batch, size, flags.dtype) for form in ("xla", "shifted", "cpu")}
+        turns = {form: step_call(form, batch, size, flags.dtype) for form in ("xla", "shifted", "merged", "cpu")}
         compare(f"ResNeXt-50 32x4d training step, {batch}x{size}x{size}x3", turns)
     harness.publish("grouped_conv", rows, flags.out)
 

@@ -20,8 +20,7 @@ from vitcls import config as configs
 from vitcls import data
 from vitcls.core import sharding
 from vitcls.core.errors import UserError
-from vitcls.core.rng import mapped_axis
-from vitcls.models.layers import Dropout
+from vitcls.models import layers
 from vitcls.train import train_and_evaluate
 from vitcls.training import build, checkpoint, run_dir, steps
 from vitcls.training.evaluator import make_evaluator
@@ -34,13 +33,14 @@ class BatchNormNet(nn.Module):
     """A model whose result depends on the whole batch, through its statistics, and on its dropout."""
 
     num_classes: int
+    norm: str
 
     @nn.compact
     def __call__(self, images, *, train):
         x = nn.Conv(8, (3, 3))(images)
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=mapped_axis())(x)
+        x = layers.normalize(x, self.norm, train=train)
         x = jax.nn.relu(x).mean((1, 2))
-        x = Dropout(0.2)(nn.Dense(256)(x), train=train)
+        x = layers.Dropout(0.2)(nn.Dense(256)(x), train=train)
         return nn.Dense(self.num_classes)(x)
 
 
@@ -54,15 +54,15 @@ def layouts():
     }
 
 
-def train(config, partition, *, batch_norm=False):
+def train(config, partition, *, norm=""):
     """Trains six steps in two calls; returns, on the host, the state, the sums and the test evaluation."""
     config = configs.resolve(config)
     dataset = data.load(config.dataset)
     info = data.describe(dataset, config.dataset)
     plan = build.make_plan(config, info)
     training = build.make_training(config, info, plan, partition)
-    if batch_norm:
-        training = with_model(config, info, plan, partition)
+    if norm:
+        training = with_model(config, info, plan, partition, norm)
     batches = data.train_batches(dataset, config.dataset, partition=partition, batch_size=config.batch_size, seed=0)
     state = partition.init(training.create_state, jax.random.key(0))
     sums = partition.replicate(jax.device_get(steps.zero_sums(training.task.means.values())))
@@ -79,11 +79,11 @@ def train(config, partition, *, batch_norm=False):
     return host_state, partition.to_host(sums), totals
 
 
-def with_model(config, info, plan, partition):
+def with_model(config, info, plan, partition, norm):
     """The training functions of a config, of a model with batch statistics."""
     original = build.make_model
     try:
-        build.make_model = lambda config, info, *rest, **options: BatchNormNet(info.num_classes)
+        build.make_model = lambda config, info, *rest, **options: BatchNormNet(info.num_classes, norm)
         return build.make_training(config, info, plan, partition)
     finally:
         build.make_model = original
@@ -93,21 +93,24 @@ def assert_close(actual, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), actual, expected)
 
 
-@pytest.mark.parametrize("batch_norm", [False, True], ids=["vit", "batch statistics"])
-def test_all_strategies_give_the_same_state_metrics_and_predictions(tiny_config, batch_norm):
+@pytest.mark.parametrize("norm", ["", "batch", "local_batch"], ids=["vit", "batch statistics", "local statistics"])
+def test_all_strategies_give_the_same_state_metrics_and_predictions(tiny_config, norm):
     tiny_config.optimizer.name = "sgd"  # Adam divides by gradients, and so by their rounding errors
     tiny_config.optimizer.learning_rate = 0.1
     tiny_config.optimizer.clip_norm = 1.0
-    tiny_config.optimizer.accumulate = 2 if not batch_norm else 1
+    tiny_config.optimizer.accumulate = 2 if not norm else 1
     tiny_config.batch_size = 32  # two pairs a device, one for each part
     tiny_config.loss.l2 = 1e-3
     tiny_config.model.dropout = 0.1
-    results = {name: train(tiny_config, partition, batch_norm=batch_norm) for name, partition in layouts().items()}
+    results = {name: train(tiny_config, partition, norm=norm) for name, partition in layouts().items()}
     expected = results.pop("one device")
+    if norm == "local_batch":  # eight devices have other statistics than one, and the same among themselves
+        with pytest.raises(AssertionError):
+            assert_close(results["data"][0].params, expected[0].params)
+        expected = results.pop("data")
     start = jax.tree.leaves(train_start(tiny_config))
     assert (
-        batch_norm
-        or max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(expected[0].params), start, strict=True)) > 1e-3
+        norm or max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(expected[0].params), start, strict=True)) > 1e-3
     )
     for name, actual in results.items():
         for part, what in zip(actual, ("state", "sums", "evaluation"), strict=True):

@@ -514,3 +514,9 @@ def test_a_check_of_the_config_touches_no_device():
     )
     environment = {**os.environ, "JAX_PLATFORMS": "no_such_platform"}  # the first touch of a device would raise
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+@pytest.mark.parametrize("count", [randaugment._count_by_scatter, randaugment._count_by_product])
+def test_pixels_are_counted_exactly_in_both_forms(count):
+    values = np.random.default_rng(0).integers(0, 256, 70_000).astype(np.int32) // 7 * 7
+    np.testing.assert_array_equal(count(values), np.bincount(values, minlength=256))

@@ -42,7 +42,7 @@ def test_all_forms_of_a_grouped_convolution_are_the_concatenation_over_groups(si
     cases = {
         (padding, form): convolutions.GroupedConv(features, size, groups, stride, padding, form=form)
         for padding in paddings
-        for form in ("xla", "shifted", *(("mixed",) if size == 3 else ()))
+        for form in ("xla", "shifted", *(("mixed", "merged") if size == 3 else ()))
     }
     expected = {padding: literal_grouped_conv(x, kernel, groups, stride, padding, 2) for padding, _ in cases}
 
@@ -84,6 +84,20 @@ def test_a_grouped_convolution_computes_in_its_type_and_keeps_float32_parameters
     assert_near(y.astype(jnp.float32), conv.clone(dtype="float32").apply(variables, x), 0.03)
 
 
+def test_merged_groups_have_64_channels_and_do_not_see_each_other():
+    x, kernel = normal(0, 1, 3, 3, 128), normal(1, 3, 3, 4, 256)
+
+    def loss(form, x, kernel):
+        return jnp.sum(
+            jnp.sin(convolutions.GroupedConv(256, 3, 32, form=form).apply({"params": {"kernel": kernel}}, x))
+        )
+
+    program = str(jax.make_jaxpr(functools.partial(loss, "merged"))(x, kernel))
+    assert re.findall(r"feature_group_count=(\d+)", program) == ["2"]
+    results = [jax.value_and_grad(functools.partial(loss, form), (0, 1))(x, kernel) for form in ("merged", "xla")]
+    jax.tree.map(assert_near, *results)
+
+
 def test_a_grouped_convolution_is_one_of_xla_unless_another_form_is_named():
     x = normal(0, 1, 4, 4, 4)
 
@@ -92,8 +106,8 @@ def test_a_grouped_convolution_is_one_of_xla_unless_another_form_is_named():
         return "conv_general_dilated" in str(jax.make_jaxpr(lambda x: conv.init_with_output(jax.random.key(0), x))(x))
 
     assert uses_xla()
-    forms = ("auto", "xla", "mixed", "shifted", "cpu")
-    assert [uses_xla(form=form) for form in forms] == [True, True, True, False, False]
+    forms = ("auto", "xla", "mixed", "merged", "shifted", "cpu")
+    assert [uses_xla(form=form) for form in forms] == [True, True, True, True, False, False]
 
 
 RESNEXT = {"depths": (1, 1), "width": 8, "groups": 4, "group_width": 2, "stem": "small"}

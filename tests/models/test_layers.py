@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
 from tests.models.literal import assert_near, literal_grouped_conv, normal
+from vitcls.core import rng
 from vitcls.models import checks, layers
 
 DROPOUT = {"dropout": jax.random.key(7)}
@@ -148,6 +149,38 @@ def test_no_norm_returns_its_input_and_an_unknown_one_is_an_error():
         layers.normalize(x, "batsh", train=True)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_local_batch_statistics_are_those_of_each_devices_examples(dtype):
+    x = normal(0, 6, 3, 4, 5) + jnp.arange(6.0)[:, None, None, None]
+    norm, whole = layers.LocalBatchNorm(0.9, 1e-5, dtype), nn.BatchNorm(momentum=0.9, epsilon=1e-5, dtype=dtype)
+    variables = norm.init(jax.random.key(0), x, train=False)
+    jax.tree.map(np.testing.assert_array_equal, variables, whole.init(jax.random.key(0), x, use_running_average=True))
+    variables["params"] = {"scale": normal(1, 5), "bias": normal(2, 5)}
+    tolerance = 1e-5 if dtype == "float32" else 0.03
+
+    def wholly(x):
+        return whole.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+
+    with rng.spread_over(3):
+        y, updated = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+    parts = [wholly(x[i : i + 2]) for i in (0, 2, 4)]
+    assert y.dtype == dtype
+    assert_near(y.astype(jnp.float32), jnp.concatenate([part for part, _ in parts]).astype(jnp.float32), tolerance)
+    means = jax.tree.map(lambda *values: sum(values) / 3, *(stats for _, stats in parts))
+    jax.tree.map(assert_near, updated, means)
+    assert_near(
+        norm.apply(variables, x, train=True, mutable=["batch_stats"])[0].astype(jnp.float32),
+        wholly(x)[0].astype(jnp.float32),
+        tolerance,
+    )
+    variables |= updated
+    assert_near(
+        norm.apply(variables, x, train=False).astype(jnp.float32),
+        whole.apply(variables, x, use_running_average=True).astype(jnp.float32),
+        tolerance,
+    )
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("norm", layers.NORMS)
 def test_conv_norm_is_convolution_then_norm_then_activation(norm, groups):
@@ -157,9 +190,9 @@ def test_conv_norm_is_convolution_then_norm_then_activation(norm, groups):
     params = variables["params"]
     assert set(params["conv"]) == ({"kernel", "bias"} if norm == "none" else {"kernel"})
     assert set(params) == ({"conv"} if norm == "none" else {"conv", "norm"})
-    assert set(variables) == ({"params", "batch_stats"} if norm == "batch" else {"params"})
+    assert set(variables) == ({"params", "batch_stats"} if norm in ("batch", "local_batch") else {"params"})
     expected, *_ = literal_grouped_conv(x, np.asarray(params["conv"]["kernel"]), groups, 2, 1, 0)
-    if norm == "batch":
+    if norm in ("batch", "local_batch"):
         expected = normalized(expected, (0, 1, 2), 1, 0, 1e-5)
     elif norm == "layer":
         expected = normalized(expected, 3, 1, 0, 1e-5)

@@ -1,13 +1,33 @@
-"""Randomness that does not depend on how a batch is laid out over devices.
+"""How a traced function knows where its examples are, and randomness that does not depend on that.
 
 Every random choice is a pure function of (seed, step, position in the global batch), so that one device, a sharded
 `jit` and a `pmap` draw the same numbers, and no key is ever carried or saved.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 
 BATCH_AXIS = "data"  # the name of the axis of devices
+_devices = contextvars.ContextVar("devices", default=1)
+
+
+@contextlib.contextmanager
+def spread_over(devices: int) -> Iterator[None]:
+    """A context in which functions are traced whose global batches lie on so many devices, in equal blocks."""
+    token = _devices.set(devices)
+    try:
+        yield
+    finally:
+        _devices.reset(token)
+
+
+def batch_blocks() -> int:
+    """How many devices share the batch that is seen here: 1 under `pmap`, and where nobody says."""
+    return 1 if mapped_axis() else _devices.get()
 
 
 def mapped_axis() -> str | None:

@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vitcls.core import rng
 from vitcls.core.errors import RunError, UserError
 from vitcls.core.rng import BATCH_AXIS as AXIS
 
@@ -200,7 +201,9 @@ class Partition:
         if self.mapped:
             return self._pmap(update, donate_argnums=0)
         mapped = jax.jit(update, donate_argnums=0, out_shardings=(self.state_shardings(state), self.sharding()))
-        return mapped.lower(state, sums, *others).compile(compiler_options=self._compiler_options)
+        with rng.spread_over(self.mesh.size):
+            lowered = mapped.lower(state, sums, *others)
+        return lowered.compile(compiler_options=self._compiler_options)
 
     def compile_evaluation(self, evaluate: Callable) -> Callable:
         """Maps `evaluate(variables, batch) -> outputs`; the outputs are the same on every device."""

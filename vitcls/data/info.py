@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 
@@ -80,11 +81,19 @@ def _mean_and_std(dataset: Dataset) -> tuple[tuple[float, ...], tuple[float, ...
         images = image_files.decode_all(
             images.take(chosen), size=size, channels=channels, decoding=dataset.train.decoding
         )
-    values = np.arange(256) / 255
-    weights = _histograms(images) / images[..., 0].size
-    mean = weights @ values
-    std = np.sqrt(weights @ values**2 - mean**2)
-    return tuple(mean.tolist()), tuple(np.maximum(std, 1e-3).tolist())
+    moments = [_moments(counts) for counts in _histograms(images).tolist()]
+    return tuple(mean for mean, _ in moments), tuple(max(std, 1e-3) for _, std in moments)
+
+
+def _moments(counts: list[int]) -> tuple[float, float]:
+    """Mean and std of values in [0, 1], given how often each of 0 .. 255 occurs.
+
+    In whole numbers up to the last division, so that every machine finds the same.
+    """
+    count = sum(counts)
+    total = sum(value * times for value, times in enumerate(counts))
+    squares = sum(value * value * times for value, times in enumerate(counts))
+    return total / (255 * count), math.sqrt((count * squares - total**2) / (255 * count) ** 2)
 
 
 def _histograms(images: np.ndarray) -> np.ndarray:

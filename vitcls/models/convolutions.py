@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from vitcls.core import errors
 
-GROUPED_CONV_FORMS = ("auto", "xla", "shifted", "mixed", "cpu")
+GROUPED_CONV_FORMS = ("auto", "xla", "shifted", "mixed", "merged", "cpu")
 
 
 def conv(
@@ -33,7 +33,7 @@ def conv(
         return PointwiseConv(features, stride, use_bias, dtype, name=name)
     if isinstance(kernel_size, int):
         padding = kernel_size // 2 if padding is None else padding
-        # 'shifted' and 'mixed' are for grouped convolutions: what is best for them need not be so for one group.
+        # The others are for grouped convolutions: what is best for them need not be so for one group.
         form = grouped_conv if groups > 1 or grouped_conv == "cpu" else "xla"
         return GroupedConv(features, kernel_size, groups, stride, padding, use_bias, form, dtype, name=name)
     if not isinstance(padding, str):
@@ -82,6 +82,8 @@ class GroupedConv(nn.Module):
                    products over the groups, or, with one channel in a group (depthwise), products of elements
         'mixed'    XLA's, with the gradients of 'shifted': that of the kernel, as a convolution, has a window as large
                    as the image
+        'merged'   neighbouring groups as one of at least 64 channels, whose kernel has zeros between them: tensor cores
+                   stand idle over 4 channels. Not for depthwise ones
         'cpu'      what benchmarks/grouped_conv.py found the fastest for training on a CPU: 'shifted' for groups; with
                    one group 'shifted' where the result is smaller than the kernel and so mostly made of padding,
                    'mixed' where a kernel of at most 7x7, with at least 128 pairs of channels, is used in at least
@@ -195,4 +197,18 @@ def _shifted_conv(x: jax.Array, kernel: jax.Array, groups: int, stride: int, pad
     return jnp.moveaxis(y.reshape(groups, batch, height, width, -1), 0, 3).reshape(batch, height, width, features)
 
 
-_CONVOLUTIONS = {"xla": _xla_conv, "shifted": _shifted_conv, "mixed": _mixed_conv}
+def _merged_conv(x: jax.Array, kernel: jax.Array, groups: int, stride: int, padding: _Padding) -> jax.Array:
+    """XLA's convolution with fewer groups, whose kernels are block diagonal."""
+    size, _, inputs, features = kernel.shape
+    enough = (merged for merged in range(1, groups + 1) if groups % merged == 0 and merged * inputs >= _MERGED_CHANNELS)
+    merged = next(enough, groups)
+    if merged == 1 or inputs == 1:
+        return _xla_conv(x, kernel, groups, stride, padding)
+    blocks = kernel.reshape(size, size, inputs, groups // merged, merged, -1)
+    # [k, k, C / G, G / m, m, F / G] -> [k, k, m, C / G, G / m, m, F / G]: block i of the channels meets features i only
+    blocks = jnp.einsum("hwigmf,nm->hwnigmf", blocks, jnp.eye(merged, dtype=kernel.dtype))
+    return _xla_conv(x, blocks.reshape(size, size, merged * inputs, features), groups // merged, stride, padding)
+
+
+_MERGED_CHANNELS = 64
+_CONVOLUTIONS = {"xla": _xla_conv, "shifted": _shifted_conv, "mixed": _mixed_conv, "merged": _merged_conv}

@@ -45,7 +45,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "tanh": jnp.tanh,
 }
-NORMS = ("batch", "layer", "group", "none")
+NORMS = ("batch", "local_batch", "layer", "group", "none")
 
 
 def precise_products(dtype: jax.typing.DTypeLike) -> contextlib.AbstractContextManager:
@@ -135,8 +135,9 @@ def normalize(
     """Normalises [B, ..., C] with a scale and a shift per channel, which are submodules of the calling module.
 
     'batch' (Ioffe & Szegedy 2015) uses the statistics of the global batch in training and running means otherwise;
-    'layer' those of each place (Ba et al. 2016), 'group' those of 32 groups of channels of each example, or fewer
-    where 32 do not divide them (Wu & He 2018); 'none' returns x.
+    'local_batch' in training those of each device's examples, so that no device waits for another; 'layer' those of
+    each place (Ba et al. 2016), 'group' those of 32 groups of channels of each example, or fewer where 32 do not divide
+    them (Wu & He 2018); 'none' returns x.
     """
     match kind:
         case "batch":
@@ -148,6 +149,8 @@ def normalize(
                 axis_name=rng.mapped_axis(),
                 name=name,
             )
+        case "local_batch":
+            norm = functools.partial(LocalBatchNorm(0.9, epsilon, dtype, name=name), train=train)
         case "layer":
             norm = nn.LayerNorm(epsilon=epsilon, dtype=dtype, name=name)
         case "group":
@@ -157,6 +160,38 @@ def normalize(
         case _:
             raise ValueError(errors.not_known("norm", kind, NORMS))
     return norm(x)
+
+
+class LocalBatchNorm(nn.Module):
+    """Batch normalisation of [B, ..., C] by the statistics of each device's examples (Goyal et al. 2017, section 3).
+
+    Parameters and running means are those of `nn.BatchNorm`; the latter are of the means over all devices.
+    """
+
+    momentum: float
+    epsilon: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        channels = x.shape[-1]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        blocks = x.astype(jnp.float32).reshape(rng.batch_blocks() if train else 1, -1, channels)
+        mean, var = running_mean.value[None], running_var.value[None]
+        if train:
+            mean = jnp.mean(blocks, axis=1)
+            var = jnp.maximum(0.0, jnp.mean(jnp.square(blocks), axis=1) - jnp.square(mean))
+            axis = rng.mapped_axis()
+            for running, seen in ((running_mean, mean), (running_var, var)):
+                average = jnp.mean(seen, axis=0) if axis is None else jax.lax.pmean(seen[0], axis)
+                if not self.is_initializing():
+                    running.value = self.momentum * running.value + (1 - self.momentum) * average
+        factor = jax.lax.rsqrt(var + self.epsilon) * scale[None]
+        y = (blocks - mean[:, None]) * factor[:, None] + bias[None, None]
+        return y.reshape(x.shape).astype(self.dtype)
 
 
 class ConvNorm(nn.Module):

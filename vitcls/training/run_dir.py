@@ -9,6 +9,7 @@ frozen.json      SHA-256 of what the objective keeps fixed, such as a teacher
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -205,7 +206,7 @@ def _check_same(path: pathlib.Path, name: str, text: str, free: Collection[str])
         raise UserError(f"{path / name} is damaged ({error}); restore it, or use another --workdir") from None
     new = configs.flatten(_READERS[name](text))
     keys = (old.keys() | new.keys()) - set(free)
-    changed = sorted(key for key in keys if not durations.same(old.get(key), new.get(key)))
+    changed = sorted(key for key in keys if not _same(old.get(key), new.get(key)))
     if changed:
         shown = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -218,6 +219,15 @@ def _check_same(path: pathlib.Path, name: str, text: str, free: Collection[str])
                 "the original, or use another --workdir"
             )
         raise UserError(f"{path} holds a run with another {name}: {shown}{more}; {advice}")
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Whether two values mean the same; means and deviations of the same images may be rounded otherwise elsewhere."""
+    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
+        return all(map(_same, old, new))
+    if isinstance(old, float) and isinstance(new, float):
+        return math.isclose(old, new, rel_tol=1e-12)
+    return durations.same(old, new)
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

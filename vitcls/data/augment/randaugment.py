@@ -138,7 +138,23 @@ def _tables(
 
 
 def _histogram(channel: jax.Array) -> jax.Array:
-    return jnp.zeros(256).at[channel.astype(jnp.int32).ravel()].add(1.0)
+    """How often each value occurs, [256]."""
+    values = channel.astype(jnp.int32).ravel()
+    return jax.lax.platform_dependent(values, cpu=_count_by_scatter, default=_count_by_product)
+
+
+def _count_by_scatter(values: jax.Array) -> jax.Array:
+    return jnp.zeros(256).at[values].add(1.0)
+
+
+def _count_by_product(values: jax.Array) -> jax.Array:
+    """A product over the pixels of which h and which l they have, where a value is 16 h + l.
+
+    Exact in every precision, being of zeros and ones. For accelerators, where pixels of one value wait for each other
+    in a scatter; a CPU takes 8 to 20 times as long for the product.
+    """
+    high, low = (jax.nn.one_hot(part, 16, dtype=jnp.bfloat16) for part in jnp.divmod(values, 16))
+    return jnp.einsum("ph,pl->hl", high, low, preferred_element_type=jnp.float32).ravel()
 
 
 def _stretched(counts: jax.Array) -> jax.Array:
@@ -169,8 +185,10 @@ def _smooth(image: jax.Array) -> jax.Array:
     """PIL.ImageFilter.SMOOTH: a 3x3 mean with weight 5 in the middle; the border stays."""
     height, width, _ = image.shape
     around = sum(image[row : height - 2 + row, column : width - 2 + column] for row in range(3) for column in range(3))
-    inner = jnp.round((around + 4 * image[1:-1, 1:-1]) / 13)
-    return image.at[1:-1, 1:-1].set(inner)
+    inner = jnp.pad(jnp.round((around + 4 * image[1:-1, 1:-1]) / 13), ((1, 1), (1, 1), (0, 0)))
+    rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None]
+    border = (rows == 0) | (rows == height - 1) | (columns == 0) | (columns == width - 1)
+    return jnp.where(border[..., None], image, inner)
 
 
 def _blend(base: jax.Array, image: jax.Array, factor: jax.Array) -> jax.Array:
