@@ -233,7 +233,7 @@ def test_evaluate_needs_nothing_but_the_workdir(trained, capsys, monkeypatch, tm
     ("arguments", "words"),
     [
         (["--workdir=nowhere"], "is not the workdir of a run"),
-        (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is a URL"),
+        (["--workdir=ftp://bucket/run"], "--workdir=ftp://bucket/run cannot be used; give a directory"),
         (["--workdir={trained}", "--checkpoint=5"], "checkpoint '5' is not there"),
         (["--workdir={trained}", "--split=tset"], "--split"),
         ([], "--workdir"),

@@ -9,7 +9,7 @@ import sys
 from vitcls import cli, data
 from vitcls.core import sharding
 from vitcls.core.errors import UserError
-from vitcls.training import build, facts, run_dir
+from vitcls.training import build, facts, places, run_dir
 from vitcls.training.evaluator import make_evaluator, write_report
 
 SPLITS = ("test", "validation", "train")
@@ -38,7 +38,7 @@ def evaluate(path: os.PathLike | str, *, split: str = "test", checkpoint: str = 
         dataset = data.decode(dataset, (split, "train") if remembers else (split,))
     partition = sharding.all_devices("data")
     evaluator = make_evaluator(config, model, trained.info, dataset, partition)
-    return write_report(
+    report = write_report(
         trained.path,
         config,
         trained.info,
@@ -49,6 +49,9 @@ def evaluate(path: os.PathLike | str, *, split: str = "test", checkpoint: str = 
         split=split,
         step=step,
     )
+    if report:
+        places.publish(path, trained.path, "report")
+    return report
 
 
 def _kind_of(names: tuple[str, ...], shape: tuple[int, ...], num_examples: dict[str, int]) -> tuple[tuple, str]:

@@ -12,7 +12,7 @@ from vitcls.core.errors import UserError
 from vitcls.core.sharding import STRATEGIES
 from vitcls.tasks import TASKS
 from vitcls.train import train_and_evaluate
-from vitcls.training import facts, run_dir
+from vitcls.training import facts, places
 from vitcls.training.profiling import parse_steps
 
 _KEYS = (  # that are used the most
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
     flags = parse(argv)
     if not flags.workdir and not flags.dry_run:
         raise UserError("--workdir=DIR is missing: where the run is to live")
-    run_dir.local(flags.workdir or "")
+    places.check(flags.workdir or "")
     profile_steps = parse_steps(flags.profile_steps)
     cli.start_jax(flags.coordinator, flags.num_processes, flags.process_id)
     results = train_and_evaluate(

@@ -18,11 +18,12 @@ from vitcls.core import sharding
 from vitcls.core.errors import RunError, Stopped, UserError
 from vitcls.core.sharding import Partition
 from vitcls.tasks import Task
-from vitcls.training import announce, build, checkpoint, run_dir, steps
+from vitcls.training import announce, build, checkpoint, places, run_dir, steps
 from vitcls.training.build import Plan, Training
 from vitcls.training.evaluator import Evaluator, make_evaluator, split_batches, write_report
 from vitcls.training.lock import WorkdirLock
 from vitcls.training.metrics_log import MetricWriter
+from vitcls.training.places import Place
 from vitcls.training.profiling import Trace
 from vitcls.training.progress_bar import ProgressBar
 from vitcls.training.run_record import Progress
@@ -49,28 +50,29 @@ def train_and_evaluate(
     nothing behind. Raises UserError before any device work where the config or the data cannot work, RunError where
     the training diverges, Stopped after saving where a signal asked the run to stop.
     """
-    path = run_dir.local(path)
-    prepared = sharding.all_or_none(lambda: prepare(config, None if dry_run else path, data_dir, profile_steps))
-    config, place, dataset, info, plan, partition, training = prepared
-    pipeline = data.choose_pipeline(dataset, config.dataset)
-    same = configs.flatten(config.to_dict(), "config") | {"config.dataset.pipeline": pipeline}
-    sharding.check_same({key: value for key, value in same.items() if key != "config.dataset.data_dir"})
-    announce.log_start(config, info, plan, training, partition, pipeline=pipeline)
-    if dry_run:
-        announce.log_first_step(config, info, training, partition)
-        return {}
-
     with contextlib.ExitStack() as held:
+        place = None if dry_run else sharding.all_or_none(lambda: held.enter_context(places.opened(path)))
+        path = place and place.path
+        prepared = sharding.all_or_none(lambda: prepare(config, path, data_dir, profile_steps))
+        config, source, dataset, info, plan, partition, training = prepared
+        pipeline = data.choose_pipeline(dataset, config.dataset)
+        same = configs.flatten(config.to_dict(), "config") | {"config.dataset.pipeline": pipeline}
+        sharding.check_same({key: value for key, value in same.items() if key != "config.dataset.data_dir"})
+        announce.log_start(config, info, plan, training, partition, pipeline=pipeline)
+        if dry_run:
+            announce.log_first_step(config, info, training, partition)
+            return {}
 
         def begin() -> WorkdirLock | None:
             if jax.process_index():
                 return None
-            lock = held.enter_context(WorkdirLock(path))
-            run_dir.begin(path, config, info, place=place, frozen=training.frozen)
+            lock = held.enter_context(place.hold())
+            run_dir.begin(path, config, info, place=source, frozen=training.frozen)
             checkpoint.latest_whole(path / run_dir.CHECKPOINTS, quarantine=True)
             return lock
 
         lock = sharding.all_or_none(begin)
+        sharding.all_or_none(place.share if lock is None else lambda: None)
         evaluator = make_evaluator(config, training.step_model, info, dataset, partition)
         batches = data.train_batches(
             dataset, config.dataset, partition=partition, batch_size=config.batch_size, seed=config.seed
@@ -78,10 +80,13 @@ def train_and_evaluate(
         validation = None
         if dataset.validation is not None:
             validation = split_batches(dataset, "validation", partition, config)
-        state, step = fit(config, path, plan, training, partition, batches, evaluator, validation, profile_steps, lock)
+        run = Run(config, place, plan, training, partition, lock)
+        state, step = fit(run, batches, evaluator, validation, profile_steps)
 
         variables = state.variables
         if config.report.checkpoint == "best":
+            for process in (True, False):  # the first, which has saved it, and then the others
+                sharding.all_or_none(place.share if process is (lock is not None) else lambda: None)
             step, best = run_dir.open_workdir(path).restore(training.model, "best")
             variables = partition.replicate(best)
         return write_report(path, config, info, dataset, evaluator, training.model, variables, split="test", step=step)
@@ -131,35 +136,45 @@ def prepare(config: configs.ConfigDict, path: pathlib.Path | None, data_dir: str
     return Prepared(config, place, dataset, info, plan, partition, training)
 
 
+class Run(NamedTuple):
+    """A run that has a workdir."""
+
+    config: configs.ConfigDict
+    place: Place
+    plan: Plan
+    training: Training
+    partition: Partition
+    lock: WorkdirLock | None  # of process 0
+
+
 def fit(
-    config: configs.ConfigDict,
-    path: pathlib.Path,
-    plan: Plan,
-    training: Training,
-    partition: Partition,
+    run: Run,
     batches: data.TrainBatches,
     evaluator: Evaluator,
     validation: data.EvaluationBatches | None,
     profile_steps: range,
-    lock: WorkdirLock | None,
 ) -> tuple[TrainState, int]:
     """Trains from the newest whole checkpoint, or from the start, to the end; returns the last state and its step.
 
     Whatever is due at a step happens in one order: log, evaluate, save. So a checkpoint of step n holds all that was
     known at step n, and what metrics.jsonl says up to n is never said again.
     """
-    state, sums, progress, step = start_or_resume(config, path, training, partition)
+    config, place, plan, training, partition, lock = run
+    state, sums, progress, step = start_or_resume(config, place.path, training, partition)
     watched = configs.watched_metrics(config)
     update = Update(training, batches, partition, config.seed, plan.steps_per_call)
 
     with (
         checkpoint.Checkpoints(
-            path / run_dir.CHECKPOINTS, keep=config.checkpoint.keep, metric=config.checkpoint.metric
+            place.path / run_dir.CHECKPOINTS,
+            keep=config.checkpoint.keep,
+            metric=config.checkpoint.metric,
+            shared=place.shared,
         ) as checkpoints,
-        MetricWriter(path, rewind_to=step, active=jax.process_index() == 0) as writer,
+        MetricWriter(place.path, rewind_to=step, active=jax.process_index() == 0) as writer,
         StopSignal() as stop,
         ProgressBar(step, plan.total) as bar,
-        Trace(path / run_dir.PROFILE, profile_steps) as trace,
+        Trace(place.path / run_dir.PROFILE, profile_steps) as trace,
     ):
         while step < plan.total and not progress.finished:
             before, step = step, min(step + plan.steps_per_call, plan.total)

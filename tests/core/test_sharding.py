@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
+from tests import bucket
 from vitcls import config as configs
 from vitcls import data
 from vitcls.core import sharding
 from vitcls.core.errors import UserError
 from vitcls.models import layers
 from vitcls.train import train_and_evaluate
-from vitcls.training import build, checkpoint, run_dir, steps
+from vitcls.training import build, checkpoint, places, run_dir, steps
 from vitcls.training.evaluator import make_evaluator
 from vitcls.training.metrics_log import read_history
 
@@ -219,6 +220,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 2)
 from vitcls import cli
 from vitcls.core import sharding
+from tests import bucket
 from vitcls import config as configs
 from vitcls.train import train_and_evaluate
 
@@ -268,7 +270,7 @@ def start_two_processes(questions, path):
     ]
 
 
-def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, tmp_path):
+def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, tmp_path, monkeypatch):
     """Whatever the order of the devices. An error of one process is that of all at once, and so is a SIGTERM."""
     tiny_config.optimizer.name = "sgd"
     tiny_config.optimizer.learning_rate = 0.1
@@ -287,6 +289,10 @@ def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, t
         )
         for strategy, pipeline in runs
     ]
+    server, url = bucket.start_server()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)  # the second process sees no file of the first there
+    in_bucket = {"partition.strategy": "fsdp", "report.checkpoint": "best"}
+    questions += 2 * [question(tiny_config, "gs://runs/two", **in_bucket)]  # made, and read back by both
     questions.append(question(tiny_config, tmp_path / "data", seed=1))
     questions.append(question(tiny_config, tmp_path / "two", total="1PROCESS steps"))
     only_on_one = {"dataset.name": "npz", "dataset.data_dir": str(tmp_path / "\udce9PROCESS.npz")}
@@ -306,7 +312,7 @@ def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, t
         assert "[Gloo]" not in out
         assert "of 2 (Slurm)" in err
         *done, other_config, two_configs, no_file = (tmp_path / f"questions.json.{i}").read_text().splitlines()
-        assert done == ["done"] * len(runs)
+        assert done == ["done"] * (len(runs) + 2)
         assert other_config.startswith(f"UserError: {tmp_path / 'data'} holds a run with another config.json")
         assert two_configs == (
             "UserError: config.total is '10 steps' on process 0 and '11 steps' on process 1; give all the same"
@@ -318,9 +324,14 @@ def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, t
     one = run_dir.open_workdir(alone)
     model = build.make_model(one.config, one.info)
     ours = json.loads((alone / "report" / "metrics.json").read_text())
-    for strategy, _ in runs:
-        two = run_dir.open_workdir(tmp_path / strategy)
+    in_bucket = places.copied("gs://runs/two")
+    server.communicate()
+    for path in (*(tmp_path / strategy for strategy, _ in runs), in_bucket):
+        two = run_dir.open_workdir(path)
         assert_close(two.restore_variables(model, 12), one.restore_variables(model, 12))
-        theirs = json.loads((tmp_path / strategy / "report" / "metrics.json").read_text())
+        theirs = json.loads((path / "report" / "metrics.json").read_text())
+        if path == in_bucket:
+            assert theirs["checkpoint_step"] == checkpoint.best(path / "checkpoints", "eval/accuracy")
+            continue
         for name in ("loss", "accuracy", "recall_macro", "auc_ovr_macro", "ece"):
-            assert theirs[name] == pytest.approx(ours[name], rel=1e-4), (strategy, name)
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-4), (path, name)

@@ -11,13 +11,13 @@ import pytest
 
 from vitcls.core.errors import RunError, UserError
 from vitcls.training import lock
-from vitcls.training.lock import WorkdirLock
+from vitcls.training.lock import LockFile, WorkdirLock
 
 HOLD = """
 import sys, time
-from vitcls.training.lock import WorkdirLock
+from vitcls.training.lock import LockFile, WorkdirLock
 
-WorkdirLock(sys.argv[1])
+WorkdirLock(LockFile(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
 """
@@ -48,17 +48,17 @@ def of_another_machine(path):
 def test_a_second_run_is_refused_and_a_killed_holder_is_followed_at_once(tmp_path, holder):
     message = rf"is in use by process {holder.pid} on \S+ since 20\d\d-.*; wait for it, or use another --workdir"
     with pytest.raises(UserError, match=message):
-        WorkdirLock(tmp_path)
+        WorkdirLock(LockFile(tmp_path))
     assert json.loads((tmp_path / lock.LOCK_FILE).read_text())["process_id"] == holder.pid
     holder.kill()
     holder.wait()
-    with WorkdirLock(tmp_path) as held:
+    with WorkdirLock(LockFile(tmp_path)) as held:
         held.check()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_is_released_and_leaves_no_directory_that_it_made(tmp_path):
-    with WorkdirLock(tmp_path / "new" / "run"):
+    with WorkdirLock(LockFile(tmp_path / "new" / "run")):
         assert (tmp_path / "new" / "run" / lock.LOCK_FILE).exists()
     assert not list(tmp_path.iterdir())
 
@@ -66,12 +66,12 @@ def test_a_lock_is_released_and_leaves_no_directory_that_it_made(tmp_path):
 def test_a_reused_process_id_does_not_keep_a_lock(tmp_path, holder):
     text = json.loads((tmp_path / lock.LOCK_FILE).read_text()) | {"process_start": "1"}
     (tmp_path / lock.LOCK_FILE).write_text(json.dumps(text))
-    with WorkdirLock(tmp_path):
+    with WorkdirLock(LockFile(tmp_path)):
         assert json.loads((tmp_path / lock.LOCK_FILE).read_text())["process_id"] == os.getpid()
 
 
 def test_a_holder_on_another_machine_lives_while_its_lock_is_written_anew(tmp_path, quick):
-    with WorkdirLock(tmp_path):
+    with WorkdirLock(LockFile(tmp_path)):
         of_another_machine(tmp_path)
         beating = threading.Event()
 
@@ -83,18 +83,18 @@ def test_a_holder_on_another_machine_lives_while_its_lock_is_written_anew(tmp_pa
         thread = threading.Thread(target=beat)
         thread.start()
         with pytest.raises(UserError, match="is in use by"):
-            WorkdirLock(tmp_path)
+            WorkdirLock(LockFile(tmp_path))
         beating.set()
         thread.join()
 
 
 def test_a_silent_holder_on_another_machine_is_followed_and_learns_of_it(tmp_path, quick):
-    first = WorkdirLock(tmp_path)
+    first = WorkdirLock(LockFile(tmp_path))
     first.check()
     of_another_machine(tmp_path)
-    second = WorkdirLock(tmp_path)
+    second = WorkdirLock(LockFile(tmp_path))
     deadline = time.monotonic() + 10
-    while not first._lost and time.monotonic() < deadline:
+    while not first.lost and time.monotonic() < deadline:
         time.sleep(0.02)
     with pytest.raises(RunError, match="was taken over by process"):
         first.check()
@@ -106,7 +106,7 @@ def test_a_silent_holder_on_another_machine_is_followed_and_learns_of_it(tmp_pat
 
 def test_a_torn_lock_file_is_taken_over(tmp_path, quick, caplog):
     (tmp_path / lock.LOCK_FILE).write_text('{"host": "a')
-    with caplog.at_level("INFO", "vitcls"), WorkdirLock(tmp_path) as held:
+    with caplog.at_level("INFO", "vitcls"), WorkdirLock(LockFile(tmp_path)) as held:
         held.check()
     assert "the lock of a run that lock.json does not name, which is dead, is taken over" in caplog.text
 
@@ -116,15 +116,15 @@ def test_a_lock_that_another_run_took_over_first_is_left_to_it(tmp_path, holder,
     living = (tmp_path / lock.LOCK_FILE).read_text()
     dead = json.dumps(json.loads(living) | {"process_start": "long ago", "token": "dead"})
     (tmp_path / lock.LOCK_FILE).write_text(dead)
-    is_alive = lock._is_alive
+    is_alive = WorkdirLock._is_alive
 
-    def while_we_look(path, found):
-        alive = is_alive(path, found)
-        path.write_text(living)
+    def while_we_look(self, found):
+        alive = is_alive(self, found)
+        (tmp_path / lock.LOCK_FILE).write_text(living)
         return alive
 
-    monkeypatch.setattr(lock, "_is_alive", while_we_look)
+    monkeypatch.setattr(WorkdirLock, "_is_alive", while_we_look)
     with pytest.raises(UserError, match=f"is in use by process {holder.pid} on "):
-        WorkdirLock(tmp_path)
+        WorkdirLock(LockFile(tmp_path))
     assert json.loads((tmp_path / lock.LOCK_FILE).read_text())["token"] == json.loads(living)["token"]
     assert [path.name for path in tmp_path.iterdir()] == [lock.LOCK_FILE]

@@ -275,6 +275,18 @@ _VALUES_BYTES = 2**15
 _VERDICT_BYTES = 2_048
 
 
+def to_first_process(tree: PyTree) -> PyTree:
+    """The whole of arrays that lie on the devices of all processes, as numpy arrays; on process 0 alone, else None."""
+
+    def fetch(leaf: jax.Array) -> np.ndarray:
+        if leaf.is_fully_replicated:
+            return np.asarray(leaf.addressable_data(0))
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    host = jax.tree.map(lambda leaf: fetch(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
+    return host if jax.process_index() == 0 else None
+
+
 def all_or_none(action: Callable[[], T]) -> T:
     """Runs `action`, in which no process waits for another, on every process, and returns this one's result.
 

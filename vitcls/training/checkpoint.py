@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from vitcls.core import sharding
 from vitcls.core.errors import RunError
 from vitcls.metrics.table import higher_is_better
 
@@ -39,10 +40,18 @@ def _score(metrics: dict[str, float], metric: str) -> float:
 
 
 class Checkpoints(contextlib.AbstractContextManager):
-    """Writes checkpoints under `directory`: the last `keep`, and the best by `metric`."""
+    """Writes checkpoints under `directory`: the last `keep`, and the best by `metric`.
 
-    def __init__(self, directory: os.PathLike | str, *, keep: int, metric: str):
+    All processes write their parts of it; where it is not `shared` by them, process 0 writes the whole.
+    """
+
+    def __init__(self, directory: os.PathLike | str, *, keep: int, metric: str, shared: bool = True):
         self._directory = pathlib.Path(directory).absolute()
+        self._alone = not shared and jax.process_count() > 1
+        self._writes = not self._alone or jax.process_index() == 0
+        if not self._writes:
+            return
+        self._directory.mkdir(parents=True, exist_ok=True)
         self._saving: int | None = None
         policy = preservation_policy.AnyPreservationPolicy(
             [
@@ -60,8 +69,14 @@ class Checkpoints(contextlib.AbstractContextManager):
             item_handlers={"tree": _tree_handler(), "record": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
+                create=False,
                 best_mode="max" if higher_is_better(metric) else "min",
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    primary_host=0, active_processes={0}, barrier_sync_key_prefix="alone"
+                )
+                if self._alone
+                else ocp.options.MultiprocessingOptions(),
             ),
         )
 
@@ -70,7 +85,9 @@ class Checkpoints(contextlib.AbstractContextManager):
 
         `metrics`: of an evaluation of just this tree, else None; they decide which checkpoint is the best.
         """
-        if step in self._manager.all_steps():
+        if self._alone:
+            tree = sharding.to_first_process(tree)
+        if tree is None or step in self._manager.all_steps():
             return
         self._manager.wait_until_finished()
         self._saving = step
@@ -85,10 +102,12 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
-        self._manager.wait_until_finished()
+        if self._writes:
+            self._manager.wait_until_finished()
 
     def __exit__(self, *error) -> None:
-        self._manager.close()  # waits
+        if self._writes:
+            self._manager.close()  # waits
 
     def _write_manifest(self) -> None:
         """Runs in Orbax's thread, when all files of a checkpoint are written and before it takes its final name."""

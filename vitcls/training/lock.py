@@ -1,4 +1,4 @@
-"""One run at a time in a workdir: a lock file that also works on a network disk, and that a dead run does not keep.
+"""One run at a time in a workdir: a lock that also works on a network disk, and that a dead run does not keep.
 
 The file says who holds it and is written anew every few seconds. On the holder's own machine a dead process is seen
 at once. From another machine a holder counts as dead when the file has not changed for a while by the observer's own
@@ -24,11 +24,62 @@ _SILENCE = 30.0  # seconds without a write after which a holder on another machi
 _logger = logging.getLogger("vitcls")
 
 
+class LockFile:
+    """lock.json in a directory, which is made for it where it is missing. A bucket has the same methods."""
+
+    def __init__(self, workdir: os.PathLike | str):
+        self.workdir = pathlib.Path(workdir)
+        self._path = self.workdir / LOCK_FILE
+        self._made = [path for path in (self.workdir, *self.workdir.parents) if not path.exists()]
+        try:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--workdir={self.workdir} cannot be made ({error.strerror}); use another") from None
+
+    def create(self, text: str) -> bool:
+        """Makes the file; False where there is one. Exclusive creation is atomic on network disks too."""
+        try:
+            with open(self._path, "x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
+        return True
+
+    def read(self) -> str | None:
+        """The text; None where there is no file."""
+        try:
+            return self._path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+
+    def replace(self, text: str, token: str) -> None:
+        own = self._path.with_name(f"{LOCK_FILE}.{token}")
+        own.write_text(text, encoding="utf-8")
+        os.replace(own, self._path)
+
+    def remove_dead(self, holder: str, token: str) -> None:
+        """Removes the lock of the dead `holder`, and no other that was made meanwhile."""
+        aside = self._path.with_name(f"{LOCK_FILE}.{token}.old")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self._path, aside)
+            if (_parse(aside.read_text(encoding="utf-8"))["token"] or holder) != holder:
+                os.rename(aside, self._path)
+            aside.unlink()
+
+    def release(self, *, held: bool) -> None:
+        """Removes the lock, if it is `held`, and the directories that were made for it alone."""
+        if held:
+            self._path.unlink(missing_ok=True)
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
 class WorkdirLock(contextlib.AbstractContextManager):
     """Holds a workdir from construction to exit; raises UserError where a living run holds it."""
 
-    def __init__(self, workdir: os.PathLike | str):
-        self._path = pathlib.Path(workdir) / LOCK_FILE
+    def __init__(self, file: LockFile):
+        self._file = file
         self._held = {
             "host": socket.gethostname(),
             "machine": _machine(),
@@ -37,62 +88,51 @@ class WorkdirLock(contextlib.AbstractContextManager):
             "since": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
             "token": uuid.uuid4().hex,
         }
-        self._lost = False
+        self.lost = False  # another run has taken the workdir
         self._stop = threading.Event()
         self._beats = 0
-        self._made = [path for path in (self._path.parent, *self._path.parent.parents) if not path.exists()]
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--workdir={self._path.parent} cannot be made ({error.strerror}); use another") from None
         self._acquire()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
     def check(self) -> None:
         """Raises RunError where another run has taken the workdir, as it does after a long sleep of this one."""
-        if self._lost:
-            holder = _describe(_read(self._path) or {})
-            raise RunError(f"{self._path.parent} was taken over by {holder}; this run stops and saves nothing more")
+        if self.lost:
+            holder = _describe(self._holder() or {})
+            raise RunError(f"{self._file.workdir} was taken over by {holder}; this run stops and saves nothing more")
 
     def __exit__(self, *error) -> None:
         self._stop.set()
         self._thread.join()
-        if not self._lost:
-            self._path.unlink(missing_ok=True)
-        for folder in self._made:  # what was made for the lock alone goes with it
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        self._file.release(held=not self.lost)
 
     def _acquire(self) -> None:
-        while not self._create():
-            holder = _read(self._path)
+        while not self._file.create(self._text()):
+            holder = self._holder()
             if holder is None:  # it was released just now
                 continue
-            if _is_alive(self._path, holder):
+            if self._is_alive(holder):
                 raise UserError(
-                    f"{self._path.parent} is in use by {_describe(holder)}; wait for it, or use another --workdir"
+                    f"{self._file.workdir} is in use by {_describe(holder)}; wait for it, or use another --workdir"
                 )
             _logger.warning("the lock of %s, which is dead, is taken over", _describe(holder))
-            self._remove_dead(holder)
+            self._file.remove_dead(holder["token"], self._held["token"])
 
-    def _create(self) -> bool:
-        """Makes the lock file; False where there is one. Exclusive creation is atomic on network disks too."""
-        try:
-            with open(self._path, "x", encoding="utf-8") as file:
-                file.write(self._text())
-        except FileExistsError:
-            return False
-        return True
+    def _holder(self) -> dict | None:
+        text = self._file.read()
+        return None if text is None else _parse(text)
 
-    def _remove_dead(self, holder: dict) -> None:
-        """Removes the lock of a dead holder, and no other that was made meanwhile."""
-        aside = self._path.with_name(f"{LOCK_FILE}.{self._held['token']}.old")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self._path, aside)
-            if (_read(aside) or holder)["token"] != holder["token"]:
-                os.rename(aside, self._path)
-            aside.unlink()
+    def _is_alive(self, holder: dict) -> bool:
+        if holder["machine"] == _machine():
+            return _process_start(holder["process_id"]) == holder["process_start"] is not None
+        held = f"{_describe(holder)} holds {self._file.workdir}"
+        _logger.info("%s; watching for %.0f s whether it lives ...", held, _SILENCE)
+        deadline = time.monotonic() + _SILENCE
+        while time.monotonic() < deadline:
+            time.sleep(0.5)
+            if self._holder() != holder:
+                return True
+        return False
 
     def _text(self) -> str:
         return json.dumps(self._held | {"beats": self._beats}) + "\n"
@@ -100,38 +140,22 @@ class WorkdirLock(contextlib.AbstractContextManager):
     def _beat(self) -> None:
         while not self._stop.wait(_HEARTBEAT):
             with contextlib.suppress(OSError):  # a full or absent disk may come back
-                holder = _read(self._path)
+                holder = self._holder()
                 if holder is not None and holder["token"] != self._held["token"]:
-                    self._lost = True
+                    self.lost = True
                     return
                 self._beats += 1
-                own = self._path.with_name(f"{LOCK_FILE}.{self._held['token']}")
-                own.write_text(self._text(), encoding="utf-8")
-                os.replace(own, self._path)
+                self._file.replace(self._text(), self._held["token"])
 
 
-def _is_alive(path: pathlib.Path, holder: dict) -> bool:
-    if holder["machine"] == _machine():
-        return _process_start(holder["process_id"]) == holder["process_start"] is not None
-    _logger.info("%s holds %s; watching for %.0f s whether it lives ...", _describe(holder), path.parent, _SILENCE)
-    deadline = time.monotonic() + _SILENCE
-    while time.monotonic() < deadline:
-        time.sleep(0.5)
-        if _read(path) != holder:
-            return True
-    return False
-
-
-def _read(path: pathlib.Path) -> dict | None:
-    """The contents of a lock file; None where there is none. One that is incomplete may be in the making."""
+def _parse(text: str) -> dict:
+    """The contents of a lock; one that is incomplete may be in the making."""
     try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
+        holder = json.loads(text)
         return {
             key: holder[key] for key in ("host", "machine", "process_id", "process_start", "since", "token", "beats")
         }
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return {"host": "?", "machine": "?", "process_id": 0, "process_start": None, "since": "?", "token": ""}
 
 

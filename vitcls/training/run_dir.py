@@ -12,7 +12,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import time
 from collections.abc import Collection
 from typing import Any
@@ -25,12 +24,11 @@ from vitcls import config as configs
 from vitcls.core import durations
 from vitcls.core.errors import UserError
 from vitcls.core.registry import paths
-from vitcls.core.terminal import printable
 from vitcls.data import DatasetInfo
 from vitcls.models import forms
 from vitcls.models.variables import variable_shapes
 from vitcls.tasks import TASKS
-from vitcls.training import checkpoint
+from vitcls.training import checkpoint, places
 
 CONFIG_FILE, DATASET_FILE, CHECKPOINTS, PROFILE = "config.json", "dataset.json", "checkpoints", "profile"
 _MOVED_FILE, _FROZEN_FILE = "moved.json", "frozen.json"
@@ -99,15 +97,15 @@ class Workdir:
 
 def open_workdir(path: os.PathLike | str) -> Workdir:
     """Reads a workdir back; raises UserError where there is no run in it."""
-    path = local(path)
+    said, path = os.fspath(path), places.copied(path)
     values = []
     for name, read in ((CONFIG_FILE, configs.from_json), (DATASET_FILE, DatasetInfo.from_json)):
         try:
             values.append(read((path / name).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise UserError(f"{path} is not the workdir of a run: {error.filename} cannot be read") from None
+        except OSError:
+            raise UserError(f"{said} is not the workdir of a run: its {name} cannot be read") from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path / name} cannot be used: {error}") from None
+            raise UserError(f"{name} of {said} cannot be used: {error}") from None
     config, info = values
     return Workdir(path, config, info)
 
@@ -130,20 +128,6 @@ def data_dir(path: pathlib.Path | None, config: configs.ConfigDict, moved_to: st
     if place and (path / CONFIG_FILE).exists() and not os.path.exists(place):
         raise UserError(f"the data of the run in {path} are not in {place}; say where they are with --data_dir=DIR")
     return place
-
-
-def local(path: os.PathLike | str) -> pathlib.Path:
-    """The path of a workdir.
-
-    Raises UserError for a URL, which pathlib would take for a directory called `gs:`, and for a name that is not
-    UTF-8, to which Orbax and TensorBoard could not write.
-    """
-    name = os.fspath(path)
-    if re.match(r"[A-Za-z][\w+.-]+:/", name):
-        raise UserError(f"--workdir={name} is a URL; a workdir must be a local directory, so train in one and copy it")
-    if printable(name) != name:
-        raise UserError(f"the name of the workdir '{name}' is not UTF-8; choose another --workdir")
-    return pathlib.Path(path)
 
 
 def max_value(path: pathlib.Path) -> float | None:

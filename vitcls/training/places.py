@@ -1,0 +1,395 @@
+"""Where a workdir is: a directory, or a place in a bucket, of which a run works in a copy on its own disk.
+
+A bucket, gs:// or s3://, is no file system: nothing is appended, renamed or locked in it, and it may be out of reach
+for a while. So a run reads and writes a local copy as it does a directory, and a thread of process 0 brings the bucket
+up to date every few seconds. A kill may come between any two files: of a checkpoint the manifest goes up last, and what
+has none was never there. Other processes need no disk in common; each copies what it reads.
+"""
+
+import atexit
+import contextlib
+import logging
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from vitcls.core.errors import RunError, UserError
+from vitcls.core.terminal import printable
+from vitcls.training.checkpoint import MANIFEST
+from vitcls.training.lock import LOCK_FILE, LockFile, WorkdirLock
+from vitcls.training.metrics_log import METRICS_FILE
+
+EXTRAS = {"gs": "gcs", "s3": "s3"}  # what pip installs for a scheme
+_PERIOD = 5.0  # seconds between two looks at what has changed
+_EVENTS_PERIOD = 60.0  # TensorBoard's files grow all the time and go up whole
+_PATIENCE = 600.0  # seconds for which a run that has ended tries to reach the bucket
+_TRIES = 3  # to read a whole file
+_PART_BYTES = 2**18  # of metrics.jsonl, after which a new part is begun
+_PARTS = f"{METRICS_FILE}.parts"
+_logger = logging.getLogger("vitcls")
+for _noisy in ("gcsfs", "google.auth"):
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
+
+
+class Place:
+    """A directory that all processes see."""
+
+    shared = True
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+
+    def share(self) -> None:
+        """Lets the other processes have what the holder has written: it sends, and the others, later, fetch."""
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[WorkdirLock]:
+        """Holds the workdir, as process 0 of a run does; raises UserError where a living run holds it."""
+        with WorkdirLock(LockFile(self.path)) as lock:
+            yield lock
+
+
+@contextlib.contextmanager
+def opened(name: os.PathLike | str) -> Iterator[Place]:
+    """The place of a workdir that is named by a path, or by the URL of a bucket.
+
+    Raises UserError for a URL of another kind, a bucket that is not there or refuses, and a name that is not UTF-8, to
+    which Orbax and TensorBoard could not write.
+    """
+    check(name)
+    if not is_url(name):
+        yield Place(pathlib.Path(name))
+        return
+    bucket = Bucket(os.fspath(name))
+    try:
+        bucket.refresh()
+        yield bucket
+    finally:
+        bucket.close()
+
+
+def copied(name: os.PathLike | str) -> pathlib.Path:
+    """The directory of a workdir to read: its own, or a copy that is removed when the process ends.
+
+    Raises UserError as `opened` does.
+    """
+    held = contextlib.ExitStack()
+    place = held.enter_context(opened(name))
+    atexit.register(held.close)
+    return place.path
+
+
+def publish(name: os.PathLike | str, directory: pathlib.Path, part: str) -> None:
+    """Puts a part of a workdir that was written anew, such as 'report', where the workdir is."""
+    if not is_url(name):
+        return
+    files, root = _file_system(os.fspath(name)), os.fspath(name).rstrip("/").partition("://")[2]
+    new = [path.relative_to(directory).as_posix() for path in (directory / part).rglob("*") if path.is_file()]
+    for local in new:
+        files.put_file(str(directory / local), f"{root}/{local}")
+    for old in files.find(f"{root}/{part}"):
+        if old.removeprefix(f"{root}/") not in new:
+            files.rm_file(old)
+
+
+def is_url(name: os.PathLike | str) -> bool:
+    return re.match(r"[A-Za-z][\w+.-]+:/", os.fspath(name)) is not None
+
+
+def check(name: os.PathLike | str) -> None:
+    """Raises UserError where no workdir can have this name; looks at nothing but the name."""
+    name = os.fspath(name)
+    if printable(name) != name:
+        raise UserError(f"the name of the workdir '{name}' is not UTF-8; choose another --workdir")
+    if is_url(name) and not re.match(rf"({'|'.join(EXTRAS)})://[^/]+/+[^/]", name):
+        known = " or ".join(f"{scheme}://BUCKET/DIR" for scheme in EXTRAS)
+        raise UserError(f"--workdir={name} cannot be used; give a directory, {known}")
+
+
+class Bucket(Place):
+    """A workdir in a bucket, and its copy on this machine."""
+
+    shared = False
+
+    def __init__(self, url: str):
+        super().__init__(pathlib.Path(tempfile.mkdtemp(prefix="vitcls-workdir-")))
+        self._url = url.rstrip("/")
+        self._sent: dict[str, tuple] = {}  # what the bucket has: name -> signature of the local file
+        self._found: dict[str, Any] = {}  # what the bucket had when it was read: name -> its size, time or tag
+        self._metrics = _Parts()
+        self._lock: WorkdirLock | None = None
+        self._pushing = threading.Lock()
+        self._silent_since: float | None = None
+        self._keep = False  # the local copy, which the bucket does not have
+        try:
+            self._files = _file_system(url)
+        except Exception:
+            self.close()
+            raise
+        self._root = self._url.partition("://")[2]
+
+    def close(self) -> None:
+        if not self._keep:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def share(self) -> None:
+        if self._lock is None:
+            self.refresh()
+        else:
+            self._finish()
+
+    def refresh(self) -> None:
+        """Brings the local copy up to date."""
+        there = self._list()
+        for name in sorted(there):
+            if name.startswith(f"{_PARTS}/") or name == METRICS_FILE or self._found.get(name) == there[name]:
+                continue
+            with contextlib.suppress(FileNotFoundError):  # a living run has removed it
+                self._fetch(name, size=there[name][0])
+        whole = {name for name in there if name == METRICS_FILE or name.startswith(f"{_PARTS}/")}
+        if any(self._found.get(name) != there[name] for name in whole):
+            self._metrics.read({name: self._files.cat_file(f"{self._root}/{name}") for name in whole}, self.path)
+        self._found = there
+
+    def _fetch(self, name: str, size: int) -> None:
+        local = self.path / name
+        local.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(_TRIES):
+            self._files.get_file(f"{self._root}/{name}", str(local))
+            if local.stat().st_size == size:  # not every service says that it was cut off
+                break
+        if name != LOCK_FILE:  # which has a writer of its own
+            self._sent[name] = _signature(local)
+
+    def _list(self) -> dict[str, Any]:
+        """What is in the bucket that a run reads, by its name in the workdir; only checkpoints that are whole."""
+        self._files.invalidate_cache()
+        found = {
+            path.removeprefix(f"{self._root}/"): (info["size"], str(info.get("mtime") or info.get("LastModified")))
+            for path, info in self._files.find(self._root, detail=True).items()
+        }
+        whole = {name.rpartition("/")[0] for name in found if name.endswith(f"/{MANIFEST}")}
+        self._torn = [name for name in found if (folder := _checkpoint(name)) and folder not in whole]
+        return {
+            name: mark
+            for name, mark in found.items()
+            if name not in self._torn and not name.startswith("profile/") and "tfevents" not in name
+        }
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[WorkdirLock]:
+        with WorkdirLock(_LockObject(self._files, self._root, self._url)) as lock:
+            self.refresh()  # another run may have ended since
+            self._remove(self._torn)
+            stop = threading.Event()
+            self._lock = lock
+            thread = threading.Thread(target=self._keep_up, args=(stop,), daemon=True)
+            thread.start()
+            try:
+                yield lock
+            finally:
+                stop.set()
+                thread.join()
+                self._finish()
+
+    def _keep_up(self, stop: threading.Event) -> None:
+        events_since = time.monotonic()
+        while not stop.wait(_PERIOD):
+            with_events = time.monotonic() - events_since > _EVENTS_PERIOD
+            if self._try_to_push(with_events=with_events) and with_events:
+                events_since = time.monotonic()
+
+    def _finish(self) -> None:
+        """Brings the bucket up to date with all that there is; raises RunError where it stays out of reach."""
+        deadline = time.monotonic() + _PATIENCE
+        while not self._lock.lost and not self._try_to_push(with_events=True, last=True):
+            if time.monotonic() > deadline:
+                self._keep = True
+                raise RunError(
+                    f"{self._url} could not be reached for {_PATIENCE:.0f} s; what it lacks is in {self.path}"
+                )
+            time.sleep(min(_PERIOD, 1.0))
+
+    def _try_to_push(self, **options: bool) -> bool:
+        try:
+            with self._pushing:
+                if not self._lock.lost:
+                    self._push(**options)
+        except Exception as error:  # whatever a network, a proxy or a service says
+            if self._silent_since is None:
+                self._silent_since = time.monotonic()
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                _logger.warning("%s cannot be reached (%s); the run goes on and tries again", self._url, reason)
+            return False
+        if self._silent_since is not None:
+            _logger.info("%s is reached again after %.0f s", self._url, time.monotonic() - self._silent_since)
+            self._silent_since = None
+        return True
+
+    def _push(self, *, with_events: bool, last: bool = False) -> None:
+        # Checkpoints are listed first: what was said up to their step is in files that are listed later.
+        names = list(_names(self.path, checkpoints=True)) + list(_names(self.path, checkpoints=False))
+        changed = {}
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # Orbax has removed an older checkpoint meanwhile
+                signature = _signature(self.path / name)
+                if signature != self._sent.get(name) and (with_events or "tfevents" not in name):
+                    changed[name] = signature
+        for name in sorted(changed, key=_order):
+            with contextlib.suppress(FileNotFoundError):
+                self._send(name, last=last)
+                self._sent[name] = changed[name]
+        if last and self._metrics.open_parts:
+            self._send(METRICS_FILE, last=True)
+        gone = self._sent.keys() - set(names)
+        self._remove(sorted(gone, key=lambda name: not name.endswith(f"/{MANIFEST}")))
+
+    def _send(self, name: str, *, last: bool) -> None:
+        if name != METRICS_FILE:
+            self._files.put_file(str(self.path / name), f"{self._root}/{name}")
+            return
+        for part, data in self._metrics.next(self.path / name, whole=last):
+            self._files.pipe_file(f"{self._root}/{part}", data)
+        self._remove(self._metrics.superseded())
+
+    def _remove(self, names: list[str]) -> None:
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                self._files.rm_file(f"{self._root}/{name}")
+            self._sent.pop(name, None)
+
+
+class _Parts:
+    """metrics.jsonl as objects, which cannot be appended to: the file as it once was, and parts by their offset."""
+
+    def __init__(self):
+        self._sent = 0  # bytes that the bucket has
+        self._begin = 0  # where the open part begins
+        self._inode = 0
+        self.open_parts: list[str] = []  # in the bucket
+        self._superseded: list[str] = []
+
+    def read(self, objects: dict[str, bytes], directory: pathlib.Path) -> None:
+        """Puts the file together from its objects."""
+        data = objects.get(METRICS_FILE, b"")
+        self.open_parts = sorted(name for name in objects if name != METRICS_FILE)
+        for name in self.open_parts:
+            offset = int(name.rpartition("/")[2])
+            data = data[:offset] + objects[name] if offset <= len(data) else data
+        (directory / METRICS_FILE).write_bytes(data)
+
+    def next(self, path: pathlib.Path, *, whole: bool) -> Iterator[tuple[str, bytes]]:
+        """The objects that the bucket lacks, whole lines each."""
+        data, inode = path.read_bytes(), path.stat().st_ino
+        data = data[: data.rfind(b"\n") + 1]
+        if whole or inode != self._inode or len(data) < self._sent:  # the file is another: it was rewound
+            yield METRICS_FILE, data
+            self._superseded, self.open_parts = self.open_parts, []
+            self._begin = len(data)
+        elif len(data) > self._sent:
+            name = f"{_PARTS}/{self._begin:012d}"
+            yield name, data[self._begin :]
+            if name not in self.open_parts:
+                self.open_parts.append(name)
+            if len(data) - self._begin > _PART_BYTES:
+                self._begin = len(data)
+        self._sent, self._inode = len(data), inode
+
+    def superseded(self) -> list[str]:
+        """Parts that the file now holds, once."""
+        names, self._superseded = self._superseded, []
+        return names
+
+
+class _LockObject:
+    """A lock as an object of a bucket; see `LockFile`."""
+
+    def __init__(self, files, root: str, url: str):
+        self.workdir = url
+        self._files, self._path = files, f"{root}/{LOCK_FILE}"
+
+    def create(self, text: str) -> bool:
+        if self.read() is not None:
+            return False
+        try:
+            self._files.pipe_file(self._path, text.encode(), mode="create")
+        except FileExistsError:
+            return False
+        time.sleep(_SETTLE)  # for services that do not know of exclusive creation: the last of two wins
+        return self.read() == text
+
+    def read(self) -> str | None:
+        self._files.invalidate_cache()
+        try:
+            return self._files.cat_file(self._path).decode(errors="replace")
+        except FileNotFoundError:
+            return None
+
+    def replace(self, text: str, token: str) -> None:
+        self._files.pipe_file(self._path, text.encode())
+
+    def remove_dead(self, holder: str, token: str) -> None:
+        if holder in (self.read() or ""):
+            self._files.rm_file(self._path)
+
+    def release(self, *, held: bool) -> None:
+        if held:
+            with contextlib.suppress(FileNotFoundError):
+                self._files.rm_file(self._path)
+
+
+_SETTLE = 1.0  # seconds
+
+
+def _file_system(url: str):
+    """fsspec's file system of a URL; raises UserError where it, the bucket or the rights to it are missing."""
+    scheme, _, rest = url.partition("://")
+    bucket = rest.partition("/")[0]
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for credentials that nobody needs
+    try:
+        import fsspec
+
+        emulated = scheme == "gs" and "STORAGE_EMULATOR_HOST" in os.environ  # which knows no credentials
+        options = {"token": "anon"} if emulated else {}
+        files = fsspec.filesystem(scheme, use_listings_cache=False, **options)
+    except ImportError:
+        raise UserError(f"{scheme}:// needs another package: pip install 'vitcls[{EXTRAS[scheme]}]'") from None
+    try:
+        files.ls(bucket)
+    except FileNotFoundError:
+        raise UserError(f"the bucket {scheme}://{bucket} is not there; create it, or use another --workdir") from None
+    except Exception as error:  # of credentials, names and networks, in as many kinds as there are services
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"the bucket {scheme}://{bucket} cannot be read: {reason}") from None
+    return files
+
+
+def _names(directory: pathlib.Path, *, checkpoints: bool) -> Iterator[str]:
+    """The files of a workdir that belong into the bucket, by their names in it."""
+    for path in directory.rglob("*"):
+        name = path.relative_to(directory).as_posix()
+        passing = any(part.startswith(".") or part.endswith(".tmp") or "-tmp" in part for part in name.split("/"))
+        if not passing and name != LOCK_FILE and name.startswith("checkpoints/") == checkpoints and path.is_file():
+            yield name
+
+
+def _checkpoint(name: str) -> str | None:
+    """The folder 'checkpoints/STEP' that a name is in."""
+    match = re.match(r"checkpoints/\d+(?=/)", name)
+    return match and match[0]
+
+
+def _order(name: str) -> tuple[bool, bool, str]:
+    """Checkpoints after the rest, their manifests after all of them."""
+    return name.startswith("checkpoints/"), name.endswith(f"/{MANIFEST}"), name
+
+
+def _signature(path: pathlib.Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
