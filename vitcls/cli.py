@@ -30,6 +30,7 @@ class Verb(NamedTuple):
 VERBS = {
     "train": Verb("vitcls.main", "train", "train a config, or go on with its run, and write the report"),
     "evaluate": Verb("vitcls.evaluate", "compare", "evaluate a run on a split and write its report again"),
+    "compare": Verb("vitcls.compare", "compare", "test which of several runs is better, and show where they differ"),
     "predict": Verb("vitcls.predict", "use", "label image files with a run"),
     "prepare": Verb("vitcls.prepare", "data", "download and prepare a data set of TensorFlow Datasets"),
     "models": Verb("vitcls.models", "help", "the table of models: parameters, FLOPs, memory, paper"),
