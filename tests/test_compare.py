@@ -229,6 +229,8 @@ def test_a_directory_with_something_else_is_not_replaced(runs, capsys, tmp_path)
     assert (code, out) == (2, "") and "holds thesis.tex, which is no file of a comparison" in err
     code, _, err = run([*both, f"--out={tmp_path / 'thesis.tex'}"], capsys)
     assert code == 2 and "is a file; name a directory" in err
+    code, _, err = run([*both, f"--out={tmp_path / 'thesis.tex' / 'out'}"], capsys)
+    assert (code, err.count("\n")) == (2, 1) and "cannot be written: Not a directory" in err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -248,7 +250,8 @@ def test_a_second_comparison_replaces_the_first(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "styled", lambda draw: None)
     both = [runs / "flat-seed0", runs / "wide-seed0"]
     compare.compare(both, tmp_path / "out")
-    compare.compare([*both, runs / "wide-seed1"], tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    compare.compare([*both, runs / "wide-seed1"], ".")
     assert len(json.loads((tmp_path / "out" / "compare.json").read_text())["runs"]) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -285,3 +288,17 @@ def test_curves_are_by_epoch(runs):
     train = run_.run.info.num_examples["train"]
     assert epochs.tolist() == pytest.approx([6 * 16 / train, 12 * 16 / train]) and len(values) == 2
     assert comparison_plots.curves({"accuracy": {"a": [(np.zeros(0), np.zeros(0))]}}) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["vit", "resnet"], ["vit", "resnet"]),
+        (["vit_small_lr_1e-3", "vit_small_lr_1e-4"], ["…1e-3", "…1e-4"]),
+        (["vit_small_lr_1e-3"], ["vit_s…1e-3"]),
+        (["same_start_a_long_name", "same_start_another"], ["…a_lo…name", "…another"]),
+        (["_run", "x$y"], [" run", r"x\$y"]),
+    ],
+)
+def test_what_names_have_in_common_is_left_out_where_they_are_long(names, expected):
+    assert list(comparison_plots.short_names(names, 10).values()) == expected

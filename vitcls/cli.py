@@ -70,11 +70,16 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of all commands on a trained run."""
     parser.add_argument("--workdir", required=True, metavar="DIR", help="directory of the run")
-    parser.add_argument(
-        "--import", action="append", type=_import, metavar="MODULE", help="one that registers parts which the run uses"
-    )
+    add_import_argument(parser)
     parser.add_argument(
         "--checkpoint", default="", metavar="STEP", help="'last', 'best' or a step; default: config.report.checkpoint"
+    )
+
+
+def add_import_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag of all commands that read the config of a run."""
+    parser.add_argument(
+        "--import", action="append", type=_import, metavar="MODULE", help="one that registers parts which the run uses"
     )
 
 

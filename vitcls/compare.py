@@ -18,13 +18,14 @@ import numpy as np
 from vitcls import cli, data
 from vitcls.core.errors import UserError
 from vitcls.metrics import METRICS, comparison
-from vitcls.metrics.resampling import RESAMPLES
+from vitcls.metrics.resampling import LEVEL, RESAMPLES
 from vitcls.report import comparison as pages
 from vitcls.training import metrics_log, run_dir, seed_groups
 from vitcls.training.predictions import Predictions, check_same_images, read_predictions
 
 _logger = logging.getLogger("vitcls")
-_LEVEL = 0.95
+Members = dict[str, list[int]]  # of each group, which runs
+_MANY = 10_000_000  # probabilities, whose resampling takes seconds
 
 
 def compare(workdirs: Sequence[os.PathLike | str], out: os.PathLike | str = "") -> dict[str, Any]:
@@ -38,7 +39,7 @@ def compare(workdirs: Sequence[os.PathLike | str], out: os.PathLike | str = "") 
         _check_out(pathlib.Path(out))
     configs = [seed_groups.flat_config(run.run.config) for run in runs]
     members = seed_groups.group_seeds([run.run.path for run in runs], configs)
-    labels, scores = runs[0].labels, [comparison.score(run.labels, run.probabilities()) for run in runs]
+    labels, scores = runs[0].labels, [_score(run) for run in runs]
     groups = {name: [scores[i] for i in indices] for name, indices in members.items()}
     result = comparison.compare(groups)
     order = {group["name"]: members[group["name"]] for group in result["groups"]}
@@ -47,7 +48,7 @@ def compare(workdirs: Sequence[os.PathLike | str], out: os.PathLike | str = "") 
         "split": runs[0].report["split"],
         "num_examples": len(labels),
         "num_classes": runs[0].run.info.num_classes,
-        "level": _LEVEL,
+        "level": LEVEL,
         "resamples": RESAMPLES,
         **result,
         "config_differences": seed_groups.config_differences([configs[indices[0]] for indices in order.values()]),
@@ -55,14 +56,17 @@ def compare(workdirs: Sequence[os.PathLike | str], out: os.PathLike | str = "") 
         "disagreements": comparison.disagreements({name: groups[name] for name in order}, labels),
     }
     if out:
-        pages.write(
-            out,
-            result,
-            class_names=runs[0].run.info.class_names,
-            curves=_curves(runs, order),
-            images=_images(runs) if result["disagreements"] else "",
-        )
+        _write(out, result, runs, order)
     return result
+
+
+def _write(out: os.PathLike | str, result: dict[str, Any], runs: Sequence[Predictions], order: Members) -> None:
+    names, curves = runs[0].run.info.class_names, _curves(runs, order)
+    images = _images(runs) if result["disagreements"] else ""
+    try:
+        pages.write(out, result, class_names=names, curves=curves, images=images)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from None
 
 
 def _read(workdirs: Sequence[os.PathLike | str]) -> list[Predictions]:
@@ -75,6 +79,12 @@ def _read(workdirs: Sequence[os.PathLike | str]) -> list[Predictions]:
     runs = [read_predictions(run_dir.open_workdir(path)) for path in workdirs]
     check_same_images(runs)
     return runs
+
+
+def _score(run: Predictions) -> comparison.Scores:
+    if run.labels.size * run.run.info.num_classes > _MANY:
+        _logger.info("resampling the predictions of %s", run.run.path)
+    return comparison.score(run.labels, run.probabilities())
 
 
 def _check_out(out: pathlib.Path) -> None:
@@ -96,7 +106,7 @@ def _row(run: Predictions, group: str, scores: comparison.Scores) -> dict[str, A
     }
 
 
-def _curves(runs: Sequence[Predictions], order: dict[str, list[int]]) -> dict[str, dict[str, list]]:
+def _curves(runs: Sequence[Predictions], order: Members) -> dict[str, dict[str, list]]:
     """The metric that chose the checkpoints (accuracy where they differ) and the loss, by epoch: see `curves` there."""
     chosen = {run.run.config.checkpoint.metric for run in runs}
     first = chosen.pop() if len(chosen) == 1 else "eval/accuracy"
@@ -139,6 +149,7 @@ def _images(runs: Sequence[Predictions]) -> Callable[[np.ndarray], np.ndarray] |
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog=cli.program("compare"), description=__doc__.splitlines()[0])
     parser.add_argument("workdirs", nargs="+", metavar="DIR", help="directories of finished runs, at least two")
+    cli.add_import_argument(parser)
     parser.add_argument("--out", default="", metavar="DIR", help="where the comparison is written; default: nowhere")
     flags = parser.parse_args(argv)
     result = compare(flags.workdirs, flags.out)

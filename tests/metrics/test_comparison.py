@@ -71,6 +71,18 @@ def test_single_runs_have_mcnemars_test_corrected_for_all_pairs():
     json.dumps(result, allow_nan=False)
 
 
+def test_what_is_below_alpha_for_itself_need_not_be_after_the_correction():
+    right = np.ones((3, 20), bool)
+    right[1, :6], right[2, 6:12] = False, False
+    models = [np.where(row[:, None], [0.9, 0.1], [0.1, 0.9]).astype(np.float32) for row in right]
+    labels = np.zeros(20, int)
+    result = compare({name: [score(labels, p, resamples=2)] for name, p in zip("abc", models, strict=True)})
+    assert [pair["p"] for pair in result["pairs"]] == pytest.approx([2 / 64, 2 / 64, 1])
+    assert [pair["p_holm"] for pair in result["pairs"]] == pytest.approx([6 / 64, 6 / 64, 1])
+    assert not any(pair["separated"] for pair in result["pairs"])
+    assert [group["letters"] for group in result["groups"]] == ["a", "a", "a"]
+
+
 def test_a_difference_is_paired():
     """Two models that make the same mistakes differ by little, however uncertain the accuracy of each is."""
     base = run(1.0)
@@ -84,10 +96,10 @@ def test_a_difference_is_paired():
 
 def test_images_on_which_groups_differ_are_those_that_only_one_gets_right():
     sure, wrong = np.float32([0.9, 0.1]), np.float32([0.1, 0.9])
-    unsure = np.float32([0.55, 0.45])
+    unsure, doubt = np.float32([0.55, 0.45]), np.float32([0.45, 0.55])
     labels = np.zeros(4, int)
     first = np.stack([sure, sure, sure, unsure])
-    second = np.stack([sure, unsure, wrong, wrong])
+    second = np.stack([sure, unsure, wrong, doubt])
     groups = {"first": [score(labels, first, resamples=2)], "second": [score(labels, second, resamples=2)]}
     rows = disagreements(groups, labels)
     assert [row["id"] for row in rows] == [2, 3, 1]  # 1: both are right; 0: they agree

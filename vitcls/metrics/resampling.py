@@ -12,6 +12,7 @@ from vitcls.metrics.calibration import BINS, bins_of
 from vitcls.metrics.classification import negative_log_likelihood, ranks_of_true_class
 
 RESAMPLES = 1_000
+LEVEL = 0.95  # of intervals
 METRICS_OF_PREDICTIONS = (
     "accuracy",
     "top5_accuracy",
@@ -52,7 +53,7 @@ def _draw_weights(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]
         yield np.stack(drawn, axis=1).astype(np.float32)
 
 
-def bootstrap_interval(replicates: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+def bootstrap_interval(replicates: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
     """The percentile interval of a number, from its values in resamples [resamples] (section 13).
 
     Of the intervals that were tried, percentile, basic and BCa, it holds the truth most nearly as often as it says:
@@ -62,7 +63,7 @@ def bootstrap_interval(replicates: np.ndarray, level: float = 0.95) -> tuple[flo
     return float(low), float(high)
 
 
-def basic_interval(estimate: float, replicates: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+def basic_interval(estimate: float, replicates: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
     """The basic interval of a number that is not below 0 (Davison & Hinkley 1997, section 2.4).
 
     For the calibration error: drawing anew adds noise to the gaps of all bins, so that most resamples have more of it

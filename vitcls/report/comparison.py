@@ -227,7 +227,7 @@ def write(
     from vitcls.report import plots
     from vitcls.report.write import begin, replace
 
-    directory = pathlib.Path(directory)
+    directory = pathlib.Path(os.path.abspath(directory))
     new = begin(directory)
     text = json.dumps(comparison | {"units": _units(comparison)}, indent=2, allow_nan=False)
     (new / "compare.json").write_text(text + "\n", encoding="utf-8")
