@@ -55,7 +55,7 @@ def written(runs, tmp_path_factory):
     """The command in a process of its own: (its directory, its stdout, compare.json)."""
     out = tmp_path_factory.mktemp("out") / "comparison"
     command = [sys.executable, "-m", "vitcls.compare", *sorted(runs.iterdir()), f"--out={out}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "nothing that exists"}  # no device is used
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == f"comparison: {out}/index.html\n"
@@ -210,6 +210,25 @@ def test_what_cannot_be_compared_is_one_line(name, runs, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_test_split_of_its_own_does_not_depend_on_the_seed_of_the_others(runs, tmp_path):
+    images, labels = np.zeros((6, 8, 8, 3), np.uint8), np.arange(6) % 3
+    np.savez(tmp_path / "own.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    compared = []
+    for seed, name in enumerate(("flat-seed0", "wide-seed0")):
+        copy = shutil.copytree(runs / name, tmp_path / name)
+        values = json.loads((copy / "config.json").read_text())
+        values["dataset"] |= {"name": "npz", "data_dir": str(tmp_path / "own.npz"), "split_seed": seed}
+        (copy / "config.json").write_text(json.dumps(values))
+        compared.append(kept.read_predictions(open_workdir(copy)))
+    kept.check_same_images(compared)
+    np.savez(tmp_path / "own.npz", x_train=images, y_train=labels)
+    with pytest.raises(cli.UserError, match=r"different test images \(config.dataset.split_seed is 0 and 1\)"):
+        kept.check_same_images(compared)
+    (tmp_path / "own.npz").unlink()
+    with pytest.raises(cli.UserError, match="different test images"):
+        kept.check_same_images(compared)
+
+
 def test_too_few_workdirs_and_the_same_twice_are_one_line(runs, capsys, tmp_path):
     one = runs / "flat-seed0"
     assert run([one], capsys)[::2] == (2, "error: there is nothing to compare; give at least two workdirs\n")
@@ -259,7 +278,7 @@ def test_a_second_comparison_replaces_the_first(runs, tmp_path, monkeypatch):
 def test_names_cannot_become_markup_or_break_a_table(runs, tmp_path):
     result = compare.compare([runs / "flat-seed0", runs / "wide-seed0"])
     text = json.dumps(result).replace("flat-seed0", "a|b<i>\\n|")
-    result = json.loads(text)
+    result = json.loads(text) | {"dataset": "<i>digits"}
     rows = [line for line in pages.to_markdown(result).splitlines() if line.startswith(r"| a\|b<i> \| ")]
     page = pages.to_html(result, ["<b>x</b>", "y", "z"], [])
     assert "<i>" not in page and "<b>x" not in page and len(rows) >= 2
@@ -302,3 +321,33 @@ def test_curves_are_by_epoch(runs):
 )
 def test_what_names_have_in_common_is_left_out_where_they_are_long(names, expected):
     assert list(comparison_plots.short_names(names, 10).values()) == expected
+
+
+def test_more_seeds_are_told_pair_by_pair_where_the_deviation_is_known():
+    def pair(a, b, value, **more):
+        return {"a": a, "b": b, "separated": False, "differences": {"accuracy": {"value": value}}, **more}
+
+    sizes = {"one": 1, "two": 2, "five": 5, "nine": 9}
+    lines = pages.more_seeds(
+        {
+            "groups": [{"name": name, "num_seeds": size} for name, size in sizes.items()],
+            "pairs": [
+                pair("two", "five", 0.015, seeds_needed=8),
+                pair("five", "nine", -0.01, seeds_needed=8),
+                pair("nine", "two", 0.001, seeds_needed=None),
+                pair("nine", "five", 0.02, seeds_needed=4),
+                pair("two", "nine", 0.0, seeds_needed=None),
+                pair("five", "two", 0.2, seeds_needed=4) | {"separated": True},
+                pair("one", "two", 0.1, seeds_needed=None),
+                pair("one", "five", 0.1, seeds_needed=None),
+            ],
+        }
+    )
+    assert lines == [
+        "two and five differ by 1.50 points of accuracy: about 6 more of two and 3 more of five would separate them.",
+        "five and nine differ by 1.00 points of accuracy: about 3 more of five would separate them.",
+        "nine and two differ by 0.10 points of accuracy: no number of seeds that can be trained would separate them.",
+        "nine and five differ by 2.00 points of accuracy: such a difference needs about 4 seeds each, which are there; "
+        "chance or the correction hides it.",
+        "More seeds to separate one and two; one and five: n/a, the deviation between seeds is not known from one.",
+    ]

@@ -22,6 +22,7 @@ FILES = (
     "disagreements.png",
 )
 Table = tuple[list[str], list[list[str | tuple[str, str]]]]  # of a pair the second stands in brackets, or below
+_MOST_NAMED = 6  # pairs, in a line of text
 _MINUS = str.maketrans("-", "−")
 
 
@@ -110,21 +111,30 @@ def _difference_label(name: str) -> str:
 
 
 def more_seeds(comparison: dict[str, Any]) -> list[str]:
-    """A line for each pair that differs in the mean but is not separated: about how many more seeds would do it."""
+    """About how many more seeds would separate the pairs that differ in the mean and are not: a line for each.
+
+    Pairs of which one group has a single seed have one line together.
+    """
     seeds = {group["name"]: group["num_seeds"] for group in comparison["groups"]}
-    lines = []
-    for pair in comparison["pairs"]:
-        difference = pair["differences"]["accuracy"]["value"]
-        if not pair["separated"] and abs(difference) > 1e-9:
-            pair_of = f"{pair['a']} and {pair['b']} differ by {100 * abs(difference):.2f} points of accuracy"
-            lines.append(f"{pair_of}: {_more(pair, seeds)}.")
+    together = [
+        pair
+        for pair in comparison["pairs"]
+        if not pair["separated"] and abs(pair["differences"]["accuracy"]["value"]) > 1e-9
+    ]
+    known = [pair for pair in together if min(seeds[pair["a"]], seeds[pair["b"]]) > 1]
+    lines = [
+        f"{pair['a']} and {pair['b']} differ by {100 * abs(pair['differences']['accuracy']['value']):.2f} points of "
+        f"accuracy: {_more(pair, seeds)}."
+        for pair in known
+    ]
+    unknown = [f"{pair['a']} and {pair['b']}" for pair in together if pair not in known]
+    if unknown:
+        names = "; ".join(unknown[:_MOST_NAMED]) + ("; ..." if len(unknown) > _MOST_NAMED else "")
+        lines.append(f"More seeds to separate {names}: n/a, the deviation between seeds is not known from one.")
     return lines
 
 
 def _more(pair: dict[str, Any], seeds: Mapping[str, int]) -> str:
-    fewest = min(seeds[pair["a"]], seeds[pair["b"]])
-    if fewest < 2:
-        return "n/a, the deviation between seeds is not known from one"
     needed = pair["seeds_needed"]
     if needed is None:
         return "no number of seeds that can be trained would separate them"

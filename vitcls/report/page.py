@@ -55,7 +55,7 @@ thead th { position: sticky; top: 0; background: var(--card); color: var(--soft)
 tbody th { font-weight: 400; color: var(--soft); width: 14rem; }
 .classes tbody th { color: var(--ink); min-width: 8rem; }
 .number { text-align: right; }
-td small { white-space: nowrap; }
+td small, td .value { white-space: nowrap; }
 ul { margin: 0; padding: .8rem 1rem .8rem 2rem; font-size: .88rem; }
 @media (max-width: 720px) {
   main { padding-top: 1.5rem; }
@@ -167,7 +167,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str | tuple[str, str]]]) 
 def _cell(text: str | tuple[str, str]) -> str:
     if isinstance(text, str):
         return escape(text)
-    return f'{escape(text[0])}<br><small class="soft">{escape(text[1])}</small>'
+    return f'<span class="value">{escape(text[0])}</span><br><small class="soft">{escape(text[1])}</small>'
 
 
 def _class_table(per_class: Sequence[dict[str, Any]]) -> str:
