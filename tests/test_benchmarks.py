@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from scipy import stats
 
-from benchmarks import agreement, harness, lease, scaling, startup, throughput, versus, workload
+from benchmarks import agreement, harness, intervals, lease, scaling, startup, throughput, versus, workload
 from benchmarks.peers import vit_fields
 from vitcls import models
 from vitcls.core import sharding
@@ -330,3 +331,16 @@ def test_the_peer_of_an_epoch_is_the_same_network():
     images, labels = np.zeros((8, 32, 32, 3), np.uint8), np.arange(8)
     _, parameters = keras_peer.epoch(images, labels, 4, 0.5, 0.5, dtype="float32", **versus.EPOCH_MODEL)
     assert parameters == parameters_of(models.create("vit_tiny_patch4", 8, **versus.EPOCH_MODEL), 32)
+
+
+def test_intervals_are_held_against_a_known_truth():
+    rows = intervals.coverage(count=60, simulations=3, resamples=20)
+    assert len(rows) == 18 and all({"percentile", "basic", "BCa"} <= row.keys() for row in rows)
+    rng = np.random.default_rng(0)
+    values = rng.exponential(size=200)
+    jackknife = [np.delete(values, slice(4 * i, 4 * i + 4)).mean() for i in range(50)]
+    resampled = rng.choice(values, (20_000, 200)).mean(axis=1)
+    found = dict(intervals.intervals(np.array([values.mean(), *jackknife, *resampled])))
+    for kind, method in (("percentile", "percentile"), ("basic", "basic"), ("BCa", "BCa")):
+        expected = stats.bootstrap((values,), np.mean, method=method, n_resamples=20_000, rng=0).confidence_interval
+        np.testing.assert_allclose(found[kind], expected, atol=0.01)

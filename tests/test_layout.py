@@ -27,7 +27,7 @@ APART = ({"data", "models", "optim", "metrics"},)  # rooms of a floor that do no
 HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn", "clu")
 HEAVY_ALLOWED = {
     "orbax": ("training/checkpoint.py",),
-    "matplotlib": ("report/plots.py",),
+    "matplotlib": ("report/comparison_plots.py", "report/plots.py"),
     "clu": (),
     "sklearn": (),
     "tensorflow": (),

@@ -30,6 +30,7 @@ class Verb(NamedTuple):
 VERBS = {
     "train": Verb("vitcls.main", "train", "train a config, or go on with its run, and write the report"),
     "evaluate": Verb("vitcls.evaluate", "compare", "evaluate a run on a split and write its report again"),
+    "compare": Verb("vitcls.compare", "compare", "test which of several runs is better, and show where they differ"),
     "predict": Verb("vitcls.predict", "use", "label image files with a run"),
     "prepare": Verb("vitcls.prepare", "data", "download and prepare a data set of TensorFlow Datasets"),
     "models": Verb("vitcls.models", "help", "the table of models: parameters, FLOPs, memory, paper"),
@@ -69,11 +70,16 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of all commands on a trained run."""
     parser.add_argument("--workdir", required=True, metavar="DIR", help="directory of the run")
-    parser.add_argument(
-        "--import", action="append", type=_import, metavar="MODULE", help="one that registers parts which the run uses"
-    )
+    add_import_argument(parser)
     parser.add_argument(
         "--checkpoint", default="", metavar="STEP", help="'last', 'best' or a step; default: config.report.checkpoint"
+    )
+
+
+def add_import_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag of all commands that read the config of a run."""
+    parser.add_argument(
+        "--import", action="append", type=_import, metavar="MODULE", help="one that registers parts which the run uses"
     )
 
 

@@ -18,7 +18,7 @@ class Reliability(NamedTuple):
 def reliability(labels: np.ndarray, probabilities: np.ndarray, bins: int = BINS) -> Reliability:
     """Confidence and accuracy by bins of equal width, (i / bins, (i + 1) / bins] (Guo et al. 2017, section 2)."""
     confidence, predicted = probabilities.max(axis=1).astype(np.float64), probabilities.argmax(axis=1)
-    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    which = bins_of(confidence, bins)
     count = np.bincount(which, minlength=bins)
     safe = np.maximum(count, 1)
     return Reliability(
@@ -26,6 +26,11 @@ def reliability(labels: np.ndarray, probabilities: np.ndarray, bins: int = BINS)
         accuracy=np.bincount(which, predicted == labels, bins) / safe,
         count=count,
     )
+
+
+def bins_of(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
+    """The bin of each confidence, float64 [N] in [0, 1]: int [N]."""
+    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
 
 
 def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = BINS) -> float:

@@ -59,7 +59,7 @@ def evidence_of(labels: np.ndarray, probabilities: np.ndarray) -> Evidence:
     num_classes = probabilities.shape[1]
     confusion = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(confusion, (labels, probabilities.argmax(axis=1)), 1)
-    ranks = _ranks(labels, probabilities)
+    ranks = ranks_of_true_class(labels, probabilities)
     sums = {
         "loss": negative_log_likelihood(labels, probabilities).sum(),
         "correct": np.sum(ranks == 0),
@@ -76,7 +76,7 @@ def negative_log_likelihood(labels: np.ndarray, probabilities: np.ndarray) -> np
     return -np.log(np.clip(true.astype(np.float64), np.finfo(np.float32).eps, 1.0))
 
 
-def _ranks(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+def ranks_of_true_class(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """How many classes come before the true one, [N]; of equals the lower class comes first."""
     classes = np.arange(probabilities.shape[1])[None, :]
     ranks = np.empty(len(labels), np.int64)

@@ -2,7 +2,7 @@
 
 import base64
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -16,7 +16,7 @@ _DETAILS = (  # that are no metrics of predictions
     ("train_seconds", "Training", "{:,.1f} s (without compilation, evaluation and saving)"),
 )
 _HALF_WIDTH = ("roc", "reliability")  # plots that stand side by side
-_PHOTOS = ("mistakes",)  # pictures whose colours a dark page must not turn around
+_PHOTOS = ("mistakes", "disagreements")  # pictures whose colours a dark page must not turn around
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2937; --soft: #5b6472; --line: #e5e7eb; --paper: #f6f7f9; --card: #fff;
   --accent: #0072b2; }
@@ -55,6 +55,7 @@ thead th { position: sticky; top: 0; background: var(--card); color: var(--soft)
 tbody th { font-weight: 400; color: var(--soft); width: 14rem; }
 .classes tbody th { color: var(--ink); min-width: 8rem; }
 .number { text-align: right; }
+td small, td .value { white-space: nowrap; }
 ul { margin: 0; padding: .8rem 1rem .8rem 2rem; font-size: .88rem; }
 @media (max-width: 720px) {
   main { padding-top: 1.5rem; }
@@ -84,16 +85,21 @@ def render(
     parts = [
         f'<h1>{escape(title)}</h1>\n<p class="soft lead">{escape(lead)}</p>',
         _cards(metrics),
-        _plots(plots),
+        figures(plots),
         f"<h2>By class</h2>\n{_class_table(metrics['per_class'])}",
         f"<h2>More numbers</h2>\n{_key_values(_details(metrics))}",
         f"<h2>The run</h2>\n{_key_values(rows)}",
         _skipped(facts.get("Skipped files", [])),
     ]
+    return document(f"{title}: {metrics['accuracy']:.2%}", parts)
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """A page in the style of all reports, of parts that are HTML; empty ones are left out."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}: {metrics['accuracy']:.2%}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
         "<body>\n<main>\n" + "\n".join(filter(None, parts)) + "\n</main>\n</body>\n</html>\n"
     )
 
@@ -108,15 +114,16 @@ def _cards(metrics: dict[str, Any]) -> str:
     return '<div class="cards">\n' + "\n".join(cards) + "\n</div>"
 
 
-def _plots(plots: Sequence[tuple[str, str, pathlib.Path | None]]) -> str:
-    figures = (
+def figures(plots: Sequence[tuple[str, str, pathlib.Path | None]]) -> str:
+    """(title, caption, PNG file or None where there was nothing to draw), in order, as HTML."""
+    drawn = (
         _figure(title, caption, path)
         if path
         else f'<figure class="missing"><figcaption><b>{escape(title)}</b>: nothing to draw, {escape(caption)}'
         "</figcaption></figure>"
         for title, caption, path in plots
     )
-    return '<div class="plots">\n' + "\n".join(figures) + "\n</div>"
+    return '<div class="plots">\n' + "\n".join(drawn) + "\n</div>"
 
 
 def _figure(title: str, caption: str, path: pathlib.Path) -> str:
@@ -142,6 +149,25 @@ def _details(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 def _key_values(rows: Sequence[tuple[str, str]]) -> str:
     body = "\n".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in rows)
     return f'<div class="panel"><table><tbody>\n{body}\n</tbody></table></div>'
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str | tuple[str, str]]]) -> str:
+    """A table whose first column names its rows; a cell may be a pair, of which the second stands small below."""
+    columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    body = "\n".join(
+        f'<tr><th scope="row">{_cell(first)}</th>' + "".join(f"<td>{_cell(cell)}</td>" for cell in cells) + "</tr>"
+        for first, *cells in rows
+    )
+    return (
+        f'<div class="panel classes" tabindex="0"><table><thead><tr>{columns}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def _cell(text: str | tuple[str, str]) -> str:
+    if isinstance(text, str):
+        return escape(text)
+    return f'<span class="value">{escape(text[0])}</span><br><small class="soft">{escape(text[1])}</small>'
 
 
 def _class_table(per_class: Sequence[dict[str, Any]]) -> str:

@@ -49,9 +49,7 @@ def write(
     from vitcls.report import page, plots
 
     directory = pathlib.Path(directory)
-    new = directory.with_name(f".{directory.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    new = begin(directory)
     units = {name: metric.unit for name, metric in METRICS.items()} | UNITS
     named = {name: unit for name, unit in units.items() if name in metrics}
     text = json.dumps(metrics | {"units": named}, indent=2, allow_nan=False)
@@ -72,7 +70,7 @@ def write(
             figure.savefig(path, dpi=figure.dpi if name in ("confusion_matrix", "class_accuracy") else 150)
         shown.append((title, caption if path or name == "mistakes" else "nothing was logged.", path))
     (new / "index.html").write_text(printable(page.render(metrics, facts, shown)), encoding="utf-8")
-    _replace(directory, new)
+    replace(directory, new)
 
 
 def _drawings(
@@ -127,7 +125,16 @@ def _drawings(
     }
 
 
-def _replace(directory: pathlib.Path, new: pathlib.Path) -> None:
+def begin(directory: pathlib.Path) -> pathlib.Path:
+    """An empty directory beside `directory`, for `replace`; what a write that failed has left there is gone."""
+    new = directory.with_name(f".{directory.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    return new
+
+
+def replace(directory: pathlib.Path, new: pathlib.Path) -> None:
+    """Puts `new` in the place of a directory, or where there is none yet."""
     old = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
