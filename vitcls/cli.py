@@ -33,6 +33,7 @@ VERBS = {
     "evaluate": Verb("vitcls.evaluate", "compare", "evaluate a run on a split and write its report again"),
     "predict": Verb("vitcls.predict", "use", "label image files with a run"),
     "prepare": Verb("vitcls.prepare", "data", "download and prepare a data set of TensorFlow Datasets"),
+    "status": Verb("vitcls.status", "train", "one line for each run: step, loss, accuracy, speed, alive or not"),
     "models": Verb("vitcls.models", "help", "the table of models: parameters, FLOPs, memory, paper"),
 }
 
