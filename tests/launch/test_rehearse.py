@@ -1,0 +1,48 @@
+"""Preemption, rehearsed: what the launchers start is killed with and without notice, and ends with the same bits."""
+
+import os
+import random
+import re
+import signal
+import time
+
+from vitcls.core import peers
+
+STARTED = re.compile(r"local.sh: process ids (\d+) (\d+)")
+
+
+def read_until(stream, pattern, lines):
+    """Reads lines of a stream up to one that matches."""
+    for line in stream:
+        lines.append(line.rstrip("\n"))
+        if found := pattern.search(line):
+            return found
+    raise AssertionError("\n".join(lines))
+
+
+def test_a_run_that_is_killed_twice_ends_with_the_same_bits(rehearsal, undisturbed, assert_same_end):
+    workdir, lines = rehearsal.config.parent / "killed", []
+    chosen, seed = random.Random(), random.randrange(1000)
+    chosen.seed(seed)
+    run = rehearsal.start(workdir, "--restarts=2")
+    first = [int(pid) for pid in read_until(run.stderr, STARTED, lines).groups()]
+    rehearsal.wait_for_step(workdir, 60, lambda: run.poll() is None)
+    os.kill(chosen.choice(first), signal.SIGTERM)  # with notice: all save and stop
+
+    second = [int(pid) for pid in read_until(run.stderr, STARTED, lines).groups()]
+    assert any("ended with exit codes 143 143; starting again (1 of 2)" in line for line in lines), lines
+    read_until(run.stderr, re.compile(r"0: resumed from step (\d+)"), lines)
+    rehearsal.wait_for_step(workdir, 220, lambda: run.poll() is None)
+    gone = chosen.randrange(2)
+    os.kill(second[gone], signal.SIGKILL)  # without
+    killed = time.monotonic()
+    verdict = read_until(run.stderr, re.compile(rf"{1 - gone}: failed: (.*)"), lines)[1]
+    assert re.fullmatch(rf"process {gone} is gone \(.*\); start the run again, .* last checkpoint", verdict), seed
+    read_until(run.stderr, STARTED, lines)
+    assert time.monotonic() - killed < peers.HEARTBEAT + 10
+    codes = "137 1" if gone == 0 else "1 137"
+    assert any(f"ended with exit codes {codes}; starting again (2 of 2)" in line for line in lines), lines
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err
+    assert "0: test: accuracy" in out and "Traceback" not in "\n".join([*lines, err])
+    assert_same_end(workdir, undisturbed)
