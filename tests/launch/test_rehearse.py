@@ -26,13 +26,13 @@ def test_a_run_that_is_killed_twice_ends_with_the_same_bits(rehearsal, undisturb
     chosen.seed(seed)
     run = rehearsal.start(workdir, "--restarts=2")
     first = [int(pid) for pid in read_until(run.stderr, STARTED, lines).groups()]
-    rehearsal.wait_for_step(workdir, 60, lambda: run.poll() is None)
+    rehearsal.wait_for_step(workdir, 20, lambda: run.poll() is None)
     os.kill(chosen.choice(first), signal.SIGTERM)  # with notice: all save and stop
 
     second = [int(pid) for pid in read_until(run.stderr, STARTED, lines).groups()]
     assert any("ended with exit codes 143 143; starting again (1 of 2)" in line for line in lines), lines
-    read_until(run.stderr, re.compile(r"0: resumed from step (\d+)"), lines)
-    rehearsal.wait_for_step(workdir, 220, lambda: run.poll() is None)
+    resumed = int(read_until(run.stderr, re.compile(r"0: resumed from step (\d+)"), lines)[1])
+    rehearsal.wait_for_step(workdir, resumed + 1, lambda: run.poll() is None)
     gone = chosen.randrange(2)
     os.kill(second[gone], signal.SIGKILL)  # without
     killed = time.monotonic()
