@@ -1,12 +1,11 @@
 """Watches the other processes of a run, so that none waits for one that is gone.
 
-A process that is killed takes its word with it: the others wait in a collective, or fail in one with the words of the
-network. JAX's own service notices by its heartbeats (C++ threads, so busy Python is no silence), or at once when
-process 0, which hosts it, is gone, and then aborts every process. The abort is held up for a few seconds here, in
-which a process says in one line who is gone and ends with exit code 1.
+A process that is killed leaves the others in a collective, where they wait, or fail in the words of the network. JAX's
+service notices it: by its heartbeats, which come from C++ threads, so that busy Python is no silence; or at once if it
+is process 0, which hosts the service. Then it aborts every process. Here that abort is held up for a few seconds, in
+which the process says in one line who is gone and ends with exit code 1.
 """
 
-import contextlib
 import ctypes
 import itertools
 import os
@@ -17,20 +16,22 @@ import threading
 import time
 
 HEARTBEAT = 20  # seconds without a sign of life after which JAX's service takes a process for dead
-_PERIOD = 1.0  # seconds between two beats of ours, which tell who it was
-_NO_ANSWER = 2.0  # seconds without an answer of the service: it is gone, or JAX is about to abort
+_PERIOD = 1.0  # seconds between two beats of ours, which only tell who it was
+_NO_ANSWER = 2.0  # seconds without an answer of the service: the network is slow, or JAX is about to abort
 _BEATS = "vitcls/beats/"
 _ON_THE_WIRE = ("gloo", "nccl", "connection", "socket", "unavailable", "deadline_exceeded")
 
 
 class Watch:
-    """Beats in JAX's service for this process, notes the beats of the others, and ends the process if one is gone."""
+    """Keeps beats of every process in JAX's service, and ends this process in order when another is gone."""
 
-    def __init__(self, client, coordinator: str, process_id: int, num_processes: int):
-        self._client, self._coordinator, self._process_id = client, coordinator, process_id
+    def __init__(self, state):
+        """`state`: the one of `jax.distributed.initialize`, which must have been called."""
+        self._state = state
         now = time.monotonic()
-        self._answered: float | None = now
-        self._beats = dict.fromkeys(range(num_processes), ("", now))  # what was last seen, and since when
+        self._answered = now
+        self._beats = dict.fromkeys(range(state.num_processes), ("", now))  # what was last seen, and since when
+        _delay_aborts()
         for loop in (self._beat, self._judge):
             threading.Thread(target=loop, daemon=True).start()
 
@@ -40,17 +41,17 @@ class Watch:
             time.sleep(HEARTBEAT + 3 * _NO_ANSWER)
 
     def _beat(self) -> None:
-        for beat in itertools.count():
+        beats = itertools.count()
+        while client := self._state.client:  # None once the run is over
+            beat = next(beats)
             try:
-                self._client.key_value_set(f"{_BEATS}{self._process_id}", str(beat), allow_overwrite=True)
+                client.key_value_set(f"{_BEATS}{self._state.process_id}", str(beat), allow_overwrite=True)
                 # Many processes read each other's less often: a thousand would read a million a second.
                 if beat % (1 + len(self._beats) // 32) == 0:
-                    self._note(self._client.key_value_dir_get(_BEATS))
+                    self._note(client.key_value_dir_get(_BEATS))
                 self._answered = time.monotonic()
-            except Exception:  # the service is gone, or the run is over and has left it
-                if self._is_there():
-                    self._answered = None
-                    return
+            except Exception:  # no answer; `_judge` decides what it means
+                pass
             time.sleep(_PERIOD)
 
     def _note(self, beats: list[tuple[str, str]]) -> None:
@@ -61,24 +62,31 @@ class Watch:
                 self._beats[process] = value, now
 
     def _judge(self) -> None:
-        while self._answered is not None:
-            if time.monotonic() - self._answered > _NO_ANSWER and (who := self._gone()) is not None:
-                since = "its connection is closed" if who == 0 else f"no sign of life for {HEARTBEAT} s"
-                end(f"process {who} is gone ({since}); start the run again, it goes on from its last checkpoint")
+        while self._state.client:
+            if time.monotonic() - self._answered > _NO_ANSWER and (gone := self._gone()):
+                end(f"process {gone}; start the run again, it goes on from its last checkpoint")
             time.sleep(_PERIOD / 4)
 
-    def _gone(self) -> int | None:
-        """The process that is gone; None where all may be there, as when the network is slow."""
-        if self._process_id and not self._is_there():
-            return 0
-        silent = [i for i, (_, since) in self._beats.items() if time.monotonic() - since > HEARTBEAT - 2 * _PERIOD]
-        return next((i for i in silent if i not in (0, self._process_id)), None)
+    def _gone(self) -> str:
+        """Who is gone, and how that is known; '' where all may be there."""
+        now, long, own = time.monotonic(), HEARTBEAT - 2 * _PERIOD, self._state.process_id
+        silence = f"no sign of life for {HEARTBEAT} s"
+        for process, (_, since) in self._beats.items():
+            if process not in (0, own) and self._answered - since > long - _NO_ANSWER:
+                return f"{process} is gone ({silence})"
+        if own and now - self._answered > long:
+            return f"0 is gone ({silence})"
+        return "0 is gone (its connection is closed)" if own and self._is_refused() else ""
 
-    def _is_there(self) -> bool:
-        """Whether process 0 still listens."""
-        host, _, port = self._coordinator.rpartition(":")
-        with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=_NO_ANSWER):
+    def _is_refused(self) -> bool:
+        """Whether nobody listens where process 0 was; a slow network is no refusal."""
+        host, _, port = self._state.coordinator_address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_NO_ANSWER).close()
+        except ConnectionRefusedError:
             return True
+        except OSError:
+            pass
         return False
 
 
@@ -86,9 +94,7 @@ def watch() -> Watch:
     """Begins to watch the processes of `jax.distributed.initialize`, which must have been called."""
     from jax._src import distributed
 
-    state = distributed.global_state
-    _delay_aborts()
-    return Watch(state.client, state.coordinator_address, state.process_id, state.num_processes)
+    return Watch(distributed.global_state)
 
 
 def end(message: str) -> None:
