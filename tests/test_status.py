@@ -65,12 +65,17 @@ def test_a_run_that_is_not(lock, state, tmp_path):
     assert line(make(tmp_path / "run", lock))[-1].strip() == state
 
 
-def test_a_finished_run_and_its_test_accuracy(trained):
-    run = status.status(trained, datetime.datetime.now().astimezone())
-    report = json.loads((trained / "report" / "metrics.json").read_text())
+def test_a_finished_run_and_its_test_accuracy(trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    report = workdir / "report" / "metrics.json"
+    made = json.loads(report.read_text())
+    run = status.status(workdir, datetime.datetime.now().astimezone())
     assert (run["step"], run["total_steps"], run["checkpoint_step"]) == (12, 12, 12)
-    assert run["test_accuracy"] == report["accuracy"] and 0 <= run["checkpoint_age_seconds"] < 3600
-    assert line(trained)[-1].strip() == f"finished, test accuracy {report['accuracy']:.2%}"
+    assert 0 <= run["checkpoint_age_seconds"] < 3600
+    report.write_text(json.dumps(made | {"split": "test", "accuracy": 0.75}))
+    assert line(workdir)[-1].strip() == "finished, test accuracy 75.00%"
+    report.write_text(json.dumps(made | {"split": "validation"}))  # of vitcls evaluate
+    assert line(workdir)[-1].strip() == "finished"
 
 
 def test_what_is_half_made_is_a_line(tmp_path):
@@ -92,10 +97,8 @@ def test_a_directory_that_is_no_workdir_is_one_line(place, tmp_path, capsys):
     (tmp_path / "file").touch()
     good = make(tmp_path / "good")
     assert cli.run(status.main, [str(good), str(tmp_path / place)]) == 2
-    assert capsys.readouterr() == (
-        "",
-        f"error: {tmp_path / place} is not the workdir of a run: it has no config.json\n",
-    )
+    what = "is not the workdir of a run: it has no config.json; give the --workdir of vitcls train"
+    assert capsys.readouterr() == ("", f"error: {tmp_path / place} {what}\n")
 
 
 def test_columns_are_aligned_and_json_is_one_object_a_line(tmp_path, capsys):

@@ -17,14 +17,14 @@ from vitcls.training import checkpoint
 from vitcls.training.metrics_log import read_history
 
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS = 240
+STEPS = 160
 CONFIG = f"""
 from vitcls.config import default_config
 
 def get_config():
     config = default_config("improved_vit_tiny")
     config.batch_size, config.total, config.steps_per_call = 16, "{STEPS} steps", 2
-    config.log_every, config.eval_every, config.checkpoint_every = "10 steps", "120 steps", "30 steps"
+    config.log_every, config.eval_every, config.checkpoint_every = "10 steps", "80 steps", "40 steps"
     config.dataset.update(name="synthetic", num_examples=120, num_classes=3, image_size=8)
     config.model.update(stem="patch", patch_size=2, hidden_dim=16, depth=1, num_heads=2, mlp_dim=16, drop_path=0.1)
     config.augment.mixup.probability = 0.5

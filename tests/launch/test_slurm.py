@@ -115,7 +115,7 @@ def test_a_task_that_is_killed_costs_no_bit(slurm, rehearsal, undisturbed, asser
     workdir, log = tmp_path / "run", tmp_path / "log"
     environment = rehearsal.environment | slurm | {"JAX_NUM_CPU_DEVICES": "1"}
     number = submit(environment, log, *rehearsal.command(workdir), tasks=2)
-    rehearsal.wait_for_step(workdir, 40, lambda: job(slurm, number)["JobState"] in ("PENDING", "RUNNING"))
+    rehearsal.wait_for_step(workdir, 50, lambda: job(slurm, number)["JobState"] in ("PENDING", "RUNNING"))
     pids = [line.split() for line in ask(slurm, "scontrol", "listpids", number).splitlines()]
     (task,) = (pid for pid, _, step, local, _ in pids if (step, local) == ("0", "0"))
     os.kill(int(task), signal.SIGKILL)
