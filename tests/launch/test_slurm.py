@@ -102,12 +102,18 @@ def start_now(slurm, number):
     time.sleep(0.3)
 
 
-def wait_for_end(slurm, number, *, seconds=120):
-    """(state, exit code, how often it was started again) of a job."""
+def wait_until(slurm, number, condition, *, seconds=120):
+    """Returns when `condition` holds of what Slurm knows of a job; starts it whenever it waits in the queue."""
     deadline = time.monotonic() + seconds
-    while (now := job(slurm, number))["JobState"] in ("PENDING", "RUNNING", "COMPLETING"):
+    while not condition(now := job(slurm, number)):
         assert time.monotonic() < deadline, now
         start_now(slurm, number)
+
+
+def wait_for_end(slurm, number):
+    """(state, exit code, how often it was started again) of a job."""
+    wait_until(slurm, number, lambda now: now["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"))
+    now = job(slurm, number)
     return now["JobState"], now["ExitCode"], now["Restarts"]
 
 
@@ -133,9 +139,8 @@ def test_a_run_that_saved_and_stopped_goes_back_into_the_queue(slurm, tmp_path):
     life = "echo ready >> $0; [ $(wc -l < $0) -le 2 ] || exit 0; trap 'exit 143' TERM; while :; do sleep 0.1; done"
     lives, log = tmp_path / "lives", tmp_path / "log"
     number = submit(slurm, log, "bash", "-c", life, lives)
-    for count in ("1", "2"):
-        while not lives.exists() or lives.read_text().count("ready") < int(count):
-            start_now(slurm, number)
+    for count in (1, 2):
+        wait_until(slurm, number, lambda now, count=count: lives.exists() and lives.read_text().count("ready") == count)
         ask(slurm, "scancel", "--signal=TERM", number)
     assert wait_for_end(slurm, number) == ("COMPLETED", "0:0", "2"), log.read_text()
     assert log.read_text().count("ended with exit code 143; back into the queue") == 2
@@ -147,8 +152,7 @@ def test_what_ends_for_good(slurm, tmp_path):
     cancelled = submit(
         slurm, tmp_path / "log", "bash", "-c", "trap 'exit 143' TERM; touch $0; sleep 60 & wait", tmp_path / "up"
     )
-    while not (tmp_path / "up").exists():
-        time.sleep(0.1)
+    wait_until(slurm, cancelled, lambda now: (tmp_path / "up").exists())
     ask(slurm, "scancel", cancelled)
     assert wait_for_end(slurm, cancelled)[::2] == ("CANCELLED", "0")
     for command, code in (([], 2), (["bash", "-c", "exit 2"], 2), (["false"], 1)):
