@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -113,3 +114,106 @@ def undisturbed(rehearsal):
 def assert_same_end():
     """Asserts that the run in a workdir has ended as `undisturbed`."""
     return _assert_same_end
+
+
+CONF = """
+ClusterName=test
+SlurmctldHost=localhost
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+SlurmUser=root
+AuthType=auth/none
+CredType=cred/none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+MpiDefault=none
+ReturnToService=2
+StateSaveLocation={path}/state
+SlurmdSpoolDir={path}/spool
+SlurmctldPidFile={path}/slurmctld.pid
+SlurmdPidFile={path}/slurmd.pid
+SlurmctldLogFile={path}/slurmctld.log
+SlurmdLogFile={path}/slurmd.log
+SchedulerParameters=batch_sched_delay=0
+NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+PartitionName=all Nodes=localhost Default=YES State=UP OverSubscribe=FORCE:4
+"""
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("localhost", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@dataclasses.dataclass(frozen=True)
+class Slurm:
+    """A cluster of one node, this one; `environment` is that of its clients."""
+
+    environment: dict
+
+    def ask(self, *command):
+        done = subprocess.run(command, capture_output=True, text=True, env=self.environment, check=True, timeout=60)
+        return done.stdout.strip()
+
+    def submit(self, log, *command, tasks=1, **environment):
+        """The id of a job of launch/slurm with `tasks` processes on the one node."""
+        flags = ["--parsable", "--nodes=1", f"--ntasks-per-node={tasks}", "--overcommit", f"--output={log}"]
+        launcher = ROOT / "launch" / "slurm" / "train.sbatch"
+        return dataclasses.replace(self, environment=environment | self.environment).ask(
+            "sbatch", *flags, launcher, *command
+        )
+
+    def job(self, number):
+        """What Slurm knows of a job, such as JobState, Restarts and ExitCode."""
+        return dict(word.partition("=")[::2] for word in self.ask("scontrol", "show", "job", number).split())
+
+    def is_alive(self, number):
+        return self.job(number)["JobState"] in ("PENDING", "RUNNING", "COMPLETING")
+
+    def wait_until(self, number, condition, *, seconds=120):
+        """Returns when `condition()` holds; a job waits in the queue for two seconds, where Slurm wants two minutes."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.job(number)
+            if self.job(number)["Reason"] == "BeginTime":
+                time.sleep(2)  # a node that has just heard of the end takes a new start for an old one
+                self.ask("scontrol", "update", f"JobId={number}", "StartTime=now")
+            time.sleep(0.3)
+
+    def wait_for_end(self, number):
+        """(state, exit code, how often it was started again) of a job."""
+        self.wait_until(number, lambda: not self.is_alive(number))
+        job = self.job(number)
+        return job["JobState"], job["ExitCode"], job["Restarts"]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """Slurm itself, for as long as a file of tests."""
+    if not (shutil.which("slurmctld") and shutil.which("slurmd") and shutil.which("srun")) or os.getuid() != 0:
+        pytest.skip("Slurm (Debian package slurm-wlm) is not installed, or this is not root, as its daemons want")
+    tmp_path = tmp_path_factory.mktemp("slurm")
+    for name in ("state", "spool"):
+        (tmp_path / name).mkdir()
+    conf = tmp_path / "slurm.conf"
+    host, cpus = socket.gethostname(), os.cpu_count()
+    conf.write_text(CONF.format(ports=free_ports(2), path=tmp_path, host=host, cpus=cpus))
+    environment = os.environ | {"SLURM_CONF": str(conf)}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    daemons = [subprocess.Popen([name, "-D", "-f", str(conf)], **quiet) for name in ("slurmctld", "slurmd")]
+    deadline = time.monotonic() + 60
+    while b"idle" not in subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, env=environment).stdout:
+        assert time.monotonic() < deadline, (tmp_path / "slurmd.log").read_text() + (
+            tmp_path / "slurmctld.log"
+        ).read_text()
+        time.sleep(0.5)
+    yield Slurm(environment)
+    for daemon in reversed(daemons):
+        daemon.terminate()
+        daemon.wait(30)

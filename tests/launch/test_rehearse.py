@@ -46,3 +46,20 @@ def test_a_run_that_is_killed_twice_ends_with_the_same_bits(rehearsal, undisturb
     assert run.returncode == 0, err
     assert "0: test: accuracy" in out and "Traceback" not in "\n".join([*lines, err])
     assert_same_end(workdir, undisturbed)
+
+
+def test_a_task_of_slurm_that_is_killed_costs_no_bit(slurm, rehearsal, undisturbed, assert_same_end, tmp_path):
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    environment = rehearsal.environment | {"JAX_NUM_CPU_DEVICES": "1"}
+    number = slurm.submit(log, *rehearsal.command(workdir), tasks=2, **environment)
+    rehearsal.wait_for_step(workdir, 50, lambda: slurm.is_alive(number))
+    pids = [line.split() for line in slurm.ask("scontrol", "listpids", number).splitlines()]
+    (task,) = (pid for pid, _, step, local, _ in pids if (step, local) == ("0", "0"))
+    os.kill(int(task), signal.SIGKILL)
+    assert slurm.wait_for_end(number) == ("COMPLETED", "0:0", "1"), log.read_text()
+    text = log.read_text()
+    assert {f"{i}: several processes: process {i} of 2 (Slurm)" for i in (0, 1)} <= set(text.splitlines())
+    assert "2 x cpu (cpu), 2 processes" in text and "0: resumed from step" in text
+    assert "train.sbatch: ended with exit code 137; back into the queue" in text
+    assert "1: failed: process 0 is gone" in text
+    assert_same_end(workdir, undisturbed)
