@@ -127,7 +127,7 @@ verdict() {
 
 for ((attempt = 0; ; attempt++)); do
   start "$@"
-  watch
+  watch 2>/dev/null # where bash would say which was killed, in its own words
   code=$(verdict)
   if [ "$code" -lt 128 ] || [ $stop -eq 1 ]; then
     exit "$code"
