@@ -54,8 +54,8 @@ def what_other_files_left():
 
 
 # The files that take longest, which start first, so that no worker is left alone with one of them.
-LONGEST = ("test_train", "test_sharding", "test_every_model", "test_tasks", "test_docs", "test_benchmarks")
-LONGEST += ("test_old_workdirs", "test_table", "test_prepare")
+LONGEST = ("test_rehearse", "test_train", "test_sharding", "test_every_model", "test_tasks", "test_docs")
+LONGEST += ("test_benchmarks", "test_old_workdirs", "test_table", "test_prepare")
 
 
 def pytest_collection_modifyitems(items):

@@ -10,11 +10,12 @@ import importlib.util
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
 import vitcls
-from vitcls.core import cluster, errors, terminal
+from vitcls.core import cluster, errors, peers, terminal
 from vitcls.core.cache import cache_dir
 from vitcls.core.errors import RunError, Stopped, UserError
 
@@ -33,6 +34,7 @@ VERBS = {
     "compare": Verb("vitcls.compare", "compare", "test which of several runs is better, and show where they differ"),
     "predict": Verb("vitcls.predict", "use", "label image files with a run"),
     "prepare": Verb("vitcls.prepare", "data", "download and prepare a data set of TensorFlow Datasets"),
+    "status": Verb("vitcls.status", "train", "one line for each run: step, loss, accuracy, speed, alive or not"),
     "models": Verb("vitcls.models", "help", "the table of models: parameters, FLOPs, memory, paper"),
 }
 
@@ -119,6 +121,12 @@ def run(command: Callable[[list[str]], int | None], argv: list[str] | None = Non
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.code
+    except Exception as error:
+        if _watch is None:
+            raise
+        _watch.wait(error)
+        traceback.print_exc()
+        peers.end(f"{type(error).__name__}: {one_line(error)}")  # an orderly end would wait for the others
 
 
 def one_line(error: Exception) -> str:
@@ -149,6 +157,9 @@ class _CurrentStderr(logging.StreamHandler):
         pass
 
 
+_watch: peers.Watch | None = None  # of the other processes, if there are any
+
+
 def start_jax(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
     """Joins the other processes, if any, and turns on the persistent compilation cache.
 
@@ -162,6 +173,7 @@ def start_jax(coordinator: str | None = None, num_processes: int | None = None, 
         terminal.chatter_to_stderr()
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.config.update("jax_cpu_enable_async_dispatch", False)  # programs that overlap could wait for each other
+        jax.config.update("jax_enable_preemption_service", False)  # swallows a SIGTERM that comes before the training
         try:
             jax.distributed.initialize(
                 found.coordinator,
@@ -170,9 +182,12 @@ def start_jax(coordinator: str | None = None, num_processes: int | None = None, 
                 list(found.local_device_ids) if found.local_device_ids else None,
                 # JAX's own detection would take one device of the host.
                 cluster_detection_method="deactivate" if found.coordinator else None,
+                heartbeat_timeout_seconds=peers.HEARTBEAT,
             )
         except (RuntimeError, ValueError) as error:
             raise RunError(f"the processes of the run did not find each other ({found.found}): {error}") from None
+        global _watch
+        _watch = peers.watch()
     use_cache()
 
 

@@ -35,7 +35,7 @@ def holder(tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(lock, "_HEARTBEAT", 0.05)
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
     monkeypatch.setattr(lock, "_SILENCE", 1.0)
 
 

@@ -19,7 +19,7 @@ import uuid
 from vitcls.core.errors import RunError, UserError
 
 LOCK_FILE = "lock.json"
-_HEARTBEAT = 5.0  # seconds between two writes
+HEARTBEAT = 5.0  # seconds between two writes
 _SILENCE = 30.0  # seconds without a write after which a holder on another machine is dead
 _logger = logging.getLogger("vitcls")
 
@@ -85,7 +85,7 @@ class WorkdirLock(contextlib.AbstractContextManager):
             "machine": _machine(),
             "process_id": os.getpid(),
             "process_start": _process_start(os.getpid()),
-            "since": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
+            "since": _now(),
             "token": uuid.uuid4().hex,
         }
         self.lost = False  # another run has taken the workdir
@@ -135,10 +135,10 @@ class WorkdirLock(contextlib.AbstractContextManager):
         return False
 
     def _text(self) -> str:
-        return json.dumps(self._held | {"beats": self._beats}) + "\n"
+        return json.dumps(self._held | {"beats": self._beats, "last_beat": _now()}) + "\n"
 
     def _beat(self) -> None:
-        while not self._stop.wait(_HEARTBEAT):
+        while not self._stop.wait(HEARTBEAT):
             with contextlib.suppress(OSError):  # a full or absent disk may come back
                 holder = self._holder()
                 if holder is not None and holder["token"] != self._held["token"]:
@@ -163,6 +163,10 @@ def _describe(holder: dict) -> str:
     if not holder.get("token"):
         return f"a run that {LOCK_FILE} does not name"
     return f"process {holder['process_id']} on {holder['host']} since {holder['since']}"
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(" ", "seconds")
 
 
 def _machine() -> str:

@@ -1,0 +1,146 @@
+"""launch/cloud_tpu/run.sh: what it would ask of gcloud, and what it refuses before it asks anything."""
+
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+
+LAUNCHER = pathlib.Path(__file__).parents[2] / "launch" / "cloud_tpu" / "run.sh"
+HERE = ["--name=c100", "--project=P", "--zone=us-east5-b"]
+TRAIN = ["--", "vitcls", "train", "--config=configs/vit_cifar100.py", "--workdir=gs://bucket/c100"]
+# The flags that `gcloud COMMAND --help` documents in version 528.0.0, as the reference on cloud.google.com does.
+WIDE = {"--project", "--quiet", "--format", "--account", "--configuration", "--verbosity"}
+CREATE = """
+--accelerator-type --async --data-disk --description --guaranteed --internal-ips --labels --metadata
+--metadata-from-file --network --node-count --node-id --node-prefix --range --reservation-host-folder
+--reservation-host-organization --reservation-host-project --reserved --runtime-version --scopes --service-account
+--shielded-secure-boot --spot --subnetwork --tags --topology --type --valid-after-duration --valid-after-time
+--valid-until-duration --valid-until-time --zone
+"""
+SSH = """
+--command --dry-run --force-key-file-overwrite --internal-ip --output-directory --plain --ssh-flag
+--ssh-key-expiration --ssh-key-expire-after --ssh-key-file --strict-host-key-checking --worker --zone
+"""
+SCP = """
+--compress --dry-run --force-key-file-overwrite --internal-ip --plain --recurse --scp-flag --ssh-key-expiration
+--ssh-key-expire-after --ssh-key-file --strict-host-key-checking --worker --zone
+"""
+DOCUMENTED = {
+    "queued-resources create": CREATE,
+    "queued-resources describe": "--zone",
+    "queued-resources delete": "--zone --async --force",
+    "tpu-vm ssh": SSH,
+    "tpu-vm scp": SCP,
+}
+
+
+def launch(*arguments):
+    return subprocess.run([LAUNCHER, *arguments], capture_output=True, text=True)
+
+
+def commands(*arguments):
+    """The gcloud commands of a dry run: (command, flags by name, the rest)."""
+    done = launch(*arguments, "--dry_run", *TRAIN) if arguments[0] == "run" else launch(*arguments, "--dry_run")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = []
+    for line in done.stdout.splitlines():
+        gcloud, compute, tpus, group, verb, *rest = shlex.split(line)
+        assert (gcloud, compute, tpus) == ("gcloud", "compute", "tpus")
+        flags = dict(word.partition("=")[::2] for word in rest if word.startswith("--"))
+        found.append((f"{group} {verb}", flags, [word for word in rest if not word.startswith("--")]))
+    return found
+
+
+@pytest.mark.parametrize("action", ["run", "logs", "delete"])
+def test_only_documented_flags_are_used(action):
+    for command, flags, _ in commands(action, *HERE, *(["--slice=v6e-8", "--spot"] if action == "run" else [])):
+        assert flags.keys() <= WIDE | set(DOCUMENTED[command].split()), command
+        assert (flags["--project"], flags["--zone"]) == ("P", "us-east5-b")
+
+
+@pytest.mark.parametrize(
+    ("slice_", "accelerator", "runtime"),
+    [("v5e-16", "v5litepod-16", "v2-alpha-tpuv5-lite"), ("v6e-256", "v6e-256", "v2-alpha-tpuv6e")],
+)
+def test_a_run_is_asked_for_installed_trained_followed_and_deleted(slice_, accelerator, runtime):
+    found = commands("run", *HERE, f"--slice={slice_}", "--spot")
+    assert [command for command, _, _ in found] == [
+        "queued-resources create",
+        "queued-resources describe",
+        "tpu-vm scp",
+        *["tpu-vm ssh"] * 4,
+        "queued-resources delete",
+    ]
+    create = found[0][1]
+    assert (create["--accelerator-type"], create["--runtime-version"]) == (accelerator, runtime)
+    assert create["--node-id"] == "c100" and "--spot" in create
+    assert [flags.get("--worker") for _, flags, _ in found] == [None, None, "all", "all", "all", "0", "all", None]
+    assert "--force" in found[-1][1]
+    assert "--spot" not in commands("run", *HERE, f"--slice={slice_}")[0][1]
+
+
+def test_what_the_workers_are_told_to_run_does_what_it_says(tmp_path):
+    """The words of the command reach vitcls as they were given, and its exit code is asked for."""
+    done = launch("run", *HERE, "--slice=v6e-1", "--dry_run", *TRAIN, "--config.total=5 epochs", "--config.x='$HOME'")
+    _, train, follow, verdict = (
+        next(word for word in shlex.split(line) if word.startswith("--command=")).removeprefix("--command=")
+        for line in done.stdout.splitlines()
+        if "tpu-vm ssh" in line
+    )
+    for folder in ("env/bin", "vitcls"):
+        (tmp_path / folder).mkdir(parents=True)
+    program = tmp_path / "env" / "bin" / "vitcls"
+    program.write_text('#!/bin/bash\nprintf "<%s>" "$@"\nsleep 1\nexit 7\n')
+    program.chmod(0o755)
+    home = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    subprocess.run(["bash", "-c", train], cwd=tmp_path, env=home, check=True, timeout=30)
+    lines = subprocess.run(["bash", "-c", follow], cwd=tmp_path, env=home, capture_output=True, text=True, timeout=30)
+    said = "<train><--config=configs/vit_cifar100.py><--workdir=gs://bucket/c100><--config.total=5 epochs>"
+    assert lines.stdout == said + "<--config.x='$HOME'>"
+    code = subprocess.run(["bash", "-c", verdict], cwd=tmp_path, env=home, capture_output=True, text=True, timeout=90)
+    assert code.stdout == "7\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "the first word is run, logs or delete"),
+        (["start"], "not 'start'"),
+        (["run", *HERE[1:], "--slice=v6e-8", *TRAIN], "--name is missing"),
+        (["run", HERE[0], HERE[2], "--slice=v6e-8", *TRAIN], "--project is missing"),
+        (["run", *HERE[:2], "--slice=v6e-8", *TRAIN], "--zone is missing"),
+        (["delete", *HERE[:2]], "--zone is missing"),
+        (["run", *HERE[:2], "--zone=europe", "--slice=v6e-8", *TRAIN], "--zone=europe is not a zone"),
+        (["run", "--name=A_B", *HERE[1:], "--slice=v6e-8", *TRAIN], "--name=A_B is impossible"),
+        (["run", *HERE, *TRAIN], "--slice= is not offered; use one of v5e-1 "),
+        (["run", *HERE, "--slice=v6e-12", *TRAIN], "--slice=v6e-12 is not offered"),
+        (["run", *HERE, "--slice=v6e-8", "--restarts=many", *TRAIN], "--restarts=many"),
+        (["run", *HERE, "--slice=v6e-8", "--spto", *TRAIN], "'--spto' is no flag"),
+        (["run", *HERE, "--slice=v6e-8"], "after -- comes the command"),
+        (["run", *HERE, "--slice=v6e-8", *TRAIN[:-1]], "has no --workdir=gs://BUCKET/PATH"),
+        (["run", *HERE, "--slice=v6e-8", *TRAIN[:-1], "--workdir=runs/x"], "--workdir=runs/x is not gs://BUCKET/PATH"),
+        (["run", *HERE, "--slice=v6e-8", *TRAIN[:-1], "--workdir=s3://b/x"], "--workdir=s3://b/x is not gs://"),
+        (["run", *HERE, "--slice=v6e-8", *TRAIN[:-1], "--workdir=gs://bucket"], "is not gs://BUCKET/PATH"),
+    ],
+    ids=lambda value: " ".join(value[-1:]) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_code_2(arguments, words):
+    done = launch(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and words in line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
+def test_gcloud_itself_knows_these_flags():
+    """Its help has every flag of the lists above; it needs no account."""
+    for command, flags in DOCUMENTED.items():
+        text = subprocess.run(
+            ["gcloud", "compute", "tpus", *command.split(), "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        plain = re.sub(r"\x1b\[[0-9;]*m|.\x08", "", text)
+        assert [flag for flag in flags.split() if flag not in plain] == []

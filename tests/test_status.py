@@ -1,0 +1,135 @@
+"""`vitcls status`: one line for each run, whatever is in its workdir, and quickly."""
+
+import datetime
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from vitcls import cli, status
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOW = datetime.datetime(2026, 3, 1, 12, tzinfo=datetime.UTC)
+
+
+def beat(seconds):
+    return {"last_beat": (NOW - datetime.timedelta(seconds=seconds)).isoformat(" ", "seconds")}
+
+
+def make(workdir, lock=None):
+    """A workdir of 240 steps at step 120, with a checkpoint of step 80 that is two hours old."""
+    checkpoint = workdir / "checkpoints" / "80"
+    checkpoint.mkdir(parents=True)
+    (workdir / "checkpoints" / "120.orbax-checkpoint-tmp").mkdir()
+    committed = int((NOW.timestamp() - 7200) * 1e9)
+    (checkpoint / "_CHECKPOINT_METADATA").write_text(json.dumps({"commit_timestamp_nsecs": committed}))
+    (workdir / "config.json").write_text(json.dumps({"total": "3 epochs", "batch_size": 10}))
+    (workdir / "dataset.json").write_text(json.dumps({"num_examples": {"train": 800}}))
+    events = [
+        {"step": 80, "train/loss": 2.0, "train/images_per_second": 10.0},
+        {"step": 80, "eval/accuracy": 0.5},
+        {"step": 120, "train/loss": 1.25, "train/images_per_second": 1234.0},
+    ]
+    lines = [json.dumps(event) for event in events]
+    (workdir / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 160, "train/loss": 0.'])[:-1])
+    if lock:
+        (workdir / "lock.json").write_text(json.dumps(lock))
+    return workdir
+
+
+def line(workdir):
+    return status.table([status.status(workdir, NOW)])[1].removeprefix(str(workdir)).split("  ")
+
+
+def test_a_run_that_is_alive(tmp_path):
+    cells = [cell.strip() for cell in line(make(tmp_path / "run", beat(6))) if cell]
+    assert cells == ["120/240", "1.2500", "50.00%", "1,234", "80 (2 h ago)", "alive"]
+
+
+@pytest.mark.parametrize(
+    ("lock", "state"),
+    [
+        (beat(90), "silent for 1 min"),
+        ({"since": "2026-03-01 11:00:00+00:00"}, "silent for 1 h"),  # as 0.1.0 wrote it
+        ({"last_beat": "?"}, "silent"),
+        (None, "stopped"),
+    ],
+)
+def test_a_run_that_is_not(lock, state, tmp_path):
+    assert line(make(tmp_path / "run", lock))[-1].strip() == state
+
+
+def test_a_finished_run_and_its_test_accuracy(trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    report = workdir / "report" / "metrics.json"
+    made = json.loads(report.read_text())
+    run = status.status(workdir, datetime.datetime.now().astimezone())
+    assert (run["step"], run["total_steps"], run["checkpoint_step"]) == (12, 12, 12)
+    assert 0 <= run["checkpoint_age_seconds"] < 3600
+    report.write_text(json.dumps(made | {"split": "test", "accuracy": 0.75}))
+    assert line(workdir)[-1].strip() == "finished, test accuracy 75.00%"
+    report.write_text(json.dumps(made | {"split": "validation"}))  # of vitcls evaluate
+    assert line(workdir)[-1].strip() == "finished"
+
+
+def test_what_is_half_made_is_a_line(tmp_path):
+    for name in ("lock.json", "config.json"):
+        workdir = tmp_path / name
+        workdir.mkdir()
+        (workdir / name).write_text("{}" if name == "config.json" else json.dumps(beat(1)))
+        cells = [cell.strip() for cell in line(workdir) if cell]
+        assert cells == ["-/-", "-", "-", "-", "-", "begun" if name == "config.json" else "alive"]
+    torn = make(tmp_path / "torn")
+    for name in ("config.json", "dataset.json", "metrics.jsonl", "checkpoints/80/_CHECKPOINT_METADATA"):
+        (torn / name).write_bytes(b'{"step": \xff')
+    assert [cell.strip() for cell in line(torn) if cell] == ["80/-", "-", "-", "-", "80", "stopped"]
+
+
+@pytest.mark.parametrize("place", ["nowhere", "empty", "file"])
+def test_a_directory_that_is_no_workdir_is_one_line(place, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    good = make(tmp_path / "good")
+    assert cli.run(status.main, [str(good), str(tmp_path / place)]) == 2
+    what = "is not the workdir of a run: it has no config.json; give the --workdir of vitcls train"
+    assert capsys.readouterr() == ("", f"error: {tmp_path / place} {what}\n")
+
+
+def test_columns_are_aligned_and_json_is_one_object_a_line(tmp_path, capsys):
+    runs = [str(make(tmp_path / name)) for name in ("a", "a_long_name")]
+    assert cli.run(status.main, runs) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert len({text.index(" stopped") for text in lines} | {head.index(" state")}) == 1
+    assert cli.run(status.main, [*runs, "--json"]) == 0
+    objects = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    assert [(run["workdir"], run["step"], run["loss"]) for run in objects] == [
+        (runs[0], 120, 1.25),
+        (runs[1], 120, 1.25),
+    ]
+
+
+def test_it_is_quick_and_watching_ends_quietly(trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    begun = time.monotonic()
+    watching = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "vitcls.status", "--watch", str(workdir)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert watching.stdout.readline().startswith("run ")
+    assert "finished" in watching.stdout.readline()
+    assert time.monotonic() - begun < 5  # 0.2 s on an idle machine; JAX alone takes longer
+    watching.send_signal(signal.SIGINT)
+    out, err = watching.communicate(timeout=30)
+    assert (watching.returncode, out) == (0, "")
+    loaded = {text.rpartition("|")[2].strip() for text in err.splitlines()}
+    assert not loaded & {"jax", "flax", "orbax", "tensorflow", "tensorboardX"} and "json" in loaded
+    assert "Traceback" not in err
