@@ -14,15 +14,19 @@ from typing import Any
 from vitcls import cli
 from vitcls.core import durations
 from vitcls.core.errors import UserError
-from vitcls.training.lock import HEARTBEAT, LOCK_FILE
+from vitcls.training import places
+from vitcls.training.files import CHECKPOINTS, CONFIG_FILE, DATASET_FILE, LOCK_FILE, METRICS_FILE
+from vitcls.training.lock import HEARTBEAT
 
 _SILENCE = 3 * HEARTBEAT  # seconds without a heartbeat after which a run is called silent
 _REFRESH = 5.0  # seconds between two looks with --watch
 _HEAD = ("run", "step", "loss", "accuracy", "images/s", "checkpoint", "state")
 
 
-def status(workdir: pathlib.Path, now: datetime.datetime) -> dict[str, Any]:
+def status(workdir: pathlib.Path, now: datetime.datetime, name: str = "") -> dict[str, Any]:
     """What the files of a workdir say of its run at the time `now`; None is what they do not say.
+
+    `name` is what the workdir is called, if not by its path.
 
     Returns:
       workdir, step, total_steps, loss (training, of the last logging interval), accuracy (the last on the validation
@@ -31,24 +35,25 @@ def status(workdir: pathlib.Path, now: datetime.datetime) -> dict[str, Any]:
 
     Raises UserError where `workdir` is not the workdir of a run.
     """
-    config, lock = _read(workdir / "config.json"), _read(workdir / LOCK_FILE)
-    if not (config or lock or (workdir / "config.json").exists()):
+    name = name or str(workdir)
+    config, lock = _read(workdir / CONFIG_FILE), _read(workdir / LOCK_FILE)
+    if not (config or lock or (workdir / CONFIG_FILE).exists()):
         raise UserError(
-            f"{workdir} is not the workdir of a run: it has no config.json; give the --workdir of vitcls train"
+            f"{name} is not the workdir of a run: it has no config.json; give the --workdir of vitcls train"
         )
-    lines = _lines(workdir / "metrics.jsonl")
-    saved = _last_checkpoint(workdir / "checkpoints")
+    lines = _lines(workdir / METRICS_FILE)
+    saved = _last_checkpoint(workdir / CHECKPOINTS)
     steps = [step for step in (_last(lines, "step"), saved) if step is not None]
     report = _read(workdir / "report" / "metrics.json")
     return {
-        "workdir": str(workdir),
+        "workdir": name,
         "step": max(steps, default=None),
-        "total_steps": _total_steps(config, _read(workdir / "dataset.json")),
+        "total_steps": _total_steps(config, _read(workdir / DATASET_FILE)),
         "loss": _last(lines, "train/loss"),
         "accuracy": _last(lines, "eval/accuracy"),
         "images_per_second": _last(lines, "train/images_per_second"),
         "checkpoint_step": saved,
-        "checkpoint_age_seconds": None if saved is None else _checkpoint_age(workdir / "checkpoints" / str(saved), now),
+        "checkpoint_age_seconds": None if saved is None else _checkpoint_age(workdir / CHECKPOINTS / str(saved), now),
         **_life(lock, report, now, began=bool(steps)),
         "test_accuracy": report.get("accuracy") if report.get("split") == "test" else None,
     }
@@ -155,28 +160,28 @@ def _span(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _print(workdirs: list[pathlib.Path], *, as_json: bool, clear: bool) -> None:
+def _print(runs: dict[str, places.Place], *, as_json: bool, clear: bool) -> None:
     now = datetime.datetime.now().astimezone()
-    runs = [status(workdir, now) for workdir in workdirs]
+    runs = [status(place.path, now, name) for name, place in runs.items()]
     lines = [json.dumps(run) for run in runs] if as_json else table(runs)
     print(("\x1b[H\x1b[2J" if clear else "") + "\n".join(lines), flush=True)
 
 
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog=cli.program("status"), description=__doc__.splitlines()[0])
-    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="directory of a run")
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="directory of a run, or its gs:// or s3:// URL")
     parser.add_argument("--watch", action="store_true", help=f"look again every {_REFRESH:.0f} seconds, until Ctrl-C")
     parser.add_argument("--json", action="store_true", help="one JSON object for each run")
     flags = parser.parse_args(argv)
-    workdirs = [pathlib.Path(workdir) for workdir in flags.workdirs]
     clear = flags.watch and not flags.json and sys.stdout.isatty()
-    try:
-        _print(workdirs, as_json=flags.json, clear=clear)
+    with contextlib.ExitStack() as held, contextlib.suppress(KeyboardInterrupt):  # how --watch is ended
+        runs = {name: held.enter_context(places.opened(name, arrays=False)) for name in flags.workdirs}
+        _print(runs, as_json=flags.json, clear=clear)
         while flags.watch:
             time.sleep(_REFRESH)
-            _print(workdirs, as_json=flags.json, clear=clear)
-    except KeyboardInterrupt:  # how --watch is ended
-        pass
+            for place in runs.values():
+                place.refresh()
+            _print(runs, as_json=flags.json, clear=clear)
 
 
 if __name__ == "__main__":

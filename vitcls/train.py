@@ -18,7 +18,7 @@ from vitcls.core import sharding
 from vitcls.core.errors import RunError, Stopped, UserError
 from vitcls.core.sharding import Partition
 from vitcls.tasks import Task
-from vitcls.training import announce, build, checkpoint, places, run_dir, steps
+from vitcls.training import announce, build, checkpoint, files, places, run_dir, steps
 from vitcls.training.build import Plan, Training
 from vitcls.training.evaluator import Evaluator, make_evaluator, split_batches, write_report
 from vitcls.training.lock import WorkdirLock
@@ -68,7 +68,7 @@ def train_and_evaluate(
                 return None
             lock = held.enter_context(place.hold())
             run_dir.begin(path, config, info, place=source, frozen=training.frozen)
-            checkpoint.latest_whole(path / run_dir.CHECKPOINTS, quarantine=True)
+            checkpoint.latest_whole(path / files.CHECKPOINTS, quarantine=True)
             return lock
 
         lock = sharding.all_or_none(begin)
@@ -166,7 +166,7 @@ def fit(
 
     with (
         checkpoint.Checkpoints(
-            place.path / run_dir.CHECKPOINTS,
+            place.path / files.CHECKPOINTS,
             keep=config.checkpoint.keep,
             metric=config.checkpoint.metric,
             shared=place.shared,
@@ -174,7 +174,7 @@ def fit(
         MetricWriter(place.path, rewind_to=step, active=jax.process_index() == 0) as writer,
         StopSignal() as stop,
         ProgressBar(step, plan.total) as bar,
-        Trace(place.path / run_dir.PROFILE, profile_steps) as trace,
+        Trace(place.path / files.PROFILE, profile_steps) as trace,
     ):
         while step < plan.total and not progress.finished:
             before, step = step, min(step + plan.steps_per_call, plan.total)
@@ -231,14 +231,14 @@ def start_or_resume(
     state = partition.init(training.create_state, jax.random.key(config.seed))
     sums = new_sums(partition, training.task)
     progress = Progress()
-    step = checkpoint.latest_whole(path / run_dir.CHECKPOINTS, quarantine=False)
+    step = checkpoint.latest_whole(path / files.CHECKPOINTS, quarantine=False)
     if step is None:
         return state, sums, progress, 0
     averages = state.ema_batch_stats
-    if averages is not None and not checkpoint.has(path / run_dir.CHECKPOINTS, step, "state", "ema_batch_stats"):
+    if averages is not None and not checkpoint.has(path / files.CHECKPOINTS, step, "state", "ema_batch_stats"):
         state = state.replace(ema_batch_stats=None)  # 0.1.0 did not average them: the average starts from the newest
     template = {"state": partition.to_savable(state), "sums": partition.to_savable(sums)}
-    tree, record = checkpoint.restore(path / run_dir.CHECKPOINTS, step, template)
+    tree, record = checkpoint.restore(path / files.CHECKPOINTS, step, template)
     _logger.info("resumed from step %s", f"{step:,}")
     state, sums = partition.from_savable(tree["state"]), partition.from_savable(tree["sums"])
     if averages is not None and state.ema_batch_stats is None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests import bucket
 from tests.conftest import make_tiny_config
-from vitcls import cli, evaluate, predict
+from vitcls import cli, evaluate, predict, status
 from vitcls.core.errors import RunError, UserError
 from vitcls.train import train_and_evaluate
 from vitcls.training import build, checkpoint, places, run_dir
@@ -124,6 +124,24 @@ def test_a_run_that_is_alive_is_left_alone(finished, tiny_config, server):
         with pytest.raises(UserError, match=r"gs://runs/killed/run is in use by process \d+ on .*; wait for it"):
             train_and_evaluate(tiny_config, finished)
     assert server.find("runs/killed/run") == before
+
+
+def test_its_state_is_seen_from_afar(finished, server, capsys):
+    def look():
+        assert cli.run(status.main, [finished, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    seen = look()
+    assert (seen["workdir"], seen["step"], seen["checkpoint_step"]) == (finished, 12, 12)
+    assert seen["state"] == "finished"
+    with places.opened(finished, arrays=False) as place:
+        assert not any("tree" in path.parts for path in place.path.rglob("*"))
+        with places.opened(finished) as held, held.hold():
+            place.refresh()
+            assert look()["state"] == "alive"
+            assert (place.path / "lock.json").exists()
+        place.refresh()
+        assert not (place.path / "lock.json").exists()
 
 
 @pytest.mark.parametrize("comes_back", [True, False])

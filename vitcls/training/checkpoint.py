@@ -23,9 +23,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from vitcls.core import sharding
 from vitcls.core.errors import RunError
 from vitcls.metrics.table import higher_is_better
+from vitcls.training.files import MANIFEST
 
 PyTree = Any
-MANIFEST = "manifest.json"
 _UNSTABLE = "_CHECKPOINT_METADATA"  # Orbax stamps it with the time of the commit, after the manifest
 _SMALLEST_SLICE = 2**22  # bytes of a replicated array that a device saves on its own, beside the others
 _logger = logging.getLogger("vitcls")

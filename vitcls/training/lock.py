@@ -17,8 +17,8 @@ import time
 import uuid
 
 from vitcls.core.errors import RunError, UserError
+from vitcls.training.files import LOCK_FILE
 
-LOCK_FILE = "lock.json"
 HEARTBEAT = 5.0  # seconds between two writes
 _SILENCE = 30.0  # seconds without a write after which a holder on another machine is dead
 _logger = logging.getLogger("vitcls")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from tensorboardX import SummaryWriter
 
-METRICS_FILE = "metrics.jsonl"
+from vitcls.training.files import METRICS_FILE
 
 
 class MetricWriter(contextlib.AbstractContextManager):

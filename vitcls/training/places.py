@@ -21,9 +21,8 @@ from typing import Any
 
 from vitcls.core.errors import RunError, UserError
 from vitcls.core.terminal import printable
-from vitcls.training.checkpoint import MANIFEST
-from vitcls.training.lock import LOCK_FILE, LockFile, WorkdirLock
-from vitcls.training.metrics_log import METRICS_FILE
+from vitcls.training.files import CHECKPOINTS, LOCK_FILE, MANIFEST, METRICS_FILE, PROFILE
+from vitcls.training.lock import LockFile, WorkdirLock
 
 EXTRAS = {"gs": "gcs", "s3": "s3"}  # what pip installs for a scheme
 _PERIOD = 5.0  # seconds between two looks at what has changed
@@ -45,6 +44,9 @@ class Place:
     def __init__(self, path: pathlib.Path):
         self.path = path
 
+    def refresh(self) -> None:
+        """Brings a copy up to date."""
+
     def share(self) -> None:
         """Lets the other processes have what the holder has written: it sends, and the others, later, fetch."""
 
@@ -56,8 +58,10 @@ class Place:
 
 
 @contextlib.contextmanager
-def opened(name: os.PathLike | str) -> Iterator[Place]:
+def opened(name: os.PathLike | str, *, arrays: bool = True) -> Iterator[Place]:
     """The place of a workdir that is named by a path, or by the URL of a bucket.
+
+    Without `arrays` the copy of a bucket lacks them, to look at the rest quickly.
 
     Raises UserError for a URL of another kind, a bucket that is not there or refuses, and a name that is not UTF-8, to
     which Orbax and TensorBoard could not write.
@@ -66,7 +70,7 @@ def opened(name: os.PathLike | str) -> Iterator[Place]:
     if not is_url(name):
         yield Place(pathlib.Path(name))
         return
-    bucket = Bucket(os.fspath(name))
+    bucket = Bucket(os.fspath(name), arrays=arrays)
     try:
         bucket.refresh()
         yield bucket
@@ -117,9 +121,9 @@ class Bucket(Place):
 
     shared = False
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, *, arrays: bool = True):
         super().__init__(pathlib.Path(tempfile.mkdtemp(prefix="vitcls-workdir-")))
-        self._url = url.rstrip("/")
+        self._url, self._arrays = url.rstrip("/"), arrays
         self._sent: dict[str, tuple] = {}  # what the bucket has: name -> signature of the local file
         self._found: dict[str, Any] = {}  # what the bucket had when it was read: name -> its size, time or tag
         self._metrics = _Parts()
@@ -145,7 +149,6 @@ class Bucket(Place):
             self._finish()
 
     def refresh(self) -> None:
-        """Brings the local copy up to date."""
         there = self._list()
         for name in sorted(there):
             if name.startswith(f"{_PARTS}/") or name == METRICS_FILE or self._found.get(name) == there[name]:
@@ -155,7 +158,18 @@ class Bucket(Place):
         whole = {name for name in there if name == METRICS_FILE or name.startswith(f"{_PARTS}/")}
         if any(self._found.get(name) != there[name] for name in whole):
             self._metrics.read({name: self._files.cat_file(f"{self._root}/{name}") for name in whole}, self.path)
+        for name in self._found.keys() - there.keys():
+            self._forget(name)
         self._found = there
+
+    def _forget(self, name: str) -> None:
+        """Removes a file from the copy, and the folders that are empty without it."""
+        local = self.path / name
+        local.unlink(missing_ok=True)
+        self._sent.pop(name, None)
+        for folder in local.relative_to(self.path).parents[:-1]:
+            with contextlib.suppress(OSError):
+                (self.path / folder).rmdir()
 
     def _fetch(self, name: str, size: int) -> None:
         local = self.path / name
@@ -179,7 +193,10 @@ class Bucket(Place):
         return {
             name: mark
             for name, mark in found.items()
-            if name not in self._torn and not name.startswith("profile/") and "tfevents" not in name
+            if (self._arrays or "/tree/" not in name)
+            and name not in self._torn
+            and not name.startswith(f"{PROFILE}/")
+            and "tfevents" not in name
         }
 
     @contextlib.contextmanager
@@ -375,19 +392,19 @@ def _names(directory: pathlib.Path, *, checkpoints: bool) -> Iterator[str]:
     for path in directory.rglob("*"):
         name = path.relative_to(directory).as_posix()
         passing = any(part.startswith(".") or part.endswith(".tmp") or "-tmp" in part for part in name.split("/"))
-        if not passing and name != LOCK_FILE and name.startswith("checkpoints/") == checkpoints and path.is_file():
+        if not passing and name != LOCK_FILE and name.startswith(f"{CHECKPOINTS}/") == checkpoints and path.is_file():
             yield name
 
 
 def _checkpoint(name: str) -> str | None:
     """The folder 'checkpoints/STEP' that a name is in."""
-    match = re.match(r"checkpoints/\d+(?=/)", name)
+    match = re.match(rf"{CHECKPOINTS}/\d+(?=/)", name)
     return match and match[0]
 
 
 def _order(name: str) -> tuple[bool, bool, str]:
     """Checkpoints after the rest, their manifests after all of them."""
-    return name.startswith("checkpoints/"), name.endswith(f"/{MANIFEST}"), name
+    return name.startswith(f"{CHECKPOINTS}/"), name.endswith(f"/{MANIFEST}"), name
 
 
 def _signature(path: pathlib.Path) -> tuple[int, int, int]:

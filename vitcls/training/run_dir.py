@@ -1,10 +1,4 @@
-"""What a run leaves on disk, and how it is found again.
-
-config.json      the resolved config          metrics.jsonl        events of training and evaluation
-dataset.json     classes, shape, mean, std    checkpoints/<step>/  see checkpoint.py
-moved.json       where the data are, once they have moved
-frozen.json      SHA-256 of what the objective keeps fixed, such as a teacher
-"""
+"""What a run leaves on disk (see files.py), and how it is found again."""
 
 import dataclasses
 import hashlib
@@ -29,9 +23,8 @@ from vitcls.models import forms
 from vitcls.models.variables import variable_shapes
 from vitcls.tasks import TASKS
 from vitcls.training import checkpoint, places
+from vitcls.training.files import CHECKPOINTS, CONFIG_FILE, DATASET_FILE, FROZEN_FILE, MOVED_FILE
 
-CONFIG_FILE, DATASET_FILE, CHECKPOINTS, PROFILE = "config.json", "dataset.json", "checkpoints", "profile"
-_MOVED_FILE, _FROZEN_FILE = "moved.json", "frozen.json"
 PyTree = Any
 _FORMS = {f"model.{field}" for field in forms.FIELDS}  # which compute the same; older versions had other defaults
 _REMOVAL = 1.0  # seconds in which a run has removed a checkpoint that it began to remove
@@ -122,7 +115,7 @@ def data_dir(path: pathlib.Path | None, config: configs.ConfigDict, moved_to: st
     try:
         began = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))["dataset"]["data_dir"]
         if not moved_to and began == place:
-            place = json.loads((path / _MOVED_FILE).read_text(encoding="utf-8"))["data_dir"]
+            place = json.loads((path / MOVED_FILE).read_text(encoding="utf-8"))["data_dir"]
     except (OSError, ValueError, KeyError, TypeError):  # there is no run, or its data have not moved
         pass
     if place and (path / CONFIG_FILE).exists() and not os.path.exists(place):
@@ -152,24 +145,24 @@ def begin(
     free = {
         DATASET_FILE: {"name"} if moved else set(),  # that of a folder
         CONFIG_FILE: {f"task.{key}" for key in paths(TASKS[config.task.name])} | _FORMS,
-        _FROZEN_FILE: set(),
+        FROZEN_FILE: set(),
     }
     texts = {CONFIG_FILE: configs.to_json(config), DATASET_FILE: info.to_json()}
     if frozen is not None:
-        texts[_FROZEN_FILE] = json.dumps({"sha256": _digest(frozen)}) + "\n"
+        texts[FROZEN_FILE] = json.dumps({"sha256": _digest(frozen)}) + "\n"
     there = {name for name in texts if (path / name).exists()}
     for name in sorted(there):
         _check_same(path, name, texts[name], free[name])
     for name in texts.keys() - there:
         write_atomically(path / name, texts[name])
     if moved:
-        write_atomically(path / _MOVED_FILE, json.dumps({"data_dir": place}) + "\n")
+        write_atomically(path / MOVED_FILE, json.dumps({"data_dir": place}) + "\n")
 
 
 _READERS = {
     CONFIG_FILE: lambda text: configs.from_json(text).to_dict(),
     DATASET_FILE: lambda text: dataclasses.asdict(DatasetInfo.from_json(text)),
-    _FROZEN_FILE: lambda text: {"sha256": json.loads(text)["sha256"]},
+    FROZEN_FILE: lambda text: {"sha256": json.loads(text)["sha256"]},
 }
 
 
@@ -197,7 +190,7 @@ def _check_same(path: pathlib.Path, name: str, text: str, free: Collection[str])
         advice = "use another --workdir"
         if changed == ["dataset.data_dir"]:
             advice = "if the data have moved, leave the config as it was and add --data_dir=DIR"
-        if name == _FROZEN_FILE:
+        if name == FROZEN_FILE:
             raise UserError(
                 f"what config.task keeps fixed (a teacher's weights) is not what the run in {path} began with; give "
                 "the original, or use another --workdir"

@@ -1,0 +1,18 @@
+"""The files of a workdir.
+
+config.json      the resolved config          metrics.jsonl        events of training and evaluation
+dataset.json     classes, shape, mean, std    checkpoints/<step>/  see checkpoint.py
+moved.json       where the data are, once they have moved
+frozen.json      SHA-256 of what the objective keeps fixed, such as a teacher
+lock.json        who holds the workdir        report/, profile/    what was asked for
+"""
+
+CONFIG_FILE = "config.json"
+DATASET_FILE = "dataset.json"
+MOVED_FILE = "moved.json"
+FROZEN_FILE = "frozen.json"
+LOCK_FILE = "lock.json"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+MANIFEST = "manifest.json"  # of a checkpoint
+PROFILE = "profile"
