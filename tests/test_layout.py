@@ -9,6 +9,7 @@ from vitcls.cli import VERBS
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMMANDS = tuple(verb.module.split(".")[1] for verb in VERBS.values() if verb.module.count(".") == 1)
+ROOMS = ("models", "experiment")  # with a door, `__main__`
 # From the ground up. A module may import those of its own floor and below.
 FLOORS = (
     ("core",),
@@ -19,7 +20,8 @@ FLOORS = (
     ("training",),
     ("cli",),
     ("train",),
-    tuple(name for name in COMMANDS if name != "models"),  # `models` is a room with a door
+    tuple(name for name in COMMANDS if name not in ROOMS),
+    ("experiment",),
     ("api",),
     ("__init__",),
 )
@@ -27,7 +29,7 @@ APART = ({"data", "models", "optim", "metrics"},)  # rooms of a floor that do no
 HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn", "clu")
 HEAVY_ALLOWED = {
     "orbax": ("training/checkpoint.py",),
-    "matplotlib": ("report/comparison_plots.py", "report/plots.py"),
+    "matplotlib": ("report/comparison_plots.py", "report/table_plots.py", "report/plots.py"),
     "clu": (),
     "sklearn": (),
     "tensorflow": (),
@@ -61,16 +63,16 @@ def imports(path, *, top_level=False):
 
 
 def room(module):
-    """The folder or file below the root; the door of a room is a command."""
-    if module.endswith(".__main__"):
-        return "main"
+    """The folder or file below the root."""
     return module.split(".")[1] if "." in module else "__init__"
 
 
 def floor(module):
-    found = [i for i, rooms in enumerate(FLOORS) if room(module) in rooms]
+    """The door of a room is a command, even if the room stands below."""
+    names = {room(module)} | ({"main"} if module.endswith(".__main__") else set())
+    found = [i for i, rooms in enumerate(FLOORS) if names & set(rooms)]
     assert found, f"{module} is neither in a room of FLOORS nor a command of vitcls.cli.VERBS"
-    return found[0]
+    return found[-1]
 
 
 @pytest.mark.parametrize("path", sources(), ids=module_of)

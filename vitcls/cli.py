@@ -32,6 +32,7 @@ VERBS = {
     "train": Verb("vitcls.main", "train", "train a config, or go on with its run, and write the report"),
     "evaluate": Verb("vitcls.evaluate", "compare", "evaluate a run on a split and write its report again"),
     "compare": Verb("vitcls.compare", "compare", "test which of several runs is better, and show where they differ"),
+    "experiment": Verb("vitcls.experiment", "compare", "run a table of configs and seeds, and say which differ"),
     "predict": Verb("vitcls.predict", "use", "label image files with a run"),
     "prepare": Verb("vitcls.prepare", "data", "download and prepare a data set of TensorFlow Datasets"),
     "status": Verb("vitcls.status", "train", "one line for each run: step, loss, accuracy, speed, alive or not"),

@@ -110,10 +110,12 @@ class ReportSettings:
     """What the report at the end is of."""
 
     checkpoint: str = "last"  # 'last' or 'best': the weights that are reported
+    split: str = "test"  # 'validation': a search or cross-validation, which may not look at the test split
     timing: bool = True  # latency and throughput of inference, which take 4 seconds
 
     def __post_init__(self):
         require_choice(self, "checkpoint", ("last", "best"))
+        require_choice(self, "split", ("test", "validation"))
 
 
 _SETTINGS = {

@@ -18,6 +18,7 @@ from vitcls.core.errors import UserError
 from vitcls.core.registry import defaults
 from vitcls.tasks import TASKS
 
+_RETURNS = {"get_config": "the config", "get_table": "a table of runs"}
 _NAMES = ("model.name", "task.name")  # they decide which keys their block has, so they come first
 
 
@@ -29,6 +30,20 @@ def load(file: os.PathLike | str, overrides: Mapping[str, Any] | Sequence[tuple[
 
     Raises UserError, one line, for whatever is wrong with the file or an override.
     """
+    config, path = call(file, "get_config"), os.fspath(file).partition(":")[0]
+    if not isinstance(config, ConfigDict) or not isinstance(config.get("model"), ConfigDict) or "dataset" not in config:
+        raise UserError(f"get_config() of {path} does not return what `default_config(model_name)` made")
+    pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
+    for key, text in sorted(pairs, key=lambda pair: pair[0] not in _NAMES):
+        override(config, key, text if text is None else str(text))
+    return config
+
+
+def call(file: os.PathLike | str, function: str) -> Any:
+    """What `function()` or `function(preset)` of the Python file 'PATH' or 'PATH:PRESET' returns.
+
+    Raises UserError, one line, for whatever is wrong with the file.
+    """
     path, _, preset = os.fspath(file).partition(":")
     if not os.path.isfile(path):
         what = (
@@ -36,33 +51,26 @@ def load(file: os.PathLike | str, overrides: Mapping[str, Any] | Sequence[tuple[
         )
         raise UserError(f"the config file '{path}' {what}")
     try:
-        config = _run(path, preset)
+        return _run(path, preset, function)
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # whatever a config file can do
         raise UserError(_words(error, path)) from None
-    pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
-    for key, text in sorted(pairs, key=lambda pair: pair[0] not in _NAMES):
-        override(config, key, text if text is None else str(text))
-    return config
 
 
-def _run(path: str, preset: str) -> ConfigDict:
+def _run(path: str, preset: str, function: str) -> Any:
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not callable(getattr(module, "get_config", None)):
-        raise UserError(f"{path} has no function get_config(), which returns the config")
-    parameters = list(inspect.signature(module.get_config).parameters.values())
+    if not callable(getattr(module, function, None)):
+        raise UserError(f"{path} has no function {function}(), which returns {_RETURNS[function]}")
+    parameters = list(inspect.signature(getattr(module, function)).parameters.values())
     takes_preset = len(parameters) > 0
     if not preset and takes_preset and parameters[0].default is inspect.Parameter.empty:
         raise UserError(f"{path} needs a preset: {path}:PRESET")
     if preset and not takes_preset:
         raise UserError(f"{path} has no presets, so it takes no ':{preset}'")
-    config = module.get_config(preset) if preset else module.get_config()
-    if not isinstance(config, ConfigDict) or not isinstance(config.get("model"), ConfigDict) or "dataset" not in config:
-        raise UserError(f"get_config() of {path} does not return what `default_config(model_name)` made")
-    return config
+    return getattr(module, function)(*([preset] if preset else []))
 
 
 def _words(error: BaseException, path: str) -> str:

@@ -89,7 +89,8 @@ def train_and_evaluate(
                 sharding.all_or_none(place.share if process is (lock is not None) else lambda: None)
             step, best = run_dir.open_workdir(path).restore(training.model, "best")
             variables = partition.replicate(best)
-        return write_report(path, config, info, dataset, evaluator, training.model, variables, split="test", step=step)
+        split = config.report.split
+        return write_report(path, config, info, dataset, evaluator, training.model, variables, split=split, step=step)
 
 
 class Prepared(NamedTuple):
@@ -131,6 +132,8 @@ def prepare(config: configs.ConfigDict, path: pathlib.Path | None, data_dir: str
     together = build.examples_kept_together(config)
     partition.check_batch_size(config.batch_size, unit=together * config.optimizer.accumulate)
     training = build.make_training(config, info, plan, partition)
+    if getattr(dataset, config.report.split) is None:
+        raise UserError("config.report.split='validation' needs one; set config.dataset.validation above 0")
     evaluates = dataset.validation is not None and plan.eval_every > 0
     configs.validate_metrics(config, evaluates=evaluates, sums=training.task.eval_sums)
     return Prepared(config, place, dataset, info, plan, partition, training)

@@ -51,6 +51,12 @@ def load(config, *, data_dir: str = "", max_value: float | None = None) -> Datas
     elif "validation" not in splits and config.validation:
         rest, held = stratified_split(labels, config.validation, config.split_seed, source.class_names)
         splits |= {"train": splits["train"].take(rest), "validation": splits["train"].take(held)}
+    if config.fraction < 1:
+        train = splits["train"]
+        kept, _ = stratified_split(
+            train.labels, 1 - config.fraction, config.split_seed, source.class_names, split="unused"
+        )
+        splits["train"] = train.take(kept)
     image_shape = _image_shape(source, config.image_size)
     splits = {name: _at_size(split, image_shape, config.eval_crop) for name, split in splits.items()}
     if isinstance(splits["train"].images, np.ndarray):

@@ -25,6 +25,7 @@ class DatasetSettings:
     # set is not used, and a line of the log says so.
     num_folds: int = 0
     fold: int = 0
+    fraction: float = 1.0  # of what is left for training, of every class alike, that is used
     sampling: str = "uniform"  # 'uniform' or 'balanced' (every class equally often)
     mean: tuple = ()  # per channel, in [0, 1]; () computes it from the training split
     std: tuple = ()
@@ -44,6 +45,7 @@ class DatasetSettings:
             validation=(0, 0.9),
             test=(0.01, 0.9),
             split_seed=(0, 2**31 - 1),
+            fraction=(1e-6, 1),
             num_folds=(0, math.inf),
         )
         size = self.image_size

@@ -10,6 +10,7 @@ from vitcls.core.errors import UserError
 _logger = logging.getLogger("vitcls")
 _WITHOUT = {  # what to do where nothing can be held out, by split
     "validation": "set config.dataset.validation=0 or add examples",
+    "unused": "set config.dataset.fraction=1 or add examples",
     "test": "give the data set a test split of its own or add examples",
 }
 
@@ -21,7 +22,7 @@ def stratified_split(
 
     Of every class at least one example is in `rest`; a class with a single example is there alone, which a warning
     says. Raises UserError where `fraction` is outside (0, 1) or no class has two examples. Messages call the part held
-    out `split` ('validation' or 'test') and classes by `class_names` or number.
+    out `split` ('validation', 'test' or 'unused') and classes by `class_names` or number.
     """
     from sklearn.model_selection import train_test_split
 

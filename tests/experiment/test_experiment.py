@@ -1,0 +1,183 @@
+"""Tables of runs, with real processes: shared by workers, killed, failed, resumed, and reported."""
+
+import csv
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from vitcls import cli
+from vitcls.experiment import __main__ as command
+from vitcls.experiment import results, table, work
+
+ROOT = pathlib.Path(__file__).parents[2]
+TABLE = """
+from tests.conftest import make_tiny_config
+from vitcls.experiment import Row, Table
+
+def get_table(preset="good"):
+    rows = []
+    for name, width in (("narrow", 16), ("wide", 32)):
+        config = make_tiny_config()
+        config.model.mlp_dim = width
+        rows.append(Row(name, config, {"accuracy": 0.9}))
+    if preset == "bad":
+        config = make_tiny_config()
+        config.dataset.name, config.dataset.data_dir = "npz", "nowhere.npz"
+        rows.insert(1, Row("broken", config))
+    return Table("Tiny", "Two widths.", rows, seeds=(0, 1), metrics=("accuracy", "loss"))
+"""
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("table") / "tiny.py"
+    path.write_text(TABLE)
+    return path
+
+
+def start(*arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "vitcls.experiment", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ledger(directory):
+    path = directory / work.LEDGER
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def done(file, tmp_path_factory):
+    """A table with a row that fails, which two workers share; one of them, and its run, is killed on the way."""
+    directory = tmp_path_factory.mktemp("done") / "table"
+    arguments = (f"--config={file}:bad", f"--workdir={directory}")
+    killed = start(*arguments)
+    deadline = time.monotonic() + 120
+    running = directory / "runs" / "narrow-seed0" / "lock.json"
+    while not running.exists():
+        assert time.monotonic() < deadline and killed.poll() is None, killed.communicate()[1]
+        time.sleep(0.05)
+    killed.kill()
+    killed.communicate()
+    os.kill(json.loads(running.read_text())["process_id"], signal.SIGKILL)
+    workers = [start(*arguments), start(*arguments)]
+    ends = [(worker, *worker.communicate(timeout=300)) for worker in workers]
+    return directory, [(worker.returncode, out, err) for worker, out, err in ends]
+
+
+def test_two_workers_share_a_table_and_what_fails_does_not_stop_it(done):
+    directory, ends = done
+    for code, out, err in ends:
+        assert code == 1, err
+        assert "failed: 2 of 6 runs failed; the same command tries them again" in err
+        assert "- broken-seed0 failed: error: config.dataset.data_dir=" in out and "is not a file" in out
+    finished = sorted(entry["run"] for entry in ledger(directory) if entry["code"] == 0)
+    assert finished == ["narrow-seed0", "narrow-seed1", "wide-seed0", "wide-seed1"]  # each of them once
+    said = "".join(err for *_, err in ends)
+    assert all(f"{name} finished, accuracy" in said for name in finished)
+
+
+def test_the_results_hold_every_run_and_the_papers_figures_as_the_papers(done):
+    directory, _ = done
+    rows = list(csv.DictReader(io.StringIO((directory / "results.csv").read_text())))
+    assert list(rows[0]) == list(results.COLUMNS)
+    assert len(rows) == 6 and {row["status"] for row in rows} == {"finished", "failed"}
+    accuracies = [float(row["accuracy"]) for row in rows if row["run"] == "wide"]
+    report = json.loads((directory / "runs" / "wide-seed1" / "report" / "metrics.json").read_text())
+    assert accuracies[1] == report["accuracy"]
+    text = (directory / "results.md").read_text()
+    assert "Accuracy, the paper's" in text and "| 90.00% |" in text
+    mean, deviation = np.mean(accuracies), np.std(accuracies, ddof=1)
+    assert f"| wide | 2 | a | {mean:.2%} ± {deviation:.2%} |" in text
+    assert "4 of 6 runs have finished" in text and "permutation test" in text
+    page = (directory / "index.html").read_text()
+    assert page.count("data:image/png;base64") == 2 and "<script" not in page
+
+
+def test_what_is_finished_is_skipped_and_the_list_says_what_is_left(done, file, capsys):
+    directory, _ = done
+    before = ledger(directory)
+    arguments = [f"--config={file}", f"--workdir={directory}"]
+    assert cli.run(command.main, [*arguments, "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["narrow-seed0", "finished"]
+    assert lines[-1] == "4 runs; time left: 0:00:00"
+    assert cli.run(command.main, [*arguments, "--list", "--seeds=0,7"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("narrow-seed7") and "pending, about 0:00:" in lines[2]
+    assert cli.run(command.main, arguments) == 0
+    assert ledger(directory) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--only=nothing"], "--only 'nothing' is not known"),
+        (["--only=("], "is no regular expression"),
+        (["--seeds=a"], "--seeds=a is no list of numbers"),
+        (["--workers=0"], "--workers=0 must be a number of processes"),
+        (["--override=total"], "--override=total must be KEY=VALUE"),
+        (["--override=totl=3"], "key 'totl' is not known"),
+        (["--config=nowhere.py"], "the config file 'nowhere.py' is not there"),
+        (["--config=configs/vit_digits.py"], "has no function get_table(), which returns a table of runs"),
+        (
+            ["--override=batch_size=32"],
+            "holds a run of another config: batch_size was 16, is 32; use another --workdir",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(done, file, flags, words, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    directory, _ = done
+    config = [] if flags[0].startswith("--config") else [f"--config={file}"]
+    assert cli.run(command.main, [*config, f"--workdir={directory}", *flags]) == 2
+    err = capsys.readouterr().err
+    assert words in err and len(err.splitlines()) == 1
+
+
+def test_rows_have_names_of_their_own(tmp_path):
+    for rows, words in (("[]", "has no rows"), ("2 * [row]", "two rows of"), ("[bad]", "cannot be the name of a dir")):
+        (tmp_path / "t.py").write_text(
+            "from vitcls.config import default_config\nfrom vitcls.experiment import Row, Table\n"
+            "def get_table():\n"
+            "    row, bad = (Row(name, default_config('lenet5')) for name in ('a', 'a/b'))\n"
+            f"    return Table('t', 'a', {rows})\n"
+        )
+        with pytest.raises(ValueError, match=words):
+            table.load(tmp_path / "t.py")
+
+
+PRESETS = [
+    f"{path.name}:{preset}"
+    for path in sorted((ROOT / "configs" / "experiments").glob("*.py"))
+    for preset in (("smoke", "cpu", "full") if path.stem != "kfold" else (f"{ROOT}/configs/vit_digits.py,5",))
+]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_table_of_the_house_can_run(name, tmp_path):
+    loaded = table.load(ROOT / "configs" / "experiments" / name)
+    assert table.runs_of(loaded, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith((":smoke", ",5"))])
+def test_every_smoke_table_runs_to_its_end(name, tmp_path):
+    process = start(f"--config={ROOT}/configs/experiments/{name}", f"--workdir={tmp_path}/t", "--workers=2")
+    out, err = process.communicate(timeout=1800)
+    assert process.returncode == 0, err
+    assert (tmp_path / "t" / "index.html").exists() and "runs have finished" in out

@@ -1,0 +1,125 @@
+"""Run a table of experiments, and write what came of it.
+
+vitcls experiment --config=configs/experiments/TABLE.py[:PRESET] --workdir=DIR [--only=REGEX] [--seeds=0,1,2]
+    [--workers=N] [--override=KEY=VALUE] [--list] [--report_only]
+
+Started again it goes on; the same command on other machines with the same directory shares the work.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from vitcls import cli
+from vitcls.core.errors import RunError, UserError
+from vitcls.experiment import results, table, work
+from vitcls.experiment.table import Run, Table
+from vitcls.experiment.work import State
+
+
+def main(argv: list[str]) -> None:
+    flags = _parse(argv)
+    what = table.load(flags.config)
+    directory = pathlib.Path(flags.workdir)
+    runs = table.runs_of(what, directory, only=flags.only, seeds=flags.seeds, overrides=flags.override)
+    if flags.list:
+        print("\n".join(_listed(runs, _states(runs, directory), directory, flags.workers)))
+        return
+    if not flags.report_only:
+        _make(directory)
+        work.work(runs, directory, flags.workers)
+    _report(what, runs, directory)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = cli.Parser(prog=cli.program("experiment"), description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, metavar="FILE[:PRESET]", help="a table of configs/experiments/")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the runs and the results live")
+    parser.add_argument("--only", default="", metavar="REGEX", help="runs whose name contains it, such as 'vit.*seed0'")
+    parser.add_argument("--seeds", default="", metavar="0,1,2", help="others than the table's")
+    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="for every run's config")
+    parser.add_argument("--workers", default="1", metavar="N", help="runs at a time, on this machine")
+    parser.add_argument("--list", action="store_true", help="say what would run, and how long it may take")
+    parser.add_argument("--report_only", action="store_true", help="write the results of what has finished")
+    flags = parser.parse_args(argv)
+    flags.seeds = _seeds(flags.seeds)
+    flags.override = [_override(text) for text in flags.override]
+    flags.workers = _workers(flags.workers)
+    return flags
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    """The numbers of a list, each once; () for the table's own."""
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(","))) if text else ()
+    except ValueError:
+        raise UserError(f"--seeds={text} is no list of numbers, such as 0,1,2") from None
+
+
+def _override(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--override={text} must be KEY=VALUE, such as --override=dataset.data_dir=DIR")
+    return key, value
+
+
+def _workers(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 256:
+        raise UserError(f"--workers={text} must be a number of processes, from 1 to 256")
+    return int(text)
+
+
+def _make(directory: pathlib.Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={directory} cannot be made ({error.strerror}); use another") from None
+
+
+def _listed(runs: Sequence[Run], states: dict[str, State], directory: pathlib.Path, workers: int) -> list[str]:
+    known = work.seconds_by_row(directory)
+    lines, total = [], 0.0
+    for run in runs:
+        state = states[run.name]
+        seconds = work.seconds_left(run, state, known)
+        total = None if total is None or seconds is None else total + seconds
+        at = f", step {state.step:,} of {state.total_steps:,}" if state.step and state.status != "finished" else ""
+        lines.append(f"{run.name:<40} {state.status}{at}{_about(seconds) if state.status != 'finished' else ''}")
+    left = "unknown until a run has finished" if total is None else _span(total / workers)
+    return [*lines, f"{len(runs)} runs; time left: {left}"]
+
+
+def _span(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def _about(seconds: float | None) -> str:
+    return "" if seconds is None else f", about {_span(seconds)}"
+
+
+def _states(runs: Sequence[Run], directory: pathlib.Path) -> dict[str, State]:
+    states = {run.name: work.state_of(run) for run in runs}
+    for name, error in work.failed(runs, directory).items():
+        if states[name].status in ("pending", "interrupted"):
+            states[name] = dataclasses.replace(states[name], status="failed", error=error)
+    return states
+
+
+def _report(what: Table, runs: Sequence[Run], directory: pathlib.Path) -> None:
+    """Writes the results; raises RunError where runs have failed."""
+    if not directory.is_dir():
+        raise UserError(f"--workdir={directory} is not there; run the table first")
+    states = _states(runs, directory)
+    print(results.write(what, runs, states, directory), end="")
+    print(f"\nresults: {os.path.join(directory, 'index.html')}")
+    failures = sum(state.status == "failed" for state in states.values())
+    if failures:
+        raise RunError(f"{failures} of {len(runs)} runs failed; the same command tries them again")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,124 @@
+"""What a table holds: named runs, times seeds."""
+
+import collections
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vitcls import config as configs
+from vitcls import config_file
+from vitcls.core import errors
+from vitcls.core.errors import UserError
+from vitcls.metrics import METRICS
+
+_NAME = re.compile(r"[\w+.=-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One recipe of a table."""
+
+    name: str  # of its directory too: letters, digits, and + - . = _
+    config: ConfigDict  # as `default_config` makes it; the seed is the table's business
+    paper: Mapping[str, float] = dataclasses.field(default_factory=dict)  # metric -> what the paper prints
+    x: float | None = None  # place on the axis of the plot, where there is one
+    series: str = ""  # rows of one line in that plot
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows that are run with the same seeds under one budget."""
+
+    title: str
+    about: str  # what is asked, the paper and its table, and the budget, in a few sentences
+    rows: Sequence[Row]
+    seeds: Sequence[int] = (0, 1, 2)
+    metrics: Sequence[str] = ("accuracy", "f1_macro", "auc_ovr_macro")  # columns
+    x_label: str = ""  # of the axis of `Row.x`; with a scale of powers of two
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A row with a seed, and the workdir where it lives."""
+
+    row: Row
+    seed: int
+    workdir: pathlib.Path
+    overrides: tuple[tuple[str, str], ...] = ()  # of every run
+
+    @property
+    def name(self) -> str:
+        return self.workdir.name
+
+    def config(self) -> ConfigDict:
+        """The resolved config; raises UserError where it cannot work."""
+        config = self.row.config.copy_and_resolve_references()
+        for key, text in self.overrides:
+            config_file.override(config, key, text)
+        config.seed = self.seed
+        config = configs.resolve(config)
+        configs.validate(config)
+        return config
+
+
+def load(file: os.PathLike | str) -> Table:
+    """The table of 'PATH' or 'PATH:PRESET'; raises UserError for what is wrong with the file or a row."""
+    table = config_file.call(file, "get_table")
+    if not isinstance(table, Table):
+        raise UserError(f"get_table() of {file} does not return a vitcls.experiment.Table")
+    names = [row.name for row in table.rows]
+    if not names:
+        raise UserError(f"the table of {file} has no rows")
+    for name, count in collections.Counter(names).items():
+        if not _NAME.fullmatch(name):
+            raise UserError(f"the row '{name}' of {file} cannot be the name of a directory; use letters and + - . = _")
+        if count > 1:
+            raise UserError(f"two rows of {file} have the name '{name}'; give each its own")
+    for row in table.rows:
+        for metric in (*table.metrics, *row.paper):
+            if metric not in METRICS:
+                raise errors.unknown(f"metric of {file}", metric, METRICS)
+    return table
+
+
+def runs_of(
+    table: Table,
+    directory: pathlib.Path,
+    *,
+    only: str = "",
+    seeds: Sequence[int] = (),
+    overrides: Sequence[tuple[str, str]] = (),
+) -> list[Run]:
+    """All runs, every row with the first seed before any with the second; raises UserError for a row that cannot work.
+
+    `only` is a regular expression that a run's name must contain; `seeds` are others than the table's; `overrides`
+    are other values for keys of every config.
+    """
+    try:
+        wanted = re.compile(only)
+    except re.error as error:
+        raise UserError(f"--only='{only}' is no regular expression: {error}") from None
+    runs = [
+        Run(row, seed, directory / "runs" / f"{row.name}-seed{seed}", tuple(overrides))
+        for seed in seeds or table.seeds
+        for row in table.rows
+    ]
+    chosen = [run for run in runs if wanted.search(run.name)]
+    if not chosen:
+        raise errors.unknown("--only", only, [run.name for run in runs])
+    for run in chosen:
+        try:
+            run.config()
+        except UserError as error:
+            raise UserError(f"the run '{run.name}': {error}") from None
+    return chosen
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """Its config as flat values, to compare it with the one in its workdir."""
+    return configs.flatten(run.config().to_dict())

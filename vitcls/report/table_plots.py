@@ -1,0 +1,53 @@
+"""The plot of a table of runs."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+from vitcls.report.comparison_plots import short_names
+from vitcls.report.plots import BLUE, GRAY, ORANGE, RED, SKY
+
+_COLORS = (BLUE, ORANGE, "#009E73", RED, SKY, "#CC79A7")
+Points = Sequence[tuple[str, str, float | None, float]]  # row, series, x, value in [0, 1]
+
+
+def scores(points: Points, label: str, x_label: str = "") -> Figure:
+    """Every run as a dot with the mean of its row; by `x` with error bars of one deviation where the rows have it."""
+    return _by_x(points, label, x_label) if x_label else _by_row(points, label)
+
+
+def _by_row(points: Points, label: str) -> Figure:
+    rows = list(dict.fromkeys(row for row, *_ in points))
+    shown = short_names(rows, 30)
+    figure = Figure(figsize=(10, 0.4 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        values = 100 * np.array([value for name, _, _, value in points if name == row])
+        axes.barh(place, values.mean(), color=SKY, height=0.6, alpha=0.5)
+        axes.plot(values, np.full(len(values), place), "o", color=BLUE, ms=5)
+    axes.set_yticks(range(len(rows)), [shown[row] for row in rows])
+    axes.invert_yaxis()
+    lowest = min(100 * value for *_, value in points)
+    axes.set(xlabel=f"{label} [%]", xlim=(max(0.0, lowest - 0.3 * (100 - lowest) - 1), None))
+    return figure
+
+
+def _by_x(points: Points, label: str, x_label: str) -> Figure:
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for color, series in zip(_COLORS, dict.fromkeys(name for _, name, _, _ in points), strict=False):
+        places = sorted({x for _, name, x, _ in points if name == series and x is not None})
+        values = [[100 * v for _, name, at, v in points if name == series and at == x] for x in places]
+        deviations = [np.std(several, ddof=1) if len(several) > 1 else 0.0 for several in values]
+        axes.errorbar(
+            places, [np.mean(v) for v in values], deviations, color=color, marker="o", capsize=3, label=series
+        )
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xticks(sorted({x for _, _, x, _ in points if x is not None}))
+    axes.set(xlabel=x_label, ylabel=f"{label} [%]")
+    axes.grid(color=GRAY, alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
