@@ -50,6 +50,8 @@ def _config(preset, model, values):
     config.batch_size = values["batch_size"]
     config.optimizer.learning_rate = values["learning_rate"]
     config.schedule.name = "constant"
+    if preset == "smoke" and model in MODELS:
+        config.dataset.image_size = 28  # the smallest that they take
     if model == "mnist_cnn":
         config.model.kernel_size = values["kernel_size"]
         config.model.dropout = 0.5

@@ -14,7 +14,6 @@ from vitcls.core.terminal import printable
 from vitcls.experiment.table import Run, Table
 from vitcls.experiment.work import State
 from vitcls.metrics import METRICS, comparison
-from vitcls.report import comparison as tables
 from vitcls.report import page
 from vitcls.training import run_dir
 from vitcls.training.predictions import check_same_images, read_predictions
@@ -108,8 +107,22 @@ def notes(runs: Sequence[Run], states: States, compared: dict[str, Any] | None) 
             f"Rows that share a letter are not separated by a paired test at {compared['alpha']:g}, adjusted for all "
             "pairs (Holm): McNemar's exact test between single runs, a permutation test over seeds."
         )
-        lines += tables.more_seeds(compared)
+        lines += _more_seeds(compared)
     return lines
+
+
+def _more_seeds(compared: dict[str, Any]) -> list[str]:
+    """About how many seeds more would separate the best row from those that it shares a letter with, in one line."""
+    seeds = {group["name"]: group["num_seeds"] for group in compared["groups"]}
+    best = compared["groups"][0]["name"]
+    wanted = [
+        f"{pair['b']} {max(pair['seeds_needed'] - min(seeds[best], seeds[pair['b']]), 1)}"
+        for pair in compared["pairs"]
+        if pair["a"] == best and not pair["separated"] and pair["seeds_needed"]
+    ]
+    if not wanted:
+        return []
+    return [f"To separate {best} from the others about so many more seeds of both: {', '.join(wanted)}."]
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
