@@ -18,8 +18,8 @@ from vitcls.core.errors import UserError
 from vitcls.core.registry import defaults
 from vitcls.tasks import TASKS
 
-_RETURNS = {"get_config": "the config", "get_table": "a table of runs"}
-_NAMES = ("model.name", "task.name")  # they decide which keys their block has, so they come first
+_RETURNS = {"get_config": "the config", "get_table": "a table of runs", "get_space": "what is searched"}
+NAMES = ("model.name", "task.name")  # they decide which keys their block has, so they come first
 
 
 def load(file: os.PathLike | str, overrides: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()) -> ConfigDict:
@@ -34,7 +34,7 @@ def load(file: os.PathLike | str, overrides: Mapping[str, Any] | Sequence[tuple[
     if not isinstance(config, ConfigDict) or not isinstance(config.get("model"), ConfigDict) or "dataset" not in config:
         raise UserError(f"get_config() of {path} does not return what `default_config(model_name)` made")
     pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
-    for key, text in sorted(pairs, key=lambda pair: pair[0] not in _NAMES):
+    for key, text in sorted(pairs, key=lambda pair: pair[0] not in NAMES):
         override(config, key, text if text is None else str(text))
     return config
 
@@ -126,7 +126,7 @@ def override(config: ConfigDict, key: str, text: str | None) -> None:
     if not isinstance(node, ConfigDict) or name not in node:
         raise errors.unknown("config key", key, configs.flatten(config.to_dict()))
     value = parse(text, node.get_type(name), key)
-    if key in _NAMES and value != node[name]:
+    if key in NAMES and value != node[name]:
         block = blocks[0]
         model, task = (value, "classify") if block == "model" else (config.model.name, value)
         with config.unlocked():

@@ -11,24 +11,19 @@ import datetime
 import functools
 import json
 import pathlib
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from vitcls import config as configs
-from vitcls import status
-from vitcls.core.errors import Stopped, UserError
+from vitcls import jobs, status
+from vitcls.core.errors import UserError
 from vitcls.experiment.table import Run, facts
 from vitcls.training.files import CONFIG_FILE
 
-LOG_FILE, LEDGER = "log.txt", "ledger.jsonl"
-_PERIOD = 0.5  # seconds between two looks at the processes
-_STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGKILL)  # exit codes of runs that may go on
+LEDGER = "ledger.jsonl"
 _BUSY = "is in use by"  # what a run says whose workdir another worker has
 
 
@@ -78,9 +73,7 @@ def _check_config(run: Run) -> None:
 def failed(runs: Sequence[Run], directory: pathlib.Path) -> dict[str, str]:
     """The runs whose last process failed, by name, with the last line that it said."""
     codes = {entry["run"]: entry["code"] for entry in _ledger(directory)}
-    return {
-        run.name: _last_line(run.workdir / LOG_FILE) for run in runs if codes.get(run.name, 0) not in (0, *_STOPPED)
-    }
+    return {run.name: jobs.last_line(run.workdir) for run in runs if codes.get(run.name, 0) not in (0, *jobs.STOPPED)}
 
 
 def work(runs: Sequence[Run], directory: pathlib.Path, workers: int) -> None:
@@ -89,7 +82,8 @@ def work(runs: Sequence[Run], directory: pathlib.Path, workers: int) -> None:
     Returns when nothing is left, here or with other workers. Raises Stopped once all runs have saved, after a signal.
     """
     failures: dict[str, str] = {}
-    with _Processes(directory, workers) as processes, _Display(runs, failures) as display:
+    by_name = {run.name: run for run in runs}
+    with jobs.Jobs(workers) as processes, _Display(runs, failures) as display:
         while True:
             states = {run.name: state_of(run) for run in runs}
             left = [run for run in runs if states[run.name].status != "finished" and run.name not in failures]
@@ -97,84 +91,21 @@ def work(runs: Sequence[Run], directory: pathlib.Path, workers: int) -> None:
                 return
             for run in left:
                 if states[run.name].status != "alive" and run.name not in processes.running and processes.free:
-                    processes.start(run)
+                    processes.start(run.name, run.workdir, run.config())
             processes.wait(functools.partial(display.show, states, processes.running))
-            for name, error in processes.ended():
-                if error:
-                    failures[name] = error
-                    display.say(f"{name} failed: {error}; see {LOG_FILE} in its directory")
+            for end in processes.ended():
+                if end.code == 2 and _BUSY in end.last_line:
+                    continue  # another worker was faster
+                _note(directory, by_name[end.name], end)
+                if end.code:
+                    failures[end.name] = end.last_line or f"exit code {end.code}"
+                    display.say(f"{end.name} failed: {failures[end.name]}; see {jobs.LOG_FILE} in its directory")
 
 
-class _Processes(contextlib.AbstractContextManager):
-    """The processes of this worker; SIGTERM and SIGINT are theirs too, and they save."""
-
-    def __init__(self, directory: pathlib.Path, workers: int):
-        self._ledger, self._workers = directory / LEDGER, workers
-        self.running: dict[str, tuple[Run, subprocess.Popen, float]] = {}
-        self._code = 0
-
-    def __enter__(self):
-        self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for _, process, _ in self.running.values():
-            process.terminate()
-        for _, process, _ in self.running.values():
-            process.wait()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _stop(self, number: int, frame) -> None:
-        self._code = 128 + number
-
-    @property
-    def free(self) -> bool:
-        return len(self.running) < self._workers
-
-    def start(self, run: Run) -> None:
-        run.workdir.mkdir(parents=True, exist_ok=True)
-        with open(run.workdir / LOG_FILE, "a", encoding="utf-8") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "vitcls.experiment.run_one", str(run.workdir)],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                text=True,
-                start_new_session=True,  # Ctrl-C is handed on by us, once
-            )
-        process.stdin.write(json.dumps(run.config().to_dict()))
-        process.stdin.close()
-        self.running[run.name] = run, process, time.time()
-
-    def wait(self, meanwhile) -> None:
-        """Waits until a process ends, or for a while; raises Stopped after a signal."""
-        deadline = time.monotonic() + 10 * _PERIOD
-        while time.monotonic() < deadline and not any(p.poll() is not None for _, p, _ in self.running.values()):
-            if self._code:
-                self.__exit__()
-                raise Stopped(self._code, "stopped; every run is saved, and the same command goes on")
-            meanwhile()
-            time.sleep(_PERIOD)
-
-    def ended(self) -> Iterator[tuple[str, str]]:
-        """The names of runs that have ended, with what went wrong."""
-        for name, (run, process, since) in list(self.running.items()):
-            if process.poll() is None:
-                continue
-            del self.running[name]
-            line = _last_line(run.workdir / LOG_FILE)
-            if process.returncode == 2 and _BUSY in line:
-                continue  # another worker was faster
-            entry = {"run": name, "row": run.row.name, "seconds": time.time() - since, "code": process.returncode}
-            with open(self._ledger, "a", encoding="utf-8") as ledger:
-                ledger.write(json.dumps(entry) + "\n")
-            yield name, "" if process.returncode == 0 else line or f"exit code {process.returncode}"
-
-
-def _last_line(path: pathlib.Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].strip() if lines else ""
+def _note(directory: pathlib.Path, run: Run, end: jobs.Ended) -> None:
+    entry = {"run": run.name, "row": run.row.name, "seconds": end.seconds, "code": end.code}
+    with open(directory / LEDGER, "a", encoding="utf-8") as ledger:
+        ledger.write(json.dumps(entry) + "\n")
 
 
 def _ledger(directory: pathlib.Path) -> Iterator[dict[str, Any]]:

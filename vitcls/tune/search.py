@@ -1,0 +1,156 @@
+"""Which values a trial has: a function of the seed and of the trials that ended before it, and of nothing else.
+
+Optuna proposes them, in a study that is made anew for each trial from the ledger. So a search that was killed goes on
+as if nothing had happened, with one worker to the bit.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vitcls.core.errors import UserError
+from vitcls.tune.space import Choice, Number, Space
+
+METHODS = ("tpe", "random", "grid")
+PRUNERS = ("none", "median", "hyperband")
+_GRID_POINTS = 5  # of a range
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A trial that has ended: its number, values, and the scores of its validations by step."""
+
+    number: int
+    values: Mapping[str, Any]
+    scores: Mapping[str, float]  # step -> score
+    state: str  # 'finished', 'pruned', 'failed'
+    seconds: float = 0.0
+    error: str = ""
+
+    @property
+    def score(self) -> float | None:
+        """That of the last validation; None where there is none that is a number."""
+        last = list(self.scores.values())[-1:]
+        return last[0] if last and last[0] is not None and math.isfinite(last[0]) else None
+
+
+def optuna():
+    """The library; raises UserError where it is not installed."""
+    try:
+        import optuna as library
+    except ImportError:
+        raise UserError("vitcls tune needs another package: pip install 'vitcls[tune]'") from None
+    library.logging.set_verbosity(library.logging.ERROR)
+    return library
+
+
+def read_ledger(path: pathlib.Path) -> list[Trial]:
+    """The trials that have ended, by number; a line that was cut short is no trial."""
+    trials = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            fields = json.loads(line)
+        except ValueError:
+            continue
+        trials[fields["number"]] = Trial(**fields)
+    return [trials[number] for number in sorted(trials)]
+
+
+def propose(
+    space: Space, method: str, seed: int, number: int, ended: Sequence[Trial], *, maximize: bool
+) -> dict | None:
+    """The values of trial `number`, given those that have ended; None where a grid has no more."""
+    if method == "grid":
+        points = grid(space)
+        return points[number] if number < len(points) else None
+    library = optuna()
+    samplers = {"tpe": library.samplers.TPESampler, "random": library.samplers.RandomSampler}
+    sampler = samplers[method](seed=(seed * 1_000_003 + number) % 2**31)
+    study = library.create_study(sampler=sampler, direction="maximize" if maximize else "minimize")
+    for trial in ended:
+        if trial.score is not None:
+            study.add_trial(_frozen(library, space, trial))
+    trial = study.ask()
+    values: dict[str, Any] = {}
+    for key, what in space.keys.items():
+        if all(values.get(other) == value for other, value in what.only_if.items()):
+            values[key] = _suggest(trial, key, what)
+    return values
+
+
+def _suggest(trial, key: str, what: Choice | Number) -> Any:
+    if isinstance(what, Choice):
+        return trial.suggest_categorical(key, list(what.values))
+    suggest = trial.suggest_int if what.whole else trial.suggest_float
+    return suggest(key, what.low, what.high, log=what.log)
+
+
+def _frozen(library, space: Space, trial: Trial):
+    """A trial as Optuna knows it."""
+    distributions = {key: _distribution(library, space.keys[key]) for key in trial.values}
+    return library.trial.create_trial(
+        params=dict(trial.values), distributions=distributions, value=trial.score, intermediate_values={}
+    )
+
+
+def _distribution(library, what: Choice | Number):
+    if isinstance(what, Choice):
+        return library.distributions.CategoricalDistribution(list(what.values))
+    kind = library.distributions.IntDistribution if what.whole else library.distributions.FloatDistribution
+    return kind(what.low, what.high, log=what.log)
+
+
+def grid(space: Space) -> list[dict[str, Any]]:
+    """All combinations, of ranges five values each."""
+    points: list[dict[str, Any]] = [{}]
+    for key, what in space.keys.items():
+        points = [
+            point | ({key: value} if value is not None else {})
+            for point in points
+            for value in (_values(what) if _applies(what, point) else [None])
+        ]
+    return points
+
+
+def _applies(what: Choice | Number, point: Mapping[str, Any]) -> bool:
+    return all(point.get(other) == value for other, value in what.only_if.items())
+
+
+def _values(what: Choice | Number) -> list[Any]:
+    if isinstance(what, Choice):
+        return list(what.values)
+    shares = [i / (_GRID_POINTS - 1) for i in range(_GRID_POINTS)]
+    if what.log:
+        spread = [what.low * (what.high / what.low) ** share for share in shares]
+    else:
+        spread = [what.low + (what.high - what.low) * share for share in shares]
+    return sorted({round(value) for value in spread}) if what.whole else [float(f"{value:.6g}") for value in spread]
+
+
+def should_prune(pruner: str, scores: Mapping[str, float], ended: Sequence[Trial], *, maximize: bool) -> bool:
+    """Whether a trial with these validations so far is not worth going on with.
+
+    'median' (Golovin et al. 2017, section 3.5.2): its best so far is below the median of what the others had as their
+    best by the same step; not before four have ended. 'hyperband' (Li et al. 2018): successive halving, by which the
+    better third goes on at every third of the validations.
+    """
+    step = list(scores)[-1]
+    others = [trial for trial in ended if trial.state != "failed" and step in trial.scores]
+    if pruner == "none" or len(others) < _BEFORE_PRUNING:
+        return False
+
+    def best(by_step: Mapping[str, float | None]) -> float:
+        known = [value for at, value in by_step.items() if int(at) <= int(step) and value is not None]
+        return max((value if maximize else -value for value in known), default=-math.inf)
+
+    bests, own = sorted(best(trial.scores) for trial in others), best(scores)
+    if pruner == "median":
+        return own < bests[len(bests) // 2]
+    rungs = {3**power for power in range(20)}
+    return len(scores) in rungs and own < bests[2 * len(bests) // 3]
+
+
+_BEFORE_PRUNING = 4

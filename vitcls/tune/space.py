@@ -1,0 +1,78 @@
+"""What is searched: values for config keys."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vitcls import config as configs
+from vitcls import config_file
+from vitcls.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of several values: numbers, words, True or False."""
+
+    values: Sequence[Any]
+    only_if: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # other keys of the space: the value they have
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A number from `low` to `high`, whole where both are; with `log` every factor is as likely as any other."""
+
+    low: float
+    high: float
+    log: bool = False
+    only_if: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """Config keys and what they may be, in an order in which each stands after those that its `only_if` names."""
+
+    keys: Mapping[str, Choice | Number]
+
+
+def load(file: os.PathLike | str, config: ConfigDict) -> Space:
+    """The space of 'PATH' or 'PATH:PRESET'; raises UserError for what is wrong with it, or is no key of `config`."""
+    space = config_file.call(file, "get_space")
+    if not isinstance(space, Space) or not space.keys:
+        raise UserError(f"get_space() of {file} does not return a vitcls.tune.Space with keys")
+    for key, values in space.keys.items():
+        _check(key, values, space, os.fspath(file))
+        for value in values.values if isinstance(values, Choice) else (values.low, values.high):
+            config_file.override(config.copy_and_resolve_references(), key, str(value))
+    return space
+
+
+def _check(key: str, values: Choice | Number, space: Space, file: str) -> None:
+    before = list(space.keys)[: list(space.keys).index(key)]
+    for other in values.only_if:
+        if other not in before:
+            raise UserError(f"{file}: '{key}' depends on '{other}', which does not stand before it")
+    if isinstance(values, Choice) and not values.values:
+        raise UserError(f"{file}: '{key}' has no values to choose from")
+    if isinstance(values, Number) and not (values.low < values.high and (values.low > 0 or not values.log)):
+        raise UserError(f"{file}: '{key}' goes from {values.low} to {values.high}; with log=True from above 0")
+
+
+def apply(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    """A resolved config with other values; its report is of the validation split.
+
+    Raises UserError where it cannot work.
+    """
+    config = config.copy_and_resolve_references()
+    for key, value in sorted(values.items(), key=lambda item: item[0] not in config_file.NAMES):
+        config_file.override(config, key, str(value))
+    config.report.update(split="validation", timing=False)
+    config = configs.resolve(config)
+    configs.validate(config)
+    return config
