@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -124,6 +125,33 @@ def test_a_run_that_is_alive_is_left_alone(finished, tiny_config, server):
         with pytest.raises(UserError, match=r"gs://runs/killed/run is in use by process \d+ on .*; wait for it"):
             train_and_evaluate(tiny_config, finished)
     assert server.find("runs/killed/run") == before
+
+
+def test_a_bucket_of_s3(tiny_config, trained, monkeypatch, capsys):
+    """Kept by moto's server, which knows of exclusive creation as S3 does."""
+    pytest.importorskip("s3fs")
+    moto = pytest.importorskip("moto.server")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "nobody")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    kept = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    kept.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*kept.get_host_and_port()))
+    try:
+        files = fsspec.filesystem("s3", use_listings_cache=False, skip_instance_cache=True)
+        files.mkdir("runs")
+        train_and_evaluate(tiny_config, "s3://runs/a/run")
+        jax.tree.map(np.testing.assert_array_equal, variables("s3://runs/a/run", 12), variables(trained, 12))
+        assert files.exists("runs/a/run/report/index.html") and not files.exists("runs/a/run/lock.json")
+        lock = places._LockObject(files, "runs/b", "s3://runs/b")
+        monkeypatch.setattr(lock, "read", lambda: None)  # both have looked before either has written
+        files.pipe_file("runs/b/lock.json", b"the other's")
+        assert not lock.create("ours")
+        assert files.cat_file("runs/b/lock.json") == b"the other's"
+        assert cli.run(status.main, ["s3://nowhere/run"]) == 2
+        assert "the bucket s3://nowhere is not there" in capsys.readouterr().err
+    finally:
+        kept.stop()
 
 
 def test_its_state_is_seen_from_afar(finished, server, capsys):
