@@ -18,6 +18,8 @@ import time
 HEARTBEAT = 20  # seconds without a sign of life after which JAX's service takes a process for dead
 _PERIOD = 1.0  # seconds between two beats of ours, which only tell who it was
 _NO_ANSWER = 2.0  # seconds without an answer of the service: the network is slow, or JAX is about to abort
+# Of HEARTBEAT, in which no beat of a process has come while the service still answered; on a busy machine they lag.
+_SILENT = 0.6
 _BEATS = "vitcls/beats/"
 _ON_THE_WIRE = ("gloo", "nccl", "connection", "socket", "unavailable", "deadline_exceeded")
 
@@ -69,12 +71,12 @@ class Watch:
 
     def _gone(self) -> str:
         """Who is gone, and how that is known; '' where all may be there."""
-        now, long, own = time.monotonic(), HEARTBEAT - 2 * _PERIOD, self._state.process_id
+        now, own = time.monotonic(), self._state.process_id
         silence = f"no sign of life for {HEARTBEAT} s"
         for process, (_, since) in self._beats.items():
-            if process not in (0, own) and self._answered - since > long - _NO_ANSWER:
+            if process not in (0, own) and self._answered - since > _SILENT * HEARTBEAT:
                 return f"{process} is gone ({silence})"
-        if own and now - self._answered > long:
+        if own and now - self._answered > HEARTBEAT - 2 * _PERIOD:
             return f"0 is gone ({silence})"
         return "0 is gone (its connection is closed)" if own and self._is_refused() else ""
 
