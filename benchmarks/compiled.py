@@ -66,6 +66,7 @@ def describe(job: Job, text: str, compiled: Any) -> dict[str, Any]:
         "arguments_gib": memory.argument_size_in_bytes / 2**30,
         "kernels": sum(kernel.times for kernel in kernels),
         "collectives": program_cost.collectives(text),
+        "collective_bytes": program_cost.collective_bytes(text),
         "ceiling_images_per_second": None,
     }
     chip = program_cost.CHIPS.get(job.device)
@@ -87,7 +88,9 @@ def _milliseconds(seconds: dict[str, float]) -> dict[str, float]:
 
 def in_words(row: dict[str, Any]) -> str:
     """A row for people."""
-    collectives = ", ".join(f"{count} {kind}" for kind, count in row["collectives"].items()) or "no collectives"
+    moved = row["collective_bytes"]
+    counted = (f"{count} {kind} ({moved.get(kind, 0) / 1e6:,.1f} MB)" for kind, count in row["collectives"].items())
+    collectives = ", ".join(counted) or "no collectives"
     lines = [
         f"{row['model']}, batch {row['batch']:,}, on {row['device']} ({row['strategy']}, {row['dtype']})",
         f"  {row['kernels']:,} kernels, {row['tflop_per_chip']:.2f} TFLOP, {row['gigabytes_per_chip']:.1f} GB a chip",
@@ -122,7 +125,8 @@ def compile_jobs(jobs: list[Job], out: str, *, keep_programs: bool = False) -> l
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
     done = json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else []
-    rows = {_key(row): row for row in done if "error" not in row}
+    # Rows of before collectives had bytes are made anew.
+    rows = {_key(row): row for row in done if "error" not in row and "collective_bytes" in row}
     for job in jobs:
         asked = json.loads(json.dumps(dataclasses.asdict(job)))
         if _key(asked) not in rows:
