@@ -2,6 +2,7 @@
 
     python -m benchmarks.compiled --device=h100 --model=vit_small_patch16 --batch=256
     python -m benchmarks.compiled --device=v5e:4x4 --strategy=fsdp --model=vit_base_patch16 --batch=1024 --out=DIR
+    python -m benchmarks.compiled --device=cpu:16 --strategy=fsdp --model=resnet50 --image_size=32
 
 The compilers are found by H100_COMPILER and TPU_COMPILER (benchmarks/compilers.py). For the H100 the ceiling in
 images/s is printed by part of the network: what the kernels would take if each moved its bytes at 2.8 TB/s and
@@ -144,7 +145,7 @@ def compile_jobs(jobs: list[Job], out: str, *, keep_programs: bool = False) -> l
 
 def main(argv: list[str]) -> int:
     flags = cli.Parser(description=__doc__.splitlines()[0])
-    flags.add_argument("--device", action="append", help="'h100', or a TPU slice such as 'v5e:2x2' or 'v6e:4x8'")
+    flags.add_argument("--device", action="append", help="'h100', a TPU slice such as 'v5e:2x2', or 'cpu:16'")
     flags.add_argument("--model", action="append", help="may be given several times")
     flags.add_argument("--batch", type=int, default=256, help="images of the whole step")
     flags.add_argument("--strategy", choices=("data", "fsdp"), default="data")

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -151,6 +152,19 @@ def run(*arguments):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-m", "benchmarks.compiled", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_a_step_is_compiled_for_virtual_devices_of_a_cpu():
+    environment = compilers.environment("cpu:4")
+    assert (environment["JAX_NUM_CPU_DEVICES"], environment["JAX_PLATFORMS"]) == ("4", "cpu")
+    done = run("--device=cpu:4", "--model=lenet5", "--batch=8", "--dtype=float32")
+    assert done.returncode == 0, done.stderr
+    assert "lenet5, batch 8, on cpu:4 (data, float32)" in done.stdout
+    assert re.search(r"\d all-reduce \(0.2 MB\)", done.stdout)  # 61,706 parameters of four bytes
+    done = run("--device=cpu:none", "--model=lenet5")
+    assert done.returncode == 2 and done.stderr == (
+        "error: there is no device 'cpu:none'; say how many virtual devices, such as 'cpu:16'\n"
+    )
 
 
 @needs_h100
