@@ -1,6 +1,7 @@
 """Compilers for accelerators that are not there: XLA's for an NVIDIA H100, described by a file, and libtpu's.
 
-The CPU's, for any number of virtual devices ('cpu:16'), is there always. The others are never dependencies; the environment says where they were unpacked:
+The CPU's, for any number of virtual devices ('cpu:16'), is there always. The others are never dependencies; the
+environment says where they were unpacked:
 
     H100_COMPILER   a directory with the contents of the wheels jax-cuda12-pjrt (of jax's version) and
                     nvidia-cuda-nvcc-cu12
