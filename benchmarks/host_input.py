@@ -9,7 +9,7 @@ files are textured, so that they have about the bytes of ImageNet's (110 KB): sm
 
 Images per second of CPU time are what one core does when it has nothing else to do; they hold on a machine that others
 use too, where the wall clock's do not. `rss` is the memory of a process that streams three epochs with vitcls, after
-each of them.
+each of them. The row `fast_decode` is what config.dataset.fast_decode changes: of how many crops, by how much of 255.
 """
 
 import io
@@ -185,6 +185,27 @@ def memory(names: list[str], size: int, count: int, epochs: int = 3) -> list[har
     return rows
 
 
+def differences(names: list[str], size: int, count: int) -> list[harness.Row]:
+    """What `fast_decode` changes: of how many random crops, and by how much, in steps of 255."""
+    from vitcls.data import images
+
+    split, found = _split(names), []
+    for index in range(count):
+        data = split.images.read(index)
+        box = images.random_resized_crop_box(np.random.default_rng(index), *_SIZE, _AREA, _RATIO)
+        usual, fast = (
+            images.decode(data, size=(size, size), channels=3, box=box, spare=spare).astype(int)
+            for spare in (images.SPARE, 1.0)
+        )
+        found.append((np.abs(usual - fast).mean(), np.abs(usual - fast).max()))
+    means, largest = np.array(found).T
+    changed = means > 0
+    row = {"crops changed %": 100 * float(changed.mean())}
+    if changed.any():
+        row |= {"mean difference of those": float(means[changed].mean()), "largest": float(largest.max())}
+    return [row]
+
+
 def main(argv: list[str]) -> int:
     flags = harness.parser(__doc__)
     flags.add_argument("--cores", type=harness.integers, default="1,2", help="numbers of cores, one process each")
@@ -196,7 +217,7 @@ def main(argv: list[str]) -> int:
     if args.job:
         job = json.loads(args.job)
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job.pop("cores")])
-        kind = {"rates": rates, "memory": memory}[job.pop("kind")]
+        kind = {"rates": rates, "memory": memory, "fast_decode": differences}[job.pop("kind")]
         print(json.dumps({"rows": kind(**job)}))
         return 0
     rows = []
@@ -204,7 +225,8 @@ def main(argv: list[str]) -> int:
         names = write_records(pathlib.Path(directory), args.images)
         kilobytes = sum(map(os.path.getsize, names)) / args.images / 1e3
         jobs = [dict(kind="rates", count=args.batches, repeats=args.repeats, cores=cores) for cores in args.cores]
-        for job in [*jobs, dict(kind="memory", count=args.images, cores=args.cores[-1])]:
+        jobs += [dict(kind=kind, count=args.images, cores=args.cores[-1]) for kind in ("memory", "fast_decode")]
+        for job in jobs:
             job |= {"names": names, "size": args.size}
             ran = harness.in_child("benchmarks.host_input", ["--job", json.dumps(job)])
             shared = {"what": job["kind"], "KB an image": kilobytes, "size": args.size, "cores": job["cores"]}
