@@ -2,6 +2,7 @@
 
     python -m benchmarks.compiled --device=h100 --model=vit_small_patch16 --batch=256
     python -m benchmarks.compiled --device=v5e:4x4 --strategy=fsdp --model=vit_base_patch16 --batch=1024 --out=DIR
+    python -m benchmarks.compiled --device=cpu:16 --strategy=fsdp --model=resnet50 --image_size=32
 
 The compilers are found by H100_COMPILER and TPU_COMPILER (benchmarks/compilers.py). For the H100 the ceiling in
 images/s is printed by part of the network: what the kernels would take if each moved its bytes at 2.8 TB/s and
@@ -66,6 +67,7 @@ def describe(job: Job, text: str, compiled: Any) -> dict[str, Any]:
         "arguments_gib": memory.argument_size_in_bytes / 2**30,
         "kernels": sum(kernel.times for kernel in kernels),
         "collectives": program_cost.collectives(text),
+        "collective_bytes": program_cost.collective_bytes(text),
         "ceiling_images_per_second": None,
     }
     chip = program_cost.CHIPS.get(job.device)
@@ -87,7 +89,9 @@ def _milliseconds(seconds: dict[str, float]) -> dict[str, float]:
 
 def in_words(row: dict[str, Any]) -> str:
     """A row for people."""
-    collectives = ", ".join(f"{count} {kind}" for kind, count in row["collectives"].items()) or "no collectives"
+    moved = row["collective_bytes"]
+    counted = (f"{count} {kind} ({moved.get(kind, 0) / 1e6:,.1f} MB)" for kind, count in row["collectives"].items())
+    collectives = ", ".join(counted) or "no collectives"
     lines = [
         f"{row['model']}, batch {row['batch']:,}, on {row['device']} ({row['strategy']}, {row['dtype']})",
         f"  {row['kernels']:,} kernels, {row['tflop_per_chip']:.2f} TFLOP, {row['gigabytes_per_chip']:.1f} GB a chip",
@@ -122,7 +126,8 @@ def compile_jobs(jobs: list[Job], out: str, *, keep_programs: bool = False) -> l
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
     done = json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else []
-    rows = {_key(row): row for row in done if "error" not in row}
+    # Rows of before collectives had bytes are made anew.
+    rows = {_key(row): row for row in done if "error" not in row and "collective_bytes" in row}
     for job in jobs:
         asked = json.loads(json.dumps(dataclasses.asdict(job)))
         if _key(asked) not in rows:
@@ -140,7 +145,7 @@ def compile_jobs(jobs: list[Job], out: str, *, keep_programs: bool = False) -> l
 
 def main(argv: list[str]) -> int:
     flags = cli.Parser(description=__doc__.splitlines()[0])
-    flags.add_argument("--device", action="append", help="'h100', or a TPU slice such as 'v5e:2x2' or 'v6e:4x8'")
+    flags.add_argument("--device", action="append", help="'h100', a TPU slice such as 'v5e:2x2', or 'cpu:16'")
     flags.add_argument("--model", action="append", help="may be given several times")
     flags.add_argument("--batch", type=int, default=256, help="images of the whole step")
     flags.add_argument("--strategy", choices=("data", "fsdp"), default="data")

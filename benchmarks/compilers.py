@@ -1,6 +1,7 @@
 """Compilers for accelerators that are not there: XLA's for an NVIDIA H100, described by a file, and libtpu's.
 
-They are never dependencies; the environment says where they were unpacked:
+The CPU's, for any number of virtual devices ('cpu:16'), is there always. The others are never dependencies; the
+environment says where they were unpacked:
 
     H100_COMPILER   a directory with the contents of the wheels jax-cuda12-pjrt (of jax's version) and
                     nvidia-cuda-nvcc-cu12
@@ -21,11 +22,16 @@ _PLUGIN = "jax_plugins/xla_cuda12/xla_cuda_plugin.so"
 
 
 def environment(device: str) -> dict[str, str]:
-    """The variables that a process needs to compile for `device`, 'h100' or a TPU slice such as 'v5e:2x2'.
+    """The variables that a process needs to compile for `device`: 'h100', a TPU slice such as 'v5e:2x2', or 'cpu:16'.
 
     Raises UserError where the compiler is not there, with what to download.
     """
     common = {"JAX_PLATFORMS": "cpu"}
+    kind, _, count = device.partition(":")
+    if kind == "cpu":
+        if not count.isdigit() or not int(count):
+            raise UserError(f"there is no device '{device}'; say how many virtual devices, such as 'cpu:16'")
+        return common | {"JAX_NUM_CPU_DEVICES": count}
     if device == "h100":
         site = pathlib.Path(os.environ.get("H100_COMPILER", ""))
         if "H100_COMPILER" not in os.environ or not (site / _PLUGIN).exists():
@@ -49,7 +55,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 def devices(device: str) -> list:
-    """The devices of an H100 or a slice, for which this process, started in `environment`, can compile.
+    """The devices of an H100, a slice or a CPU, for which this process, started in `environment`, can compile.
 
     Raises UserError for a slice that there is not.
     """
@@ -58,6 +64,8 @@ def devices(device: str) -> list:
 
     if device == "h100":
         return _h100()
+    if device.startswith("cpu:"):
+        return jax.devices()
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=device).devices
     except jax.errors.JaxRuntimeError as error:

@@ -121,6 +121,25 @@ class _Program:
             else:
                 yield self._kernel(self.computations[name], instruction, times)
 
+    def sent(self, name: str, times: int) -> Iterator[tuple[str, int]]:
+        """(kind, bytes of the result) of the collectives of a computation that runs so often, and of all inside it."""
+        for instruction in self.computations.get(name, {}).values():
+            kind = instruction.op.removesuffix("-start")
+            if kind in COLLECTIVES:
+                yield kind, times * _result_bytes(instruction)
+                continue
+            trips = int(instruction.attribute(r'known_trip_count":\{"n":"(\d+)"') or 1)
+            inner = [found for called in self._called(instruction) for found in self.sent(called, times * trips)]
+            if "reduce-scatter" in instruction.rest and [kind for kind, _ in inner] == ["all-reduce"]:
+                inner = [("reduce-scatter", times * _bytes(instruction.shape))]
+            yield from inner
+
+    @staticmethod
+    def _called(instruction: _Instruction) -> list[str]:
+        listed = instruction.attribute(r"branch_computations=\{([^}]*)\}") or ""
+        single = r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+        return [*re.findall(r"[\w.\-]+", listed), *re.findall(single, instruction.rest)]
+
     def _kernel(self, around: _Computation, instruction: _Instruction, times: int) -> Kernel:
         shapes = [around[operand].shape for operand in instruction.operands if operand in around]
         moved = _bytes(instruction.shape) + sum(map(_bytes, shapes))
@@ -244,3 +263,36 @@ def collectives(text: str) -> dict[str, int]:
     """How many collectives of each kind a compiled program has."""
     kinds = re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", text)
     return dict(sorted(collections.Counter(kinds).items()))
+
+
+def collective_bytes(text: str) -> dict[str, int]:
+    """Bytes of the results of every kind of collective that one run of a compiled program makes on one device.
+
+    Collectives inside loops count once for every trip, those inside conditionals once for every branch, those that the
+    compiler has fused with a product or a slice as what they were before: an all-reduce of which each device keeps its
+    slice is a reduce-scatter. Of one that runs asynchronously the result counts, not the operand beside it.
+    """
+    program = _Program(*_parse(text))
+    totals: collections.Counter[str] = collections.Counter()
+    for kind, moved in program.sent(program.entry, 1):
+        totals[kind] += moved
+    return dict(sorted(totals.items()))
+
+
+def _result_bytes(instruction: _Instruction) -> int:
+    """Of a collective; the first half of an asynchronous one has (operands, results, counters) for a result."""
+    if not instruction.op.endswith("-start") or instruction.op == "all-reduce-start":
+        return _bytes(instruction.shape)
+    arrays = [array for array in _ARRAY.findall(instruction.shape) if array != ("u32", "")]
+    return sum(_bytes(f"{dtype}[{dims}]") for dtype, dims in arrays[len(arrays) // 2 :])
+
+
+def wire_bytes(result_bytes: dict[str, int], devices: int) -> float:
+    """What each of `devices` sends for collectives over all of them, by the algorithm that sends least: a ring.
+
+    An all-reduce of B bytes is 2 B (N - 1) / N, an all-gather to B bytes and an all-to-all of B are B (N - 1) / N, a
+    reduce-scatter to B bytes is B (N - 1), a permutation B.
+    """
+    share = (devices - 1) / devices
+    factors = {"all-reduce": 2 * share, "reduce-scatter": devices - 1, "collective-permute": 1}
+    return sum(moved * factors.get(kind, share) for kind, moved in result_bytes.items())

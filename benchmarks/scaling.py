@@ -9,34 +9,12 @@ statistics); under `fsdp` also the parameters, at most twice.
 """
 
 import json
-import math
-import re
 import sys
 
 from benchmarks import harness
-from benchmarks.program_cost import BYTES, COLLECTIVES
+from benchmarks.program_cost import COLLECTIVES, collective_bytes
 from vitcls import cli
 from vitcls.models import summary
-
-_OPERATION = re.compile(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(")
-_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-
-
-def collective_bytes(hlo: str) -> dict[str, int]:
-    """Bytes of the results of every kind of collective in the text of a compiled program without loops.
-
-    Of an asynchronous gather, whose first half holds operand and result, the result counts.
-    """
-    totals: dict[str, int] = {}
-    for shapes, kind, start in _OPERATION.findall(hlo):
-        sizes = [
-            math.prod(map(int, filter(None, dimensions.split(",")))) * BYTES[dtype]
-            for dtype, dimensions in _SHAPE.findall(shapes)
-            if dtype in BYTES
-        ]
-        counted = sizes[len(sizes) // 2 :] if start and kind != "all-reduce" else sizes
-        totals[kind] = totals.get(kind, 0) + sum(counted)
-    return totals
 
 
 def only_gradients_once(strategy: str, sent: dict[str, int], parameter_bytes: int) -> bool:

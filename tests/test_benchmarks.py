@@ -15,10 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 from scipy import stats
 
-from benchmarks import agreement, harness, intervals, lease, scaling, startup, throughput, versus, workload
+from benchmarks import (
+    agreement,
+    harness,
+    intervals,
+    lease,
+    program_cost,
+    scaling,
+    startup,
+    throughput,
+    versus,
+    workload,
+)
 from benchmarks.peers import vit_fields
 from vitcls import models
 from vitcls.core import sharding
@@ -93,23 +103,6 @@ def test_a_timed_call_is_waited_for():
     assert harness.measure(lambda: slow(x), repeats=3).median > waited / 3
 
 
-def test_bytes_of_collectives_are_those_of_their_results():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-
-    def exchange(x):  # float32 [16, 4] on each of 8 devices
-        return jax.lax.psum(x, "data"), jax.lax.all_gather(x[:2], "data", tiled=True)
-
-    spread, whole = PartitionSpec("data"), PartitionSpec()
-    mapped = jax.shard_map(exchange, mesh=mesh, in_specs=spread, out_specs=(whole, whole), check_vma=False)
-    compiled = jax.jit(mapped).lower(jnp.zeros((128, 4))).compile()
-    assert scaling.collective_bytes(compiled.as_text()) == {"all-reduce": 16 * 4 * 4, "all-gather": 16 * 4 * 4}
-
-
-def test_of_an_asynchronous_gather_the_result_counts():
-    text = "%a = (f32[4]{0}, f32[32]{0}) all-gather-start(%x)\n%b = (bf16[10]{0}, f32[]) all-reduce-start(%y, %z)"
-    assert scaling.collective_bytes(text) == {"all-gather": 128, "all-reduce": 24}
-
-
 @pytest.mark.parametrize("strategy", ["data", "fsdp", "pmap"])
 def test_a_step_sends_the_gradients_once_and_nothing_else(strategy):
     tiny = ("model.hidden_dim=32", "model.depth=1", "model.num_heads=2", "model.mlp_dim=64", "model.stem=patch")
@@ -119,7 +112,7 @@ def test_a_step_sends_the_gradients_once_and_nothing_else(strategy):
     info = workload.make_info("improved_vit_tiny", image_size=8)
     partition = sharding.all_devices(strategy, min_shard_elements=256)
     trainer = workload.Trainer(config, info, partition, workload.random_resident(partition, info, 16))
-    sent = scaling.collective_bytes(trainer.compiled.as_text())
+    sent = program_cost.collective_bytes(trainer.compiled.as_text())
     state = jax.eval_shape(trainer.training.create_state, jax.random.key(0))
     parameter_bytes = summary.count_bytes(state.params)
     assert parameter_bytes <= sent["all-reduce"] <= parameter_bytes + 100

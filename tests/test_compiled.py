@@ -3,15 +3,17 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
-from benchmarks import compiled, compilers, program_cost
-from vitcls import models
+from benchmarks import compiled, compilers, program_cost, slices
+from vitcls import cli, models
 from vitcls.core.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -31,6 +33,78 @@ def test_kernels_bytes_and_flops_by_hand():
     assert (gemm.moved, gemm.flops) == (2 * (64 * 16 + 16 * 32 + 64 * 32), 2 * 64 * 32 * 16)  # without the workspace
     assert (in_loop.flops, in_loop.times) == (2 * 8 * 8 * 16, 5)
     assert program_cost.collectives(PROGRAM) == {"all-reduce": 1}
+
+
+def exchange_on_8_devices(repeat):
+    """The text of a program that reduces float32 [16, 4] over 8 devices, `repeat` times, and gathers once."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def exchange(x):  # float32 [16, 4] on each of 8 devices
+        summed = jax.lax.fori_loop(0, repeat, lambda _, x: jnp.sin(jax.lax.psum(x, "data")), x)
+        return summed, jax.lax.all_gather(x[:2], "data", tiled=True)
+
+    spread, whole = PartitionSpec("data"), PartitionSpec()
+    mapped = jax.shard_map(exchange, mesh=mesh, in_specs=spread, out_specs=(whole, whole), check_vma=False)
+    return jax.jit(mapped).lower(jnp.zeros((128, 4))).compile().as_text()
+
+
+@pytest.mark.parametrize("repeat", [1, 7])
+def test_bytes_of_collectives_are_those_of_their_results_and_loops_count_by_their_trips(repeat):
+    moved = program_cost.collective_bytes(exchange_on_8_devices(repeat))
+    assert moved == {"all-reduce": repeat * 16 * 4 * 4, "all-gather": 16 * 4 * 4}
+
+
+COLLECTIVES = """HloModule step
+
+%scatter (a: f32[64,4]) -> f32[8,4] {
+  %a = f32[64,4]{1,0} parameter(0)
+  %sum = f32[64,4]{1,0} all-reduce(%a), to_apply=%add
+  ROOT %part = f32[8,4]{1,0} dynamic-slice(%sum), dynamic_slice_sizes={8,4}
+}
+
+%send (x: f32[8]) -> f32[64] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %gathered = f32[64]{0} all-gather(%x), dimensions={0}
+}
+
+ENTRY %main (x: f32[8], y: f32[64,4]) -> f32[] {
+  %x = f32[8]{0} parameter(0)
+  %y = f32[64,4]{1,0:T(8,128)S(1)} parameter(1)
+  %a = (f32[4]{0}, f32[32]{0}) all-gather-start(%x), dimensions={0}
+  %b = (bf16[10]{0:T(1024)(128)(2,1)}, f32[]{:T(128)}) all-reduce-start(%y, %y), to_apply=%add
+  %c = (f32[8]{0}, f32[8]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x)
+  %d = f32[8,4]{1,0} fusion(%y), kind=kCustom, calls=%scatter, metadata={op_name="reduce-scatter"}
+  %e = ((f32[8]{0}), f32[64]{0}, u32[]) async-start(%x), calls=%send
+  ROOT %f = f32[] constant(0)
+}
+"""
+
+
+def test_bytes_of_collectives_that_run_asynchronously_or_are_fused():
+    moved = {"all-gather": 128 + 256, "all-reduce": 24, "collective-permute": 32, "reduce-scatter": 8 * 4 * 4}
+    assert program_cost.collective_bytes(COLLECTIVES) == moved
+
+
+def test_bytes_that_a_chip_sends_are_those_of_a_ring():
+    sent = {kind: program_cost.wire_bytes({kind: 800}, 8) for kind in program_cost.COLLECTIVES}
+    assert sent["all-reduce"] == 2 * sent["all-gather"] == 1400
+    assert (sent["reduce-scatter"], sent["collective-permute"], sent["all-to-all"]) == (5600, 800, 700)
+
+
+def test_efficiency_on_a_slice_is_the_formula_of_its_page():
+    assert [slices.links(device) for device in ("v5e:2x2", "v5e:2x4", "v5e:8x16", "v5e:16x16")] == [2, 2, 3, 4]
+    row = {"model": "m", "strategy": "data", "device": "v5e:2x4", "batch": 64, "tflop_per_chip": 1.97}
+    row |= {"collective_bytes": {"all-reduce": 4e9 / 7}, "temporaries_gib": 1.0, "arguments_gib": 0.5}
+    shown = slices.describe(row, 0.5)
+    assert (shown["images a chip"], shown["memory GiB"], shown["sent MB"]) == (8, 1.5, pytest.approx(1000))
+    assert (shown["compute ms"], shown["links ms"]) == (pytest.approx(20), pytest.approx(10))
+    assert (shown["efficiency %"], shown["overlapped %"]) == (pytest.approx(100 * 2 / 3), 100)
+
+
+@pytest.mark.parametrize("argument", ["--device=v6e:2x4", "--device=v5e:2", "--model=resnet50", "--utilisation=0"])
+def test_a_slice_that_cannot_be_counted_is_one_line(argument, capsys):
+    assert cli.run(slices.main, [argument]) == 2
+    assert argument in capsys.readouterr().err
 
 
 def test_a_kernel_takes_what_its_bytes_or_its_products_take_and_its_launch():
@@ -78,6 +152,19 @@ def run(*arguments):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-m", "benchmarks.compiled", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_a_step_is_compiled_for_virtual_devices_of_a_cpu():
+    environment = compilers.environment("cpu:4")
+    assert (environment["JAX_NUM_CPU_DEVICES"], environment["JAX_PLATFORMS"]) == ("4", "cpu")
+    done = run("--device=cpu:4", "--model=lenet5", "--batch=8", "--dtype=float32")
+    assert done.returncode == 0, done.stderr
+    assert "lenet5, batch 8, on cpu:4 (data, float32)" in done.stdout
+    assert re.search(r"\d all-reduce \(0.2 MB\)", done.stdout)  # 61,706 parameters of four bytes
+    done = run("--device=cpu:none", "--model=lenet5")
+    assert done.returncode == 2 and done.stderr == (
+        "error: there is no device 'cpu:none'; say how many virtual devices, such as 'cpu:16'\n"
+    )
 
 
 @needs_h100

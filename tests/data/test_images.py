@@ -370,6 +370,18 @@ def test_enough_of_a_jpeg_is_decoded_for_the_longer_side(monkeypatch):
         assert max(drafts.pop()) == longest, (size, box)
 
 
+@pytest.mark.parametrize(("side", "same"), [(40, True), (63, True), (64, False), (120, False)])
+def test_with_nothing_to_spare_a_jpeg_is_decoded_smaller_and_looks_the_same(side, same):
+    """A crop of `side` pixels to 32: half of them are enough from 64 on, with twice as many to spare from 128 on."""
+    file = encode(np.pad(SMOOTH, ((0, 38), (0, 8), (0, 0)), mode="edge"), "JPEG", quality=95, subsampling=0)
+    box = (4, 2, side, side)
+    usual = images.decode(file, size=(32, 32), channels=3, box=box)
+    fast = images.decode(file, size=(32, 32), channels=3, box=box, spare=1)
+    assert np.array_equal(usual, fast) == same
+    assert np.abs(usual.astype(int) - fast)[1:-1, 1:-1].mean() < 2
+    np.testing.assert_array_equal(fast, images.decode(file, size=(32, 32), channels=3, box=box, spare=1))
+
+
 def test_random_resized_crops_are_inside_and_in_range():
     rng = np.random.default_rng(0)
     boxes = np.array([images.random_resized_crop_box(rng, 400, 300, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(2000)])

@@ -1,4 +1,5 @@
 import gc
+import io
 import math
 import os
 import threading
@@ -8,6 +9,7 @@ import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,6 +23,9 @@ from vitcls.core.errors import UserError
 from vitcls.data import pipelines, streaming
 from vitcls.data.dataset import Dataset, Split
 from vitcls.data.memory import host_memory_bytes
+from vitcls.data.order import epoch_order
+from vitcls.data.records import index_records
+from vitcls.data.settings import DatasetSettings
 from vitcls.data.sources.folder import FileImages
 
 SHAPE = (6, 6, 3)
@@ -51,6 +56,7 @@ def config(**values):
         "pipeline": "resident",
         "sampling": "uniform",
         "random_resized_crop": False,
+        "fast_decode": False,
         "crop_area": (0.08, 1.0),
         "crop_ratio": (0.75, 4 / 3),
         "mean": (),
@@ -150,6 +156,101 @@ def test_random_resized_crops_are_a_function_of_the_place_in_the_run(tmp_path, h
     np.testing.assert_array_equal(first["image"][1], again["image"][0])
     assert first["image"].shape == (2, 1, 8, *height_and_width, 3)
     assert not np.array_equal(np.sort(first["image"][0], axis=None), np.sort(first["image"][1], axis=None))
+
+
+def test_fast_decoding_is_of_large_crops_in_training_alone(tmp_path):
+    y, x = np.mgrid[0:128, 0:160]
+    path = tmp_path / "ramp.jpg"
+    Image.fromarray(np.stack([x, y, 128 + 8 * ((x // 8 + y // 8) % 2)], -1).astype(np.uint8)).save(path, quality=95)
+    split = Split(image_files((path,) * 8), np.arange(8, dtype=np.int32) % 2)
+    files = Dataset("test", ("a", "b"), split, None, split, (24, 24, 3))
+    block = {"pipeline": "streaming", "random_resized_crop": True, "crop_area": (0.2, 0.8)}
+    usual, fast = (
+        read(files, config(fast_decode=fast, **block), [0], batch_size=8, length=1)["image"].astype(int)
+        for fast in (False, True)
+    )
+    assert not np.array_equal(usual, fast) and np.abs(usual - fast).mean() < 2
+    evaluated = [streaming.read_image(split, 0, (24, 24, 3)) for _ in range(2)]
+    np.testing.assert_array_equal(*evaluated)
+    with pytest.raises(ValueError, match="fast_decode=True is impossible; it must be False without random_resized"):
+        DatasetSettings(fast_decode=True)
+
+
+class Counting:
+    """Encoded images that know which of them were read."""
+
+    def __init__(self, images):
+        self.images, self.seen = images, []
+
+    def __len__(self):
+        return len(self.images)
+
+    def read(self, index):
+        self.seen.append(index)
+        return self.images.read(index)
+
+    def name(self, index):
+        return self.images.name(index)
+
+
+def encoded_images(kind, directory, count):
+    """`count` PNGs as files, or in four TFRecord files."""
+    files = []
+    for number in range(count):
+        file = io.BytesIO()
+        Image.fromarray(np.full(SHAPE, number % 256, np.uint8)).save(file, "PNG")
+        files.append(file.getvalue())
+    if kind == "folder":
+        paths = [directory / f"{number:04d}.png" for number in range(count)]
+        for path, data in zip(paths, files, strict=True):
+            path.write_bytes(data)
+        return image_files(paths)
+    shards = [str(directory / f"{shard}.tfrecord") for shard in range(4)]
+    for shard, name in enumerate(shards):
+        with tf_record_writer(name) as writer:
+            for data in files[shard::4]:
+                writer.write(data)
+    return index_records(shards, lambda record: (record, 0))[0]
+
+
+def tf_record_writer(name):
+    import tensorflow as tf
+
+    return tf.io.TFRecordWriter(name)
+
+
+def processes(owners, monkeypatch):
+    """For every process a partition as it would see it: `owners` says whose each device of the mesh is."""
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(process_index=owner) for owner in owners]))
+    for process in sorted(set(owners)):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        yield sharding.Partition("data", mesh)
+
+
+@pytest.mark.parametrize("kind", ["folder", "records"])
+def test_no_process_reads_the_images_of_another(kind, tmp_path, monkeypatch):
+    encoded = encoded_images(kind, tmp_path, 640)
+    labels = np.arange(640, dtype=np.int32) % 4
+    seen, trained, evaluated = [], [], []
+    for partition in processes([0, 0, 1, 1, 1, 1, 0, 0], monkeypatch):  # as the mesh of a TPU slice has them
+        images = Counting(encoded)
+        arguments = dict(image_shape=SHAPE, num_classes=4, batch_size=16, seed=0, balanced=False, crop=None)
+        batches = streaming.Streaming(partition, Split(images, labels), **arguments)._read_from(0)
+        trained.append(np.concatenate([next(batches)["image"][:, 0, 0, 0] for _ in range(10)]))
+        batches.close()
+        seen.append(set(images.seen))
+        assert len(images.seen) == len(seen[-1])  # far from the end of the first epoch: none is read twice
+        images.seen.clear()
+        for batch in streaming.evaluation_batches(partition, Split(images, labels), image_shape=SHAPE, batch_size=16):
+            assert len(batch["mask"]) == 8
+        evaluated.append(sorted(images.seen))
+    assert not seen[0] & seen[1] and min(map(len, seen)) >= 80
+    order = np.asarray(epoch_order(0, 0, labels, num_classes=4, balanced=False))[:160]
+    names = [encoded.read(index) for index in order]
+    both = np.sort(np.concatenate(trained))
+    np.testing.assert_array_equal(both, np.sort([np.asarray(Image.open(io.BytesIO(x)))[0, 0, 0] for x in names]))
+    assert not set(evaluated[0]) & set(evaluated[1])
+    assert sorted(evaluated[0] + evaluated[1]) == list(range(640))
 
 
 def test_random_resized_crop_is_not_offered_where_it_cannot_be_done(tmp_path):

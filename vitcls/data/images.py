@@ -29,6 +29,7 @@ _WORTH_A_THREAD = 8_192  # bytes; Python holds its lock for most of the time tha
 # `warnings.catch_warnings` is for one thread only.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+SPARE = 2.0  # pixels that are decoded along a side for one of the result: what resizing needs to look the same
 Box = tuple[float, float, float, float]  # left, top, width, height in pixels
 Size = tuple[int, int]  # height, width in pixels
 
@@ -114,13 +115,20 @@ def to_8_bits(values: np.ndarray, max_value: float) -> np.ndarray:
 
 
 def decode(
-    data: bytes, *, size: Size | None, channels: int, box: Box | None = None, decoding: Decoding = BY_FORMAT
+    data: bytes,
+    *,
+    size: Size | None,
+    channels: int,
+    box: Box | None = None,
+    decoding: Decoding = BY_FORMAT,
+    spare: float = SPARE,
 ) -> np.ndarray:
     """Decodes an image to uint8 [*size, channels], or without `size` at its own.
 
     The first frame, upright, is taken; CMYK, palettes and 16 bits are converted, transparency lies on white. It is
     cropped to the largest central box of the shape of `size`, or to `box` of the upright image, and resized with
-    antialiasing. Raises BadImage.
+    antialiasing. A JPEG is decoded at the smallest of 1, 1/2, 1/4 and 1/8 at which the box still has `spare` times as
+    many pixels along each side as the result. Raises BadImage.
     """
     with _opened(data) as image:
         try:
@@ -128,7 +136,7 @@ def decode(
             if size and image.format == "JPEG":  # decode no more pixels than the resizing needs
                 upright_size = image.size[::-1] if orientation in _QUARTER_TURNS else image.size
                 _, _, box_width, box_height = box or central_box(*upright_size, size, decoding.eval_crop)
-                enough = 2 * max(size[0] / box_height, size[1] / box_width)
+                enough = spare * max(size[0] / box_height, size[1] / box_width)
                 width = image.width
                 drafted = image.draft(None, tuple(math.ceil(side * enough) for side in image.size))
                 scale = drafted[1][2] / width if drafted else 1.0  # 1, 1/2, 1/4 or 1/8, though sides are rounded up

@@ -91,7 +91,8 @@ def train_batches(dataset: Dataset, config, *, partition: Partition, batch_size:
     if choose_pipeline(dataset, config) == "resident":
         train = decode(dataset, ("train",)).train
         return Resident(partition, train.images, train.labels, **arguments)
-    crop = Crop(tuple(config.crop_area), tuple(config.crop_ratio)) if config.random_resized_crop else None
+    spare = 1.0 if config.fast_decode else image_files.SPARE
+    crop = Crop(tuple(config.crop_area), tuple(config.crop_ratio), spare) if config.random_resized_crop else None
     return Streaming(partition, dataset.train, image_shape=dataset.image_shape, crop=crop, **arguments)
 
 

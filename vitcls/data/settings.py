@@ -33,6 +33,9 @@ class DatasetSettings:
     # training images too unless they are cropped at random.
     eval_crop: float = 1.0
     random_resized_crop: bool = False  # on the host; streaming only
+    # Of random crops: a JPEG is decoded at 1/2, 1/4 or 1/8 as soon as that has the pixels asked for, not twice as many
+    # along each side. It changes them a little; evaluation and prediction do not know it.
+    fast_decode: bool = False
     crop_area: tuple = (0.08, 1.0)  # of the image
     crop_ratio: tuple = (3 / 4, 4 / 3)  # width / height
 
@@ -53,6 +56,9 @@ class DatasetSettings:
         whole = all(type(side) is int and 0 < side <= _LARGEST_SIDE for side in sides)
         expected = f"0, a number of pixels, or (height, width), of up to {_LARGEST_SIDE}"
         require(self, "image_size", whole or (type(size) is int and size == 0), expected)
+        require(
+            self, "fast_decode", self.random_resized_crop or not self.fast_decode, "False without random_resized_crop"
+        )
         require(self, "eval_crop", 0 < self.eval_crop <= 1, "in (0, 1]")
         if self.num_folds == 1 or not 0 <= self.fold < max(self.num_folds, 1):
             raise ValueError(

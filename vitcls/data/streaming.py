@@ -30,10 +30,14 @@ _KEPT_EPOCHS = 4  # orders in memory: the one before, this one, the next, and on
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """A random resized crop (Szegedy et al. 2015): area as a fraction of the image's, ratio width / height."""
+    """A random resized crop (Szegedy et al. 2015): area as a fraction of the image's, ratio width / height.
+
+    `spare` is that of `images.decode`.
+    """
 
     area: tuple[float, float]
     ratio: tuple[float, float]
+    spare: float = image_files.SPARE
 
 
 class Streaming:
@@ -142,7 +146,8 @@ def _decode(
         return image_files.decode(encoded, size=size, channels=channels, decoding=split.decoding)
     width, height, _ = image_files.examine(encoded)
     box = image_files.random_resized_crop_box(np.random.default_rng(seed), width, height, crop.area, crop.ratio)
-    return image_files.decode(encoded, size=size, channels=channels, box=box, decoding=split.decoding)
+    arguments = {"size": size, "channels": channels, "decoding": split.decoding}
+    return image_files.decode(encoded, box=box, spare=crop.spare, **arguments)
 
 
 def _parallel_batches(
