@@ -72,7 +72,7 @@ def _array(path: str, name: str, entry: Any, start: int, length: int) -> LazyArr
     if not isinstance(entry, dict) or not isinstance(entry.get("data_offsets"), list):
         raise unusable(path, f"the entry '{name[:60]}' of its header is no array")
     dtype = entry.get("dtype")
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise unusable(path, f"'{name[:60]}' has the type {str(dtype)[:20]!r}; known are {', '.join(_DTYPES)}")
     shape, kind = checked_shape(path, name, entry.get("shape")), np.dtype(_DTYPES[dtype])
     offsets = entry["data_offsets"]
@@ -82,7 +82,7 @@ def _array(path: str, name: str, entry: Any, start: int, length: int) -> LazyArr
     if not 0 <= begin <= end <= length - start or end - begin != math.prod(shape) * kind.itemsize:
         raise unusable(
             path,
-            f"'{name[:60]}' does not fit its place, bytes {begin} to {end} of {length - start:,}; is it cut short?",
+            f"'{name[:60]}' does not fit its place, bytes {begin} to {end} of {length - start:,}; cut short?",
         )
 
     def read() -> np.ndarray:
