@@ -16,16 +16,19 @@ import flax.linen as nn
 import numpy as np
 
 from vitcls import models
+from vitcls.core import errors
 from vitcls.core.errors import UserError
 from vitcls.models import alexnet, convnext, densenet, efficientnet, inception, mobilenet, resnet, resnext, vgg, vit
 from vitcls.models.weights.arrays import Arrays
 from vitcls.models.weights.matching import Rule, collect, shapes_of
 
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _LEFT_OUT = re.compile(r"aux\d\.|AuxLogits\.|.*\.num_batches_tracked$")  # auxiliary classifiers, counts of batches
 
-# The path of a module or a weight of ours, its name in PyTorch, and, for a weight, what is done to the array first.
-_Names = Iterator[tuple[str, str] | tuple[str, str, Callable[[np.ndarray], np.ndarray]]]
+# The path of a module or a weight of ours, its name in PyTorch, and, for a weight, what is done to the array first, and
+# what undoes that.
+_View = Callable[[np.ndarray], np.ndarray]
+_Names = Iterator[tuple[str, str] | tuple[str, str, _View, _View]]
 
 
 def from_torch(
@@ -58,16 +61,22 @@ def from_torch(
     )
 
 
-def names_for(name: str, model: nn.Module, weights: Container[str]) -> dict[str, tuple]:
-    """Our path of a module or a weight -> its name in PyTorch, and what is done to the array first.
+def names_for(name: str, model: nn.Module, weights: Container[str] = (), publisher: str = "") -> dict[str, tuple]:
+    """Our path of a module or a weight -> its name in PyTorch, what is done to the array first, and what undoes it.
 
-    Of several who have names for a family, those whose names `weights` has. The first is that of the stem.
+    Of several who have names for a family, those of `publisher`, or whose names `weights` has. The first is that of the
+    stem. Raises UserError where there are none.
     """
     if type(model) not in _FAMILIES:
         raise UserError(f"{name} cannot take weights of PyTorch: no names are known for it")
     if isinstance(model, inception.InceptionV3) and not model.count_padding:
         raise UserError(f"{name} can take weights of PyTorch with count_padding=True only")
-    options = [{path: (key, *view) for path, key, *view in names(model)} for names in _FAMILIES[type(model)]]
+    families = _FAMILIES[type(model)]
+    if publisher:
+        if publisher not in families:
+            raise errors.unknown(f"publisher of {name}", publisher, families)
+        families = {publisher: families[publisher]}
+    options = [{path: (key, *view) for path, key, *view in names(model)} for names in families.values()]
 
     def found(known: dict[str, tuple]) -> int:
         return sum(key in weights or f"{key}.weight" in weights for key, *_ in known.values())
@@ -81,8 +90,8 @@ def _rule(name: str, known: Mapping[str, tuple], path: str) -> Rule:
     module, _, kind = ours.rpartition("/")
     if ours not in known and module not in known:
         raise UserError(f"{name} cannot take weights of PyTorch: no name is known for '{path}'")
-    key, *view = known[ours] if ours in known else (f"{known[module][0]}.{_LEAVES[kind]}",)
-    return Rule((key,), lambda shape, value: _in_our_layout(value, shape, *view))
+    key, *views = known[ours] if ours in known else (f"{known[module][0]}.{LEAVES[kind]}",)
+    return Rule((key,), lambda shape, value: _in_our_layout(value, shape, *views[:1]))
 
 
 def _in_our_layout(value: np.ndarray, shape: tuple[int, ...], view: Callable = np.asarray) -> np.ndarray | None:
@@ -99,9 +108,18 @@ def _in_our_layout(value: np.ndarray, shape: tuple[int, ...], view: Callable = n
     return value.reshape(shape) if fits else None
 
 
-def _flattened(side: int) -> Callable[[np.ndarray], np.ndarray]:
-    """A matrix over a flattened map [C, side, side] as the convolution that it is."""
-    return lambda value: value.reshape(len(value), -1, side, side)
+def _flattened(side: int) -> tuple[_View, _View]:
+    """A matrix over a flattened map [C, side, side] as the convolution that it is, and back."""
+
+    def flat(kernel: np.ndarray) -> np.ndarray:  # [side side C, out] -> [out, C side side]
+        return kernel.reshape(side, side, -1, kernel.shape[-1]).transpose(3, 2, 0, 1).reshape(kernel.shape[-1], -1)
+
+    return lambda value: value.reshape(len(value), -1, side, side), flat
+
+
+# A ViT's positions: of the class token, and of the grid, which follow each other in one array [1, 1 + h w, D].
+_CLASS_POSITION: tuple = (lambda value: value[:, :1], lambda value: value.reshape(1, 1, value.shape[-1]))
+_GRID_POSITIONS: tuple = (lambda value: value[:, 1:], lambda value: value.reshape(1, -1, value.shape[-1]))
 
 
 def _resnet(model: resnet.ResNet) -> _Names:
@@ -127,7 +145,7 @@ def _vgg(model: vgg.VGG) -> _Names:
             n += 2 if model.norm == "none" else 3  # beside the activation
         n += 1  # the pooling
     yield "hidden_1", "classifier.0"
-    yield "hidden_1/kernel", "classifier.0.weight", _flattened(1 if model.stem == "small" else 7)
+    yield "hidden_1/kernel", "classifier.0.weight", *_flattened(1 if model.stem == "small" else 7)
     yield "hidden_2", "classifier.3"
     yield "head", "classifier.6"
 
@@ -143,7 +161,7 @@ def _alexnet(model: alexnet.AlexNet) -> _Names:
     for i, n in enumerate((0, 3, 6, 8, 10), start=1):
         yield f"conv_{i}/conv", f"features.{n}"
     yield "hidden_1", "classifier.1"
-    yield "hidden_1/kernel", "classifier.1.weight", _flattened(3 if model.stem == "small" else 6)
+    yield "hidden_1/kernel", "classifier.1.weight", *_flattened(3 if model.stem == "small" else 6)
     yield "hidden_2", "classifier.4"
     yield "head", "classifier.6"
 
@@ -213,7 +231,7 @@ def _convnext(model: convnext.ConvNeXt) -> _Names:
             ours, theirs = f"stage_{stage}_block_{i + 1}", f"features.{2 * stage - 1}.{i}"
             for part, n in (("depthwise", 0), ("norm", 2), ("expand", 3), ("project", 5)):
                 yield f"{ours}/{part}", f"{theirs}.block.{n}"
-            yield f"{ours}/layer_scale/scale", f"{theirs}.layer_scale", np.ravel
+            yield f"{ours}/layer_scale/scale", f"{theirs}.layer_scale", np.ravel, lambda value: value[:, None, None]
     yield "head_norm", "classifier.0"
     yield "head", "classifier.2"
 
@@ -267,8 +285,8 @@ def _inverted_residuals(model: efficientnet.EfficientNet | mobilenet.MobileNetV3
 def _vit(model: vit.VisionTransformer) -> _Names:
     yield "stem", "patch_embed.proj"
     yield "class_token", "cls_token"
-    yield "class_position_embedding", "pos_embed", lambda value: value[:, :1]
-    yield "position_embedding", "pos_embed", lambda value: value[:, 1:]
+    yield "class_position_embedding", "pos_embed", *_CLASS_POSITION
+    yield "position_embedding", "pos_embed", *_GRID_POSITIONS
     for i in range(model.depth):
         ours, theirs = f"block_{i}", f"blocks.{i}"
         yield f"{ours}/attention_norm", f"{theirs}.norm1"
@@ -284,8 +302,8 @@ def _vit(model: vit.VisionTransformer) -> _Names:
 def _vit_torchvision(model: vit.VisionTransformer) -> _Names:
     yield "stem", "conv_proj"
     yield "class_token", "class_token"
-    yield "class_position_embedding", "encoder.pos_embedding", lambda value: value[:, :1]
-    yield "position_embedding", "encoder.pos_embedding", lambda value: value[:, 1:]
+    yield "class_position_embedding", "encoder.pos_embedding", *_CLASS_POSITION
+    yield "position_embedding", "encoder.pos_embedding", *_GRID_POSITIONS
     for i in range(model.depth):
         ours, theirs = f"block_{i}", f"encoder.layers.encoder_layer_{i}"
         yield f"{ours}/attention_norm", f"{theirs}.ln_1"
@@ -299,17 +317,17 @@ def _vit_torchvision(model: vit.VisionTransformer) -> _Names:
     yield "head", "heads.head"
 
 
-# Those who have names for a family: torchvision, timm.
-_FAMILIES: dict[type[nn.Module], tuple[Callable[[Any], _Names], ...]] = {
-    resnet.ResNet: (_resnet,),
-    resnext.ResNeXt: (_resnet,),
-    vgg.VGG: (_vgg, _vgg_timm),
-    alexnet.AlexNet: (_alexnet,),
-    inception.GoogLeNet: (_googlenet,),
-    inception.InceptionV3: (_inception_v3,),
-    densenet.DenseNet: (_densenet,),
-    convnext.ConvNeXt: (_convnext, _convnext_timm),
-    efficientnet.EfficientNet: (_inverted_residuals,),
-    mobilenet.MobileNetV3: (_inverted_residuals,),
-    vit.VisionTransformer: (_vit, _vit_torchvision),
+# Who has names for a family -> those names. Where nothing else is said timm's are torchvision's.
+_FAMILIES: dict[type[nn.Module], dict[str, Callable[[Any], _Names]]] = {
+    resnet.ResNet: {"torchvision": _resnet},
+    resnext.ResNeXt: {"torchvision": _resnet},
+    vgg.VGG: {"torchvision": _vgg, "timm": _vgg_timm},
+    alexnet.AlexNet: {"torchvision": _alexnet},
+    inception.GoogLeNet: {"torchvision": _googlenet},
+    inception.InceptionV3: {"torchvision": _inception_v3},
+    densenet.DenseNet: {"torchvision": _densenet},
+    convnext.ConvNeXt: {"torchvision": _convnext, "timm": _convnext_timm},
+    efficientnet.EfficientNet: {"timm": _inverted_residuals},
+    mobilenet.MobileNetV3: {"timm": _inverted_residuals},
+    vit.VisionTransformer: {"timm": _vit, "torchvision": _vit_torchvision},
 }
