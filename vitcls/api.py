@@ -105,7 +105,9 @@ class Run:
             )
         if list(images.shape[1:3]) == size or not len(images):
             return images
-        return image_files.resize_all(images, tuple(size), self.config.dataset.eval_crop)
+        dataset = self.config.dataset
+        decoding = image_files.Decoding(eval_crop=dataset.eval_crop, interpolation=dataset.interpolation)
+        return image_files.resize_all(images, tuple(size), decoding)
 
 
 def open_run(workdir: os.PathLike | str, checkpoint: str | int = "") -> Run:

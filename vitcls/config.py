@@ -23,8 +23,10 @@ from vitcls.core.registry import (
     checked,
     defaults,
     fill,
+    local_path,
     of_two_types,
     paths,
+    require,
     require_choice,
     require_durations,
     require_range,
@@ -35,6 +37,7 @@ from vitcls.data.order import MAX_BATCH_SIZE
 from vitcls.data.sources import SOURCES, source_of
 from vitcls.metrics.table import ALWAYS_LOGGED, metric_of, metrics_of
 from vitcls.optim import OPTIMIZERS, SCHEDULES
+from vitcls.optim.parts import check_choice
 from vitcls.tasks import TASKS
 from vitcls.tasks.losses import LOSSES
 
@@ -118,7 +121,24 @@ class ReportSettings:
         require_choice(self, "split", ("test", "validation"))
 
 
+@dataclasses.dataclass(frozen=True)
+class InitSettings:
+    """What a network starts from, and which part of it is trained."""
+
+    weights: str = local_path()  # a file of published weights (.safetensors, .npz, .weights.h5, .keras) or a workdir
+    head: str = "new"  # 'keep': the classifier too, for the same classes
+    train: str = "all"  # 'head', 'last N blocks', or a regex of parameter paths; a new head always
+    layer_decay: float = 1.0  # the learning rate falls by this factor per block, towards the input; 1 for none
+    freeze_norm: bool = False  # batch statistics stay, and norms use them
+
+    def __post_init__(self):
+        require_choice(self, "head", ("new", "keep"))
+        require(self, "layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1")
+        check_choice(self.train)
+
+
 _SETTINGS = {
+    "init": InitSettings,
     "early_stopping": EarlyStopping,
     "partition": PartitionSettings,
     "checkpoint": CheckpointSettings,
@@ -175,9 +195,11 @@ def resolve(config: ConfigDict) -> ConfigDict:
     check_local(config.dataset.data_dir, "config.dataset.data_dir")
     if config.dataset.data_dir:
         resolved.dataset.data_dir = os.path.abspath(os.path.expanduser(config.dataset.data_dir))
-    for key in paths(TASKS[task_name]):
-        check_local(resolved.task[key], f"config.task.{key}")
-        resolved.task[key] = os.path.abspath(os.path.expanduser(resolved.task[key])) if resolved.task[key] else ""
+    for block, entry in (("task", TASKS[task_name]), ("init", InitSettings)):
+        for key in paths(entry):
+            path = resolved[block][key]
+            check_local(path, f"config.{block}.{key}")
+            resolved[block][key] = os.path.abspath(os.path.expanduser(path)) if path else ""
     return resolved.lock()
 
 

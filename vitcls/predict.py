@@ -95,7 +95,8 @@ def _read_ahead(
     files: list[pathlib.Path], batch_size: int, trained: run_dir.Workdir
 ) -> Iterator[tuple[list[pathlib.Path], list[np.ndarray | str]]]:
     """Yields batches of files with their images, or why a file is unreadable; threads read the next ones meanwhile."""
-    decoding = image_files.Decoding(trained.info.max_value, trained.config.dataset.eval_crop)
+    dataset = trained.config.dataset
+    decoding = image_files.Decoding(trained.info.max_value, dataset.eval_crop, dataset.interpolation)
 
     def outcome(file: pathlib.Path) -> np.ndarray | str:
         try:

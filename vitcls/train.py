@@ -18,7 +18,7 @@ from vitcls.core import sharding
 from vitcls.core.errors import RunError, Stopped, UserError
 from vitcls.core.sharding import Partition
 from vitcls.tasks import Task
-from vitcls.training import announce, build, checkpoint, files, places, run_dir, steps
+from vitcls.training import announce, build, checkpoint, files, initial, places, run_dir, steps
 from vitcls.training.build import Plan, Training
 from vitcls.training.evaluator import Evaluator, make_evaluator, split_batches, write_report
 from vitcls.training.lock import WorkdirLock
@@ -54,11 +54,11 @@ def train_and_evaluate(
         place = None if dry_run else sharding.all_or_none(lambda: held.enter_context(places.opened(path)))
         path = place and place.path
         prepared = sharding.all_or_none(lambda: prepare(config, path, data_dir, profile_steps))
-        config, source, dataset, info, plan, partition, training = prepared
+        config, source, dataset, info, plan, partition, training, start = prepared
         pipeline = data.choose_pipeline(dataset, config.dataset)
         same = configs.flatten(config.to_dict(), "config") | {"config.dataset.pipeline": pipeline}
         sharding.check_same({key: value for key, value in same.items() if key != "config.dataset.data_dir"})
-        announce.log_start(config, info, plan, training, partition, pipeline=pipeline)
+        announce.log_start(config, info, plan, training, partition, pipeline=pipeline, start=start)
         if dry_run:
             announce.log_first_step(config, info, training, partition)
             return {}
@@ -67,7 +67,7 @@ def train_and_evaluate(
             if jax.process_index():
                 return None
             lock = held.enter_context(place.hold())
-            run_dir.begin(path, config, info, place=source, frozen=training.frozen)
+            run_dir.begin(path, config, info, place=source, frozen=training.frozen, initial=start and start.record)
             checkpoint.latest_whole(path / files.CHECKPOINTS, quarantine=True)
             return lock
 
@@ -80,7 +80,7 @@ def train_and_evaluate(
         validation = None
         if dataset.validation is not None:
             validation = split_batches(dataset, "validation", partition, config)
-        run = Run(config, place, plan, training, partition, lock)
+        run = Run(config, place, plan, training, partition, lock, start)
         state, step = fit(run, batches, evaluator, validation, profile_steps)
 
         variables = state.variables
@@ -103,6 +103,7 @@ class Prepared(NamedTuple):
     plan: Plan
     partition: Partition
     training: Training
+    start: initial.Start | None  # the weights that do not start at random
 
 
 def prepare(config: configs.ConfigDict, path: pathlib.Path | None, data_dir: str, profile_steps: range) -> Prepared:
@@ -114,9 +115,13 @@ def prepare(config: configs.ConfigDict, path: pathlib.Path | None, data_dir: str
     configs.validate(config)
     place = run_dir.data_dir(path, config, data_dir)
     max_value = None if path is None else run_dir.max_value(path)
+    start = initial.look(config, path)
     dataset = data.load(config.dataset, data_dir=place, max_value=max_value)
+    config, start = initial.with_preprocessing(config, start, dataset.image_shape[-1])
     if data.choose_pipeline(dataset, config.dataset) == "resident":
-        dataset = data.decode(dataset)
+        # Of images that are cropped at random more is kept than the model sees.
+        evaluated = ("validation", "test")
+        dataset = data.decode(dataset, evaluated if config.dataset.random_resized_crop else ("train", *evaluated))
     info = data.describe(dataset, config.dataset)
     plan = build.make_plan(config, info)
     if profile_steps and profile_steps.start >= plan.total:
@@ -136,7 +141,8 @@ def prepare(config: configs.ConfigDict, path: pathlib.Path | None, data_dir: str
         raise UserError("config.report.split='validation' needs one; set config.dataset.validation above 0")
     evaluates = dataset.validation is not None and plan.eval_every > 0
     configs.validate_metrics(config, evaluates=evaluates, sums=training.task.eval_sums)
-    return Prepared(config, place, dataset, info, plan, partition, training)
+    start = initial.read(config, info, training, start)
+    return Prepared(config, place, dataset, info, plan, partition, training, start)
 
 
 class Run(NamedTuple):
@@ -148,6 +154,7 @@ class Run(NamedTuple):
     training: Training
     partition: Partition
     lock: WorkdirLock | None  # of process 0
+    start: initial.Start | None = None
 
 
 def fit(
@@ -162,8 +169,8 @@ def fit(
     Whatever is due at a step happens in one order: log, evaluate, save. So a checkpoint of step n holds all that was
     known at step n, and what metrics.jsonl says up to n is never said again.
     """
-    config, place, plan, training, partition, lock = run
-    state, sums, progress, step = start_or_resume(config, place.path, training, partition)
+    config, place, plan, training, partition, lock, start = run
+    state, sums, progress, step = start_or_resume(config, place.path, training, partition, start)
     watched = configs.watched_metrics(config)
     update = Update(training, batches, partition, config.seed, plan.steps_per_call)
 
@@ -179,6 +186,9 @@ def fit(
         ProgressBar(step, plan.total) as bar,
         Trace(place.path / files.PROFILE, profile_steps) as trace,
     ):
+        if step == 0 and start:  # so that the file of the weights is never needed again
+            tree = {"state": partition.to_savable(state), "sums": partition.to_savable(sums)}
+            checkpoints.save(0, tree, record=progress.to_record(), metrics=None)
         while step < plan.total and not progress.finished:
             before, step = step, min(step + plan.steps_per_call, plan.total)
             trace.begin(before, step)
@@ -228,13 +238,18 @@ def fit(
 
 
 def start_or_resume(
-    config: configs.ConfigDict, path: pathlib.Path, training: Training, partition: Partition
+    config: configs.ConfigDict,
+    path: pathlib.Path,
+    training: Training,
+    partition: Partition,
+    start: initial.Start | None = None,
 ) -> tuple[TrainState, steps.Sums, Progress, int]:
     """The state, the sums of the open logging interval, the progress and the step to go on from."""
-    state = partition.init(training.create_state, jax.random.key(config.seed))
+    step = checkpoint.latest_whole(path / files.CHECKPOINTS, quarantine=False)
+    given = start.variables if start and step is None else None
+    state = partition.init(training.create_state, jax.random.key(config.seed), given)
     sums = new_sums(partition, training.task)
     progress = Progress()
-    step = checkpoint.latest_whole(path / files.CHECKPOINTS, quarantine=False)
     if step is None:
         return state, sums, progress, 0
     averages = state.ema_batch_stats

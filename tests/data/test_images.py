@@ -447,7 +447,7 @@ def test_resizing_in_memory_is_resizing_while_decoding(channels):
         np.testing.assert_array_equal(images.resize_all(arrays, size), expected)
         decoding = images.Decoding(eval_crop=0.8)
         expected = images.decode_all(Encoded(files), size=size, channels=channels, decoding=decoding)
-        np.testing.assert_array_equal(images.resize_all(arrays, size, 0.8), expected)
+        np.testing.assert_array_equal(images.resize_all(arrays, size, decoding), expected)
 
 
 def test_a_huge_file_is_not_read(tmp_path):

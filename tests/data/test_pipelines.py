@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import io
 import math
@@ -24,6 +25,7 @@ from vitcls.data import pipelines, streaming
 from vitcls.data.dataset import Dataset, Split
 from vitcls.data.memory import host_memory_bytes
 from vitcls.data.order import epoch_order
+from vitcls.data.pipelines import kept_shape
 from vitcls.data.records import index_records
 from vitcls.data.settings import DatasetSettings
 from vitcls.data.sources.folder import FileImages
@@ -142,16 +144,16 @@ def test_a_damaged_file_is_black_in_both_pipelines_and_ends_no_run(tmp_path, cap
     assert line.startswith(f"{path} cannot be decoded (") and "it is taken as a black image" in line
 
 
+@pytest.mark.parametrize("pipeline", ["streaming", "resident"])
 @pytest.mark.parametrize("height_and_width", [(12, 12), (8, 14)])
-def test_random_resized_crops_are_a_function_of_the_place_in_the_run(tmp_path, height_and_width):
+def test_random_resized_crops_are_a_function_of_the_place_in_the_run(tmp_path, height_and_width, pipeline):
     rng = np.random.default_rng(0)
     paths = tuple(tmp_path / f"{i}.png" for i in range(8))
     for path in paths:
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(path)
     split = Split(image_files(paths), np.arange(8, dtype=np.int32) % 2)
     files = Dataset("test", ("a", "b"), split, None, split, (*height_and_width, 3))
-    cropping = config(pipeline="auto", random_resized_crop=True)
-    assert data.choose_pipeline(files, cropping) == "streaming"
+    cropping = config(pipeline=pipeline, random_resized_crop=True)
     first, again = (read(files, cropping, steps, batch_size=8, length=1) for steps in ([0, 1], [1]))
     np.testing.assert_array_equal(first["image"][1], again["image"][0])
     assert first["image"].shape == (2, 1, 8, *height_and_width, 3)
@@ -253,13 +255,34 @@ def test_no_process_reads_the_images_of_another(kind, tmp_path, monkeypatch):
     assert sorted(evaluated[0] + evaluated[1]) == list(range(640))
 
 
-def test_random_resized_crop_is_not_offered_where_it_cannot_be_done(tmp_path):
-    with pytest.raises(UserError, match=r"random_resized_crop needs config.dataset.pipeline='streaming'"):
-        data.choose_pipeline(dataset(encoded_in=tmp_path), config(random_resized_crop=True))
-    for pipeline in ("auto", "streaming", "resident"):
-        block = config(pipeline=pipeline, random_resized_crop=True)
-        with pytest.raises(UserError, match=r"random_resized_crop is for image files; those of 'test' are in memory"):
-            data.choose_pipeline(dataset(), block)
+def test_random_resized_crops_of_images_in_memory_need_them_on_the_devices():
+    message = r"random_resized_crop with pipeline='streaming' is for image files; those of 'test' are in memory"
+    with pytest.raises(UserError, match=message):
+        data.choose_pipeline(dataset(), config(pipeline="streaming", random_resized_crop=True))
+    assert data.choose_pipeline(dataset(), config(pipeline="auto", random_resized_crop=True)) == "resident"
+
+
+@pytest.mark.parametrize(("size", "kept"), [((224, 224), 256), ((64, 64), 74), ((299, 299), 299), ((384, 384), 384)])
+def test_of_image_files_more_is_kept_than_the_model_sees(tmp_path, size, kept):
+    files = dataclasses.replace(dataset(encoded_in=tmp_path), image_shape=(*size, 3))
+    assert kept_shape(files, config(random_resized_crop=True)) == (kept, kept, 3)
+    assert kept_shape(files, config()) == (*size, 3)
+
+
+def test_a_crop_of_everything_is_the_image_whatever_it_was_squeezed_into(tmp_path):
+    """A picture of 40x20 pixels is kept as a square; the crop that has its own shape and area shows it undistorted."""
+    columns = np.linspace(0, 255, 40)[None, :, None]
+    picture = np.broadcast_to(columns, (20, 40, 3)).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "0.png")
+    Image.fromarray(picture[:, ::-1]).save(tmp_path / "1.png")
+    split = Split(image_files((tmp_path / "0.png", tmp_path / "1.png")), np.int32([0, 1]))
+    files = Dataset("test", ("a", "b"), split, None, split, (10, 20, 3))
+    block = config(random_resized_crop=True, crop_area=(1.0, 1.0), crop_ratio=(2.0, 2.0))
+    batch = read(files, block, [0], batch_size=8, length=1)
+    for image, label in zip(batch["image"][0, 0], batch["label"][0, 0], strict=True):
+        expected = picture if label == 0 else picture[:, ::-1]
+        half = expected.reshape(10, 2, 20, 2, 3).mean(axis=(1, 3))
+        np.testing.assert_allclose(image[:, 2:-2], half[:, 2:-2], atol=4)
 
 
 @pytest.mark.parametrize("encoded", [False, True])

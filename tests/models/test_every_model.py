@@ -124,6 +124,7 @@ TINY = {
         for layer_count in (121, 169, 201)
     },
     **{f"efficientnet_b{i}": _EFFICIENT._replace(native=("stage_7_map", side)) for i, side in enumerate((7, 8, 9, 10))},
+    "efficientnet_lite0": _EFFICIENT._replace(native=("stage_7_map", 7)),
     "googlenet": Tiny(
         {"width_multiplier": 0.06, "stem": "small"},
         16,
@@ -204,7 +205,7 @@ FIRST = {
 }  # of the same tiny version
 SIBLINGS = {name for name in KNOWN if FIRST[name] != name}
 # So many layers, or so near another model, that the fast tests trace them but do not run them.
-HEAVY = {"efficientnet_b0", "googlenet", "inception_v3", "mobilenet_v3_large", "resnext101_32x8d"}
+HEAVY = {"efficientnet_b0", "efficientnet_lite0", "googlenet", "inception_v3", "mobilenet_v3_large", "resnext101_32x8d"}
 # And those whose recomputed blocks another model has as well.
 HEAVY_OR_ALIKE = HEAVY | {
     "alexnet",

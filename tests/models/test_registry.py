@@ -41,6 +41,7 @@ PARAMETERS = {
     "efficientnet_b1": 7_794_184,
     "efficientnet_b2": 9_109_994,
     "efficientnet_b3": 12_233_232,
+    "efficientnet_lite0": 4_652_008,
     "googlenet": 6_624_904,
     "improved_resnext50": 25_318_699,
     "improved_resnext50_lite": 15_465_770,

@@ -186,12 +186,12 @@ class Partition:
         mesh = Mesh(np.asarray(self._local_devices), (AXIS,), axis_types=(AxisType.Auto,))
         return NamedSharding(mesh, PartitionSpec(AXIS))
 
-    def init(self, create: Callable[[jax.Array], PyTree], key: jax.Array) -> PyTree:
-        """Creates a state on the devices: eval_shape -> shardings -> jitted init."""
+    def init(self, create: Callable[..., PyTree], key: jax.Array, *others: PyTree) -> PyTree:
+        """Creates a state on the devices by create(key, *others): eval_shape -> shardings -> jitted init."""
         if self.mapped:
-            return self.replicate(jax.device_get(jax.jit(create)(key)))
-        shardings = self.state_shardings(jax.eval_shape(create, key))
-        return jax.jit(create, out_shardings=shardings)(key)
+            return self.replicate(jax.device_get(jax.jit(create)(key, *others)))
+        shardings = self.state_shardings(jax.eval_shape(create, key, *others))
+        return jax.jit(create, out_shardings=shardings)(key, *others)
 
     def compile_update(self, update: Callable, state: PyTree, sums: PyTree, *others: PyTree) -> Callable:
         """Compiles `update(state, sums, *others) -> (state, sums)`; the state is donated.

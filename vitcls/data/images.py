@@ -52,9 +52,22 @@ class Decoding:
 
     max_value: float = 0.0
     eval_crop: float = 1.0
+    interpolation: str = "bilinear"  # or 'bicubic'
 
 
 BY_FORMAT = Decoding()
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """A random resized crop (Szegedy et al. 2015): area as a fraction of the image's, ratio width / height.
+
+    `spare` is that of `decode`.
+    """
+
+    area: tuple[float, float]
+    ratio: tuple[float, float]
+    spare: float = SPARE
 
 
 class EncodedImages(Protocol):
@@ -145,7 +158,8 @@ def decode(
             picture = _to_channels(upright, channels, decoding.max_value)
             if size:
                 drafted_box = box and tuple(value * scale for value in box)
-                picture = _fit(picture, size, drafted_box or central_box(*picture.size, size, decoding.eval_crop))
+                kept = drafted_box or central_box(*picture.size, size, decoding.eval_crop)
+                picture = _fit(picture, size, kept, decoding.interpolation)
         except Exception as error:  # Pillow's readers fail in too many ways on damaged bytes to be listed
             raise BadImage(f"cannot be decoded ({error})") from None
     return _to_array(picture)
@@ -185,17 +199,20 @@ def random_resized_crop_box(
 
 
 def decode_all(
-    images: EncodedImages, *, size: Size | None, channels: int, decoding: Decoding = BY_FORMAT
+    images: EncodedImages, *, size: Size | None, channels: int, decoding: Decoding = BY_FORMAT, whole: bool = False
 ) -> np.ndarray:
     """Decodes a whole sequence, with one thread per core where images are large: uint8 [N, *size, channels].
 
-    Without `size` the images keep their own. An image that cannot be decoded is black, see `warn_black`. Raises
-    UserError where no image can be decoded, one cannot be read, or the size of one is not that of the first.
+    Without `size` the images keep their own; with `whole` all of each is squeezed into it, nothing cropped. An image
+    that cannot be decoded is black, see `warn_black`. Raises UserError where no image can be decoded, one cannot be
+    read, or the size of one is not that of the first.
     """
 
     def one(index: int) -> np.ndarray | None:
         try:
-            return decode(images.read(index), size=size, channels=channels, decoding=decoding)
+            data = images.read(index)
+            box = (0, 0, *examine(data)[:2]) if whole else None
+            return decode(data, size=size, channels=channels, box=box, decoding=decoding)
         except BadImage as error:
             return warn_black(images.name(index), error)
         except OSError as error:
@@ -230,6 +247,19 @@ def decode_all(
     return decoded
 
 
+def aspects_of(images: EncodedImages) -> np.ndarray:
+    """Width / height of every image, float32 [N], by its header; 1 for what is no image."""
+
+    def one(index: int) -> float:
+        try:
+            width, height, _ = examine(images.read(index))
+        except (BadImage, OSError):
+            return 1.0
+        return width / height
+
+    return np.array([one(index) for index in range(len(images))], np.float32)
+
+
 def warn_black(name: str, error: BadImage) -> None:
     """Warns, once for every name, that an image which cannot be decoded is taken as black.
 
@@ -241,12 +271,13 @@ def warn_black(name: str, error: BadImage) -> None:
         _logger.warning("%s %s; it is taken as a black image (%s so far)", name, error, f"{len(_black):,}")
 
 
-def resize_all(images: np.ndarray, size: Size, eval_crop: float = 1.0) -> np.ndarray:
+def resize_all(images: np.ndarray, size: Size, decoding: Decoding = BY_FORMAT) -> np.ndarray:
     """Resizes images in memory, uint8 [N, H, W, C], as `decode` does: uint8 [N, *size, C]."""
 
     def one(image: np.ndarray) -> np.ndarray:
         picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-        return _to_array(_fit(picture, size, central_box(*picture.size, size, eval_crop)))
+        box = central_box(*picture.size, size, decoding.eval_crop)
+        return _to_array(_fit(picture, size, box, decoding.interpolation))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return np.stack(list(pool.map(one, images)))
@@ -289,14 +320,14 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _fit(picture: Image.Image, size: Size, box: Box) -> Image.Image:
+def _fit(picture: Image.Image, size: Size, box: Box, interpolation: str) -> Image.Image:
     """Resizes `box` of a picture to `size`."""
     left, top, width, height = box
     corners = (left, top, min(left + width, picture.width), min(top + height, picture.height))
     width_and_height = size[::-1]
     if corners == (0, 0, *width_and_height) and picture.size == width_and_height:
         return picture
-    return picture.resize(width_and_height, Image.Resampling.BILINEAR, box=corners, reducing_gap=3.0)
+    return picture.resize(width_and_height, Image.Resampling[interpolation.upper()], box=corners, reducing_gap=3.0)
 
 
 def _to_channels(image: Image.Image, channels: int, max_value: float) -> Image.Image:

@@ -58,12 +58,13 @@ def load(config, *, data_dir: str = "", max_value: float | None = None) -> Datas
         )
         splits["train"] = train.take(kept)
     image_shape = _image_shape(source, config.image_size)
-    splits = {name: _at_size(split, image_shape, config.eval_crop) for name, split in splits.items()}
+    decoding = Decoding(eval_crop=config.eval_crop, interpolation=config.interpolation)
+    splits = {name: _at_size(split, image_shape, decoding) for name, split in splits.items()}
     if isinstance(splits["train"].images, np.ndarray):
         max_value = source.max_value
     elif max_value is None:
         max_value = config.max_value or find_max_value(splits["train"].images)
-    decoding = Decoding(max_value, config.eval_crop)
+    decoding = dataclasses.replace(decoding, max_value=max_value)
     splits = {name: dataclasses.replace(split, decoding=decoding) for name, split in splits.items()}
     return Dataset(
         source.name,
@@ -130,9 +131,9 @@ def _image_shape(source: Source, image_size: int | tuple[int, int]) -> tuple[int
     return *sizes[0], max(channels)
 
 
-def _at_size(split: Split, image_shape: tuple[int, int, int], eval_crop: float) -> Split:
+def _at_size(split: Split, image_shape: tuple[int, int, int], decoding: Decoding) -> Split:
     """Images in memory are resized once; encoded ones are resized as they are decoded."""
     images = split.images
-    if not isinstance(images, np.ndarray) or (images.shape[1:] == image_shape and eval_crop == 1):
+    if not isinstance(images, np.ndarray) or (images.shape[1:] == image_shape and decoding.eval_crop == 1):
         return split
-    return Split(image_files.resize_all(images, image_shape[:2], eval_crop), split.labels)
+    return Split(image_files.resize_all(images, image_shape[:2], decoding), split.labels)

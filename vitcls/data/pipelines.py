@@ -12,40 +12,47 @@ from vitcls.core.sharding import Partition
 from vitcls.data import images as image_files
 from vitcls.data import streaming
 from vitcls.data.dataset import Dataset, Split
+from vitcls.data.images import Crop
 from vitcls.data.memory import host_memory_bytes
-from vitcls.data.resident import Resident
-from vitcls.data.streaming import Crop, Streaming
+from vitcls.data.resident import Cropping, Resident
+from vitcls.data.streaming import Streaming
 
 _RESIDENT_SHARE = 0.25  # of a device's memory that images may take
+_LARGEST_KEPT = 256  # pixels of a side from which random resized crops are taken; 256 for models of 224
 _HOST_SHARE = 0.5  # of the host's memory that images decoded for the devices may take
 
 
 def choose_pipeline(dataset: Dataset, config) -> str:
-    """'resident' or 'streaming' for the block `dataset` of a config; 'auto' goes by what fits."""
-    if config.random_resized_crop and isinstance(dataset.train.images, np.ndarray):
+    """'resident' or 'streaming' for the block `dataset` of a config; 'auto' goes by what fits.
+
+    Raises UserError for random resized crops of images in memory that are to be streamed.
+    """
+    kept = kept_shape(dataset, config)
+    chosen = config.pipeline if config.pipeline != "auto" else "resident" if _fits(dataset, kept) else "streaming"
+    if chosen == "streaming" and config.random_resized_crop and isinstance(dataset.train.images, np.ndarray):
         raise UserError(
-            f"config.dataset.random_resized_crop is for image files; those of '{dataset.name}' are in memory, so use "
-            "config.augment.scale and config.augment.crop"
+            f"config.dataset.random_resized_crop with pipeline='streaming' is for image files; those of "
+            f"'{dataset.name}' are in memory, so use pipeline='resident'"
         )
-    if config.pipeline == "resident" and config.random_resized_crop:
-        raise UserError(
-            "config.dataset.random_resized_crop needs config.dataset.pipeline='streaming'; "
-            "with 'resident' use config.augment.scale and config.augment.crop"
-        )
-    if config.pipeline != "auto":
-        return config.pipeline
-    fits = _fits(dataset)
-    return "resident" if fits and not config.random_resized_crop else "streaming"
+    return chosen
 
 
-def _fits(dataset: Dataset) -> bool:
+def kept_shape(dataset: Dataset, config) -> tuple[int, int, int]:
+    """H, W, C of the training images on the devices: more than the model sees where crops of them are resized."""
+    height, width, channels = dataset.image_shape
+    if not config.random_resized_crop or isinstance(dataset.train.images, np.ndarray):
+        return dataset.image_shape
+    return *(max(side, min(_LARGEST_KEPT, -(-side * 8 // 7))) for side in (height, width)), channels
+
+
+def _fits(dataset: Dataset, kept: tuple[int, int, int]) -> bool:
     """Whether all splits fit on a device as the resident pipeline keeps them, and in the host on their way there."""
     splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     num_examples = {name: len(split.labels) for name, split in splits.items() if split is not None}
     encoded = [name for name in num_examples if not isinstance(splits[name].images, np.ndarray)]
-    decoded_bytes = sum(num_examples[name] for name in encoded) * int(np.prod(dataset.image_shape))
+    decoded_bytes = sum(num_examples[name] for name in encoded) * int(np.prod(kept))
     return (
-        resident_bytes(num_examples, dataset.image_shape) <= _RESIDENT_SHARE * _device_memory_bytes()
+        resident_bytes(num_examples, kept) <= _RESIDENT_SHARE * _device_memory_bytes()
         and decoded_bytes <= _HOST_SHARE * host_memory_bytes()
     )
 
@@ -88,12 +95,27 @@ def train_batches(dataset: Dataset, config, *, partition: Partition, batch_size:
         "seed": seed,
         "balanced": config.sampling == "balanced",
     }
-    if choose_pipeline(dataset, config) == "resident":
-        train = decode(dataset, ("train",)).train
-        return Resident(partition, train.images, train.labels, **arguments)
     spare = 1.0 if config.fast_decode else image_files.SPARE
     crop = Crop(tuple(config.crop_area), tuple(config.crop_ratio), spare) if config.random_resized_crop else None
+    if choose_pipeline(dataset, config) == "resident":
+        if crop:
+            images, aspects = _whole_images(dataset, config)
+            cropping = Cropping(crop, dataset.image_shape[:2], aspects)
+            return Resident(partition, images, dataset.train.labels, cropping=cropping, **arguments)
+        train = decode(dataset, ("train",)).train
+        return Resident(partition, train.images, train.labels, **arguments)
     return Streaming(partition, dataset.train, image_shape=dataset.image_shape, crop=crop, **arguments)
+
+
+def _whole_images(dataset: Dataset, config) -> tuple[np.ndarray, np.ndarray]:
+    """The training images uint8 [N, h, w, C], each squeezed into one shape, and the width / height that they had."""
+    train, (height, width, channels) = dataset.train, kept_shape(dataset, config)
+    if isinstance(train.images, np.ndarray):
+        return train.images, np.full(len(train.labels), width / height, np.float32)
+    images = image_files.decode_all(
+        train.images, size=(height, width), channels=channels, decoding=train.decoding, whole=True
+    )
+    return images, image_files.aspects_of(train.images)
 
 
 class EvaluationBatches:

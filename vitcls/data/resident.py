@@ -2,15 +2,27 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcls.core.rng import example_positions
+from vitcls.core.rng import example_keys, example_positions, step_key
 from vitcls.core.sharding import Partition
+from vitcls.data.augment.resized_crop import random_resized_crop
+from vitcls.data.images import Crop
 from vitcls.data.order import epoch_order, first_place, offset_on_device
+
+_CROP_STREAM = 0x0C40  # apart from what the training step draws with the same key
+
+
+class Cropping(NamedTuple):
+    """Random resized crops of images that were squeezed into one shape."""
+
+    crop: Crop
+    size: tuple[int, int]  # height, width of what the model sees
+    aspects: np.ndarray  # float32 [N]: width / height that the images had
 
 
 class Resident:
@@ -30,11 +42,16 @@ class Resident:
         batch_size: int,
         seed: int,
         balanced: bool,
+        cropping: Cropping | None = None,
     ):
         self._partition = partition
         self._batch_size = batch_size
         self._num_examples = len(labels)
-        self._arrays = partition.replicate({"image": images, "label": labels})
+        arrays = {"image": images, "label": labels}
+        self._cropping = cropping
+        if cropping:
+            arrays |= {"aspect": cropping.aspects, "seed": np.int32(seed)}
+        self._arrays = partition.replicate(arrays)
         self._seed = partition.replicate(np.int32(seed))  # data, so that all seeds share a program
         order = functools.partial(epoch_order, num_classes=num_classes, balanced=balanced)
         self._compute_order = partition.compile_evaluation(order)
@@ -59,15 +76,25 @@ class Resident:
         def batch(i: jax.Array) -> dict[str, jax.Array]:
             places = offset + i * self._batch_size + example_positions(visible)
             indices = self._partition.constrain(order[places])
+            images = inputs["image"][indices]
+            if self._cropping:
+                images = self._crop(inputs, self._partition.constrain(images), indices, step + i)
             return self._partition.constrain(
                 {
-                    "image": inputs["image"][indices],
+                    "image": images,
                     "label": inputs["label"][indices],
                     "mask": jnp.ones((visible,), jnp.float32),
                 }
             )
 
         return batch
+
+    def _crop(self, inputs: dict[str, Any], images: jax.Array, indices: jax.Array, step: jax.Array) -> jax.Array:
+        """Random resized crops of a batch, by seed, step and place in the batch alone."""
+        key = jax.random.fold_in(step_key(inputs["seed"], step), _CROP_STREAM)
+        crop, size = self._cropping.crop, self._cropping.size
+        one = functools.partial(random_resized_crop, size=size, area=crop.area, ratio=crop.ratio)
+        return jax.vmap(one)(example_keys(key, len(indices)), images, inputs["aspect"][indices])
 
     def _epoch_order(self, epoch: int) -> jax.Array:
         return self._compute_order(self._seed, self._partition.replicate(np.int32(epoch)), self._arrays["label"])

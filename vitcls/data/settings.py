@@ -5,6 +5,7 @@ import math
 
 from vitcls.core.registry import require, require_choice, require_range
 
+INTERPOLATIONS = ("bilinear", "bicubic")
 PIPELINES = ("auto", "resident", "streaming")
 _LARGEST_SIDE = 8_192  # pixels
 
@@ -32,15 +33,17 @@ class DatasetSettings:
     # The central crop, as a share of the image resized to image_size / eval_crop: of evaluation, prediction, and of
     # training images too unless they are cropped at random.
     eval_crop: float = 1.0
-    random_resized_crop: bool = False  # on the host; streaming only
-    # Of random crops: a JPEG is decoded at 1/2, 1/4 or 1/8 as soon as that has the pixels asked for, not twice as many
-    # along each side. It changes them a little; evaluation and prediction do not know it.
+    interpolation: str = "bilinear"  # or 'bicubic': how images are resized, with antialiasing
+    random_resized_crop: bool = False  # of training images, on the devices where they stay there, else on the host
+    # Of random crops on the host: a JPEG is decoded at 1/2, 1/4 or 1/8 as soon as that has the pixels asked for, not
+    # twice as many along each side. It changes them a little; evaluation and prediction do not know it.
     fast_decode: bool = False
     crop_area: tuple = (0.08, 1.0)  # of the image
     crop_ratio: tuple = (3 / 4, 4 / 3)  # width / height
 
     def __post_init__(self):
         require_choice(self, "pipeline", PIPELINES)
+        require_choice(self, "interpolation", INTERPOLATIONS)
         require_choice(self, "sampling", ("uniform", "balanced"))
         require_range(
             self,

@@ -4,7 +4,6 @@ tf.data brings the threads, the deterministic order and the prefetching. Every r
 function of (seed, position in the run), so the stream can be entered at any step and is the same ever after.
 """
 
-import dataclasses
 import functools
 import math
 import os
@@ -20,24 +19,12 @@ from vitcls.core.sharding import Partition
 from vitcls.core.terminal import quiet_tensorflow
 from vitcls.data import images as image_files
 from vitcls.data.dataset import Split
-from vitcls.data.images import BadImage
+from vitcls.data.images import BadImage, Crop
 from vitcls.data.order import epoch_order
 
 _CHUNK = 32  # examples per task: large enough to hide the cost of calling Python, small enough to spread a batch
 _PREFETCHED = 4  # batches ready ahead of the one that is asked for
 _KEPT_EPOCHS = 4  # orders in memory: the one before, this one, the next, and one to spare
-
-
-@dataclasses.dataclass(frozen=True)
-class Crop:
-    """A random resized crop (Szegedy et al. 2015): area as a fraction of the image's, ratio width / height.
-
-    `spare` is that of `images.decode`.
-    """
-
-    area: tuple[float, float]
-    ratio: tuple[float, float]
-    spare: float = image_files.SPARE
 
 
 class Streaming:

@@ -64,14 +64,13 @@ class WhitenedPatches(nn.Module):
         with layers.precise_products("float32"):
             x = jnp.concatenate(pixels, axis=-1) @ patch_directions(x.shape[-1]).T
         x = nn.BatchNorm(
-            use_running_average=not train,
             momentum=0.9,
             epsilon=_WHITENING_EPSILON,
             use_scale=False,
             use_bias=False,
             axis_name=rng.mapped_axis(),
             name="norm",
-        )(x)
+        )(x, use_running_average=not train)
         bias = self.param("bias", nn.initializers.zeros, (2 * x.shape[-1],))
         return jnp.concatenate([x, -x], axis=-1) + bias[None, None, None]
 

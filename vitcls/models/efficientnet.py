@@ -1,4 +1,4 @@
-"""EfficientNet (Tan & Le 2019, arXiv 1905.11946)."""
+"""EfficientNet (Tan & Le 2019, arXiv 1905.11946) and EfficientNet-Lite0, which small devices run well."""
 
 import functools
 import math
@@ -98,5 +98,11 @@ PRESETS = {
     )
     for i, (width, depth, size, dropout) in enumerate(
         ((1.0, 1.0, 224, 0.2), (1.0, 1.1, 240, 0.2), (1.1, 1.2, 260, 0.3), (1.2, 1.4, 300, 0.3))
+    )
+} | {
+    # As B0, whose stem and last convolution Lite never scales, without gates and with an activation that is easily
+    # quantised. The larger Lites do not repeat the first and the last stage either.
+    "efficientnet_lite0": Preset(
+        EfficientNet, {"squeeze_excite": 0.0, "activation": "relu6"}, "Tan & Le 2019 (Google's EfficientNet-Lite, 2020)"
     )
 }

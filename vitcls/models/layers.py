@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import flax.linen as nn
 import jax
@@ -141,16 +141,10 @@ def normalize(
     """
     match kind:
         case "batch":
-            norm = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                epsilon=epsilon,
-                dtype=dtype,
-                axis_name=rng.mapped_axis(),
-                name=name,
-            )
+            norm = nn.BatchNorm(momentum=0.9, epsilon=epsilon, dtype=dtype, axis_name=rng.mapped_axis(), name=name)
+            return norm(x, use_running_average=not train)
         case "local_batch":
-            norm = functools.partial(LocalBatchNorm(0.9, epsilon, dtype, name=name), train=train)
+            return LocalBatchNorm(0.9, epsilon, dtype, name=name)(x, train=train)
         case "layer":
             norm = nn.LayerNorm(epsilon=epsilon, dtype=dtype, name=name)
         case "group":
@@ -160,6 +154,23 @@ def normalize(
         case _:
             raise ValueError(errors.not_known("norm", kind, NORMS))
     return norm(x)
+
+
+def keeping_statistics(modules: Collection[tuple[str, ...]]) -> contextlib.AbstractContextManager:
+    """A context in which the norms at these paths normalise by their running means, in training too.
+
+    So a network that is partly frozen computes what it computed before, and its statistics stay what they are.
+    """
+
+    def interceptor(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext):
+        if context.method_name == "__call__" and tuple(context.module.path) in modules:
+            if isinstance(context.module, nn.BatchNorm):
+                kwargs = kwargs | {"use_running_average": True}
+            elif isinstance(context.module, LocalBatchNorm):
+                kwargs = kwargs | {"train": False}
+        return call(*args, **kwargs)
+
+    return nn.intercept_methods(interceptor) if modules else contextlib.nullcontext()
 
 
 class LocalBatchNorm(nn.Module):

@@ -63,7 +63,7 @@ OPTIMIZERS = Registry(
 )
 
 
-def make_optimizer(config, params: PyTree) -> optax.GradientTransformation:
+def make_optimizer(config, params: PyTree, rates: PyTree | None = None) -> optax.GradientTransformation:
     """Returns the optimizer at learning rate 1: updates times the learning rate are added to the parameters.
 
     In this order: gradients are clipped by their global norm, `config.name` makes updates of them, decoupled weight
@@ -74,7 +74,8 @@ def make_optimizer(config, params: PyTree) -> optax.GradientTransformation:
 
     Args:
       config: the block `optimizer` of a config.
-      params: the parameters, or their shapes.
+      params: the parameters that are trained, or their shapes.
+      rates: one more factor for each of them, as `parts.layer_rates` gives.
 
     Raises:
       UserError: for an unknown name or an impossible value, naming its key, and for a regex that finds nothing.
@@ -82,6 +83,8 @@ def make_optimizer(config, params: PyTree) -> optax.GradientTransformation:
     optimizer = OPTIMIZERS.check(config).transform()
     with OPTIMIZERS.about(config.name):
         multipliers = rate_multipliers(config.multipliers, params)
+    if rates is not None:
+        multipliers = jax.tree.map(lambda multiplier, rate: multiplier * rate, multipliers, rates)
     if config.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     used = set(jax.tree.leaves(multipliers))

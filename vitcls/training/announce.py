@@ -10,14 +10,24 @@ from vitcls.core.rng import BATCH_AXIS
 from vitcls.core.sharding import Partition
 from vitcls.data import DatasetInfo, resident_bytes
 from vitcls.models import summary
+from vitcls.optim import parts
 from vitcls.training.build import Plan, Training
+from vitcls.training.initial import Start
 
 PyTree = Any
 _logger = logging.getLogger("vitcls")
 
 
-def log_start(config, info: DatasetInfo, plan: Plan, training: Training, partition: Partition, pipeline: str) -> None:
-    """Says what is about to run: devices, data, model and memory."""
+def log_start(
+    config,
+    info: DatasetInfo,
+    plan: Plan,
+    training: Training,
+    partition: Partition,
+    pipeline: str,
+    start: Start | None = None,
+) -> None:
+    """Says what is about to run: devices, data, model, what it starts from, and memory."""
     state = jax.eval_shape(training.create_state, jax.random.key(0))
     resident = resident_bytes(info.num_examples, info.image_shape) if pipeline == "resident" else 0
     epochs = plan.total / plan.steps_per_epoch
@@ -25,18 +35,37 @@ def log_start(config, info: DatasetInfo, plan: Plan, training: Training, partiti
         f"devices   {devices_line()}, partition '{config.partition.strategy}'",
         f"products  {products_line(config)}",
         f"data      {dataset_line(info)}; {pipeline}",
-        f"          mean {_numbers(info.mean)}, std {_numbers(info.std)} "
-        + ("of the config" if config.dataset.mean and config.dataset.std else "of the training split"),
+        f"          mean {_numbers(info.mean)}, std {_numbers(info.std)} " + _whose_colors(config, start),
         f"training  {plan.total:,} steps of {config.batch_size} images, {epochs:.1f} epochs; "
         f"{plan.steps_per_call} steps in one call",
         f"memory    {mebibytes(partition.bytes_per_device(state))} of state and {mebibytes(resident)} of images "
         "a device, and the activations",
         f"model     {config.model.name}, task {config.task.name}"
         + (", whose loss is its own: of config.loss only l2 counts" if training.task.own_loss else ""),
+        *_weights_lines(start, training),
         summary.parameter_table(training.model, info.image_shape),
     ]
     for line in lines:
         _logger.info("%s", line)
+
+
+def _whose_colors(config, start: Start | None) -> str:
+    if start and start.colors_taken:
+        return "of the weights"
+    return "of the config" if config.dataset.mean and config.dataset.std else "of the training split"
+
+
+def _weights_lines(start: Start | None, training: Training) -> list[str]:
+    """What the network starts from, and how much of it is trained."""
+    lines = [f"weights   {start.words}"] if start else []
+    if training.trained is not None:
+        state = jax.eval_shape(training.create_state, jax.random.key(0))
+        ours, _ = parts.split(state.params, training.trained.params)
+        lines.append(
+            f"trained   {summary.count_parameters(ours):,} of {summary.count_parameters(state.params):,} parameters, "
+            f"batch statistics {'change' if any(jax.tree.leaves(training.trained.batch_stats)) else 'stay'}"
+        )
+    return lines
 
 
 def log_first_step(config, info: DatasetInfo, training: Training, partition: Partition) -> None:

@@ -21,6 +21,8 @@ from vitcls.data import DatasetInfo
 from vitcls.data.augment import make_augment, mixes_pairs, to_float, views
 from vitcls.models import forms
 from vitcls.models.variables import variable_shapes
+from vitcls.optim import parts
+from vitcls.optim.parts import Trained
 from vitcls.tasks import TASKS, Context, Task, TrainedRun, losses
 from vitcls.tasks.losses import LOSSES
 from vitcls.training import run_dir, steps
@@ -136,9 +138,10 @@ class Training:
     model: nn.Module
     step_model: nn.Module  # the same in the forms that train the fastest on these devices
     schedule: optax.Schedule
-    create_state: Callable  # key -> TrainState
+    create_state: Callable  # (key, initial=None) -> TrainState
     train_step: Callable  # (state, batch, key, frozen) -> (state, sums)
     frozen: PyTree  # of the task, on the host
+    trained: Trained | None  # which parameters and statistics change; None for all
 
 
 def make_training(config, info: DatasetInfo, plan: Plan, partition: Partition) -> Training:
@@ -158,7 +161,10 @@ def make_training(config, info: DatasetInfo, plan: Plan, partition: Partition) -
         )
     with TASKS.about(config.task.name):
         frozen = task.frozen()
-    optimizer = optim.make_optimizer(config.optimizer, variable_shapes(model, info.image_shape)["params"])
+    shapes = variable_shapes(model, info.image_shape)
+    trained, rates = _parts(config, shapes)
+    ours, _ = parts.split(shapes["params"], trained and trained.params)
+    optimizer = optim.make_optimizer(config.optimizer, ours, rates)
     schedule = optim.make_schedule(
         config.schedule,
         config.optimizer,
@@ -172,6 +178,7 @@ def make_training(config, info: DatasetInfo, plan: Plan, partition: Partition) -
         normalize=steps.make_normalize(info.mean, info.std),
         num_classes=info.num_classes,
         gather_params=partition.gather_params,
+        trained=trained,
     )
     update = steps.Update(
         optimizer,
@@ -182,9 +189,10 @@ def make_training(config, info: DatasetInfo, plan: Plan, partition: Partition) -
         unit=examples_kept_together(config),
         nonfinite_limit=config.nonfinite_limit,
         total_steps=plan.total,
+        trained=trained,
     )
 
-    def create(key: jax.Array):
+    def create(key: jax.Array, initial: dict[str, jax.Array] | None = None):
         return create_state(
             key,
             model=model,
@@ -193,10 +201,26 @@ def make_training(config, info: DatasetInfo, plan: Plan, partition: Partition) -
             ema=config.optimizer.ema_decay > 0,
             schedule_config=config.schedule,
             init_task=task.init,
+            trained=trained,
+            initial=initial,
         )
 
     train_step = _with_precision(steps.make_train_step(task, tools, update), config)
-    return Training(task, model, step_model, schedule, create, train_step, frozen)
+    return Training(task, model, step_model, schedule, create, train_step, frozen, trained)
+
+
+def _parts(config, shapes: PyTree) -> tuple[Trained | None, PyTree | None]:
+    """What `config.init` trains of variables of these shapes, and the factors of its learning rates."""
+    init = config.init
+    with about("config.init", {"train": "", "layer_decay": 1.0}):
+        trained = parts.choose(init.train, shapes, freeze_norm=init.freeze_norm, new_head=init.head == "new")
+    if init.layer_decay == 1:
+        return trained, None
+    try:
+        rates = parts.layer_rates(init.layer_decay, shapes["params"])
+    except ValueError as error:
+        raise UserError(f"config.init.layer_decay={init.layer_decay} is not for {config.model.name}: {error}") from None
+    return trained, parts.split(rates, trained and trained.params)[0]
 
 
 def make_eval_step(config, model: nn.Module, info: DatasetInfo) -> Callable:

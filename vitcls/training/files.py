@@ -4,6 +4,7 @@ config.json      the resolved config          metrics.jsonl        events of tra
 dataset.json     classes, shape, mean, std    checkpoints/<step>/  see checkpoint.py
 moved.json       where the data are, once they have moved
 frozen.json      SHA-256 of what the objective keeps fixed, such as a teacher
+init.json        SHA-256 and preprocessing of the weights from which the run began
 lock.json        who holds the workdir        report/, profile/    what was asked for
 """
 
@@ -11,6 +12,7 @@ CONFIG_FILE = "config.json"
 DATASET_FILE = "dataset.json"
 MOVED_FILE = "moved.json"
 FROZEN_FILE = "frozen.json"
+INIT_FILE = "init.json"
 LOCK_FILE = "lock.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"

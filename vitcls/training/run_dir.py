@@ -23,7 +23,7 @@ from vitcls.models import forms
 from vitcls.models.variables import variable_shapes
 from vitcls.tasks import TASKS
 from vitcls.training import checkpoint, places
-from vitcls.training.files import CHECKPOINTS, CONFIG_FILE, DATASET_FILE, FROZEN_FILE, MOVED_FILE
+from vitcls.training.files import CHECKPOINTS, CONFIG_FILE, DATASET_FILE, FROZEN_FILE, INIT_FILE, MOVED_FILE
 
 PyTree = Any
 _FORMS = {f"model.{field}" for field in forms.FIELDS}  # which compute the same; older versions had other defaults
@@ -132,24 +132,34 @@ def max_value(path: pathlib.Path) -> float | None:
 
 
 def begin(
-    path: pathlib.Path, config: configs.ConfigDict, info: DatasetInfo, *, place: str = "", frozen: PyTree = None
+    path: pathlib.Path,
+    config: configs.ConfigDict,
+    info: DatasetInfo,
+    *,
+    place: str = "",
+    frozen: PyTree = None,
+    initial: dict | None = None,
 ) -> None:
     """Makes the workdir of a run, or checks that the run that is in it already is the same.
 
     An older version's config is completed first. `place` is where the data are; if that is not where the config has
-    them, they may have another name there, and moved.json remembers it. `frozen` are the arrays of the task; where
-    they come from may change, as long as they are the same. Raises UserError where the workdir holds a run of another
+    them, they may have another name there, and moved.json remembers it. `frozen` are the arrays of the task, and
+    `initial` is the record of the weights from which the run began (initial.Start); where they come from may change, as
+    long as they are the same. Raises UserError where the workdir holds a run of another
     config or other data: nothing of it is overwritten.
     """
     moved = place not in ("", config.dataset.data_dir)
     free = {
         DATASET_FILE: {"name"} if moved else set(),  # that of a folder
-        CONFIG_FILE: {f"task.{key}" for key in paths(TASKS[config.task.name])} | _FORMS,
+        CONFIG_FILE: {f"task.{key}" for key in paths(TASKS[config.task.name])} | {"init.weights"} | _FORMS,
         FROZEN_FILE: set(),
+        INIT_FILE: set(),
     }
     texts = {CONFIG_FILE: configs.to_json(config), DATASET_FILE: info.to_json()}
     if frozen is not None:
         texts[FROZEN_FILE] = json.dumps({"sha256": _digest(frozen)}) + "\n"
+    if initial is not None:
+        texts[INIT_FILE] = json.dumps(initial) + "\n"
     there = {name for name in texts if (path / name).exists()}
     for name in sorted(there):
         _check_same(path, name, texts[name], free[name])
@@ -163,6 +173,7 @@ _READERS = {
     CONFIG_FILE: lambda text: configs.from_json(text).to_dict(),
     DATASET_FILE: lambda text: dataclasses.asdict(DatasetInfo.from_json(text)),
     FROZEN_FILE: lambda text: {"sha256": json.loads(text)["sha256"]},
+    INIT_FILE: lambda text: {"sha256": json.loads(text)["sha256"]},
 }
 
 
@@ -194,6 +205,11 @@ def _check_same(path: pathlib.Path, name: str, text: str, free: Collection[str])
             raise UserError(
                 f"what config.task keeps fixed (a teacher's weights) is not what the run in {path} began with; give "
                 "the original, or use another --workdir"
+            )
+        if name == INIT_FILE:
+            raise UserError(
+                f"config.init.weights is not the file with which the run in {path} began; give the original, or use "
+                "another --workdir"
             )
         raise UserError(f"{path} holds a run with another {name}: {shown}{more}; {advice}")
 

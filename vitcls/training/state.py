@@ -1,6 +1,6 @@
 """TrainState: everything that training changes, and how it is created."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -8,9 +8,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 from vitcls import optim
 from vitcls.models.variables import init_variables
+from vitcls.optim import parts
 
 PyTree = Any
 
@@ -60,15 +62,24 @@ def create_state(
     ema: bool,
     schedule_config,
     init_task: Callable[[jax.Array, PyTree], PyTree] = lambda key, variables: None,
+    trained: parts.Trained | None = None,
+    initial: Mapping[str, jax.Array] | None = None,
 ) -> TrainState:
-    """A state at step 0; pure, so that it can be traced for its shapes or jitted on its shardings."""
+    """A state at step 0; pure, so that it can be traced for its shapes or jitted on its shardings.
+
+    `initial` has the variables, by path, that do not start at random. What is not `trained` has no optimizer state.
+    """
     variables = init_variables(model, key, image_shape)
+    if initial:
+        flat = traverse_util.flatten_dict(variables, sep="/") | dict(initial)
+        variables = traverse_util.unflatten_dict(flat, sep="/")
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    ours, _ = parts.split(params, None if trained is None else trained.params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(ours),
         ema_params=jax.tree.map(jnp.copy, params) if ema else None,
         ema_batch_stats=jax.tree.map(jnp.copy, batch_stats) if ema else None,
         plateau=optim.plateau_init(schedule_config),

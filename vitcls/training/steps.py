@@ -7,9 +7,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 from vitcls import metrics, optim
 from vitcls.core import rng
+from vitcls.models.layers import keeping_statistics
+from vitcls.optim import parts
+from vitcls.optim.parts import Trained
 from vitcls.tasks.base import Aux, Batch, Output, Task, Tools, Updated
 from vitcls.tasks.losses import l2_penalty
 from vitcls.training.state import NonFinite, TrainState
@@ -38,17 +42,22 @@ def make_tools(
     normalize: Callable,
     num_classes: int,
     gather_params: Callable[[PyTree], PyTree] = lambda params: params,
+    trained: Trained | None = None,
 ) -> Tools:
-    """What the step lends to a task, for `model` as it is trained."""
+    """What the step lends to a task, for `model` as it is trained; None trains all of it."""
+    kept = set()
+    if trained is not None:
+        kept = {path[:-1] for path, moves in traverse_util.flatten_dict(trained.batch_stats).items() if not moves}
 
     def forward(params, batch_stats, images, key, *, sow=False) -> Output:
-        logits, updated = model.apply(
-            {"params": gather_params(params), "batch_stats": batch_stats},
-            images,
-            train=True,
-            rngs={"dropout": key},
-            mutable=["batch_stats", *(["intermediates"] if sow else [])],
-        )
+        with keeping_statistics(kept):
+            logits, updated = model.apply(
+                {"params": gather_params(params), "batch_stats": batch_stats},
+                images,
+                train=True,
+                rngs={"dropout": key},
+                mutable=["batch_stats", *(["intermediates"] if sow else [])],
+            )
         return Output(logits, updated.get("batch_stats", batch_stats), updated.get("intermediates", {}))
 
     return Tools(forward, augment, normalize, gather_params, _gather_batch, rng.example_positions, num_classes)
@@ -76,6 +85,11 @@ class Update(NamedTuple):
     unit: int = 1  # neighbours in a batch that stay in one part
     nonfinite_limit: int = 10
     total_steps: int = 2**31 - 1
+    trained: Trained | None = None  # what is; None for everything
+
+    def split(self, params: PyTree) -> tuple[PyTree, PyTree]:
+        """The parameters that are trained, and the others."""
+        return parts.split(params, None if self.trained is None else self.trained.params)
 
 
 def make_train_step(task: Task, tools: Tools, update: Update) -> Callable[..., tuple[TrainState, Sums]]:
@@ -101,8 +115,9 @@ def make_train_step(task: Task, tools: Tools, update: Update) -> Callable[..., t
         sums = aux.sums
         penalty = jnp.zeros((), jnp.float32)
         if update.l2:
-            mask = optim.decay_mask(state.params)
-            penalty, decay = jax.value_and_grad(lambda params: update.l2 * l2_penalty(params, mask))(state.params)
+            ours, _ = update.split(state.params)
+            mask = optim.decay_mask(ours)
+            penalty, decay = jax.value_and_grad(lambda params: update.l2 * l2_penalty(params, mask))(ours)
             grads = jax.tree.map(jnp.add, grads, decay)
 
         gradient_norm = optax.tree.norm(grads)
@@ -135,9 +150,14 @@ def _gradients(
     key: jax.Array,
     count: jax.Array,
 ) -> tuple[PyTree, Aux]:
-    """The gradients of a batch and its Aux: statistics after the last part, sums over all parts, their rows."""
+    """The gradients of a batch, of what is trained alone, and its Aux.
 
-    def objective(params, batch_stats, inputs, mask, key):
+    That is the statistics after the last part, sums over all parts, and their rows.
+    """
+    ours, others = update.split(state.params)
+
+    def objective(ours, batch_stats, inputs, mask, key):
+        params = parts.merge(ours, others)
         losses, aux = task.loss(tools, params, batch_stats, inputs, state.task, frozen, key)
         _check(losses, aux, mask.shape, task)
         total = jnp.sum(mask * losses)
@@ -148,7 +168,7 @@ def _gradients(
         """(batch statistics, (gradients, sums), rows) of a part, whose images are still uint8."""
         inputs, part_key = task.inputs(tools, part), jax.random.fold_in(key, index)
         gradient = jax.value_and_grad(objective, has_aux=True)
-        (_, aux), grads = gradient(state.params, batch_stats, inputs, part["mask"], part_key)
+        (_, aux), grads = gradient(ours, batch_stats, inputs, part["mask"], part_key)
         return aux.batch_stats, (grads, aux.sums), aux.rows
 
     def whole(batch_stats, summed, rows):
@@ -162,10 +182,10 @@ def _gradients(
         batch_stats, summed, rows = one_part(carry[0], *indexed)
         return (batch_stats, jax.tree.map(jnp.add, carry[1], summed)), rows
 
-    parts = split_into_parts(batch, update.accumulate, update.unit), jnp.arange(update.accumulate)
-    _, shapes, _ = jax.eval_shape(one_part, state.batch_stats, *jax.tree.map(lambda x: x[0], parts))
+    pieces = split_into_parts(batch, update.accumulate, update.unit), jnp.arange(update.accumulate)
+    _, shapes, _ = jax.eval_shape(one_part, state.batch_stats, *jax.tree.map(lambda x: x[0], pieces))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    carry, rows = jax.lax.scan(add_part, (state.batch_stats, zeros), parts)
+    carry, rows = jax.lax.scan(add_part, (state.batch_stats, zeros), pieces)
     return whole(*carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows))
 
 
@@ -184,14 +204,18 @@ def _check(losses: jax.Array, aux: Aux, shape: tuple[int, ...], task: Task) -> N
 
 def _updated(task: Task, update: Update, state: TrainState, grads: PyTree, aux: Aux) -> dict[str, PyTree]:
     """The fields of the state that an update changes."""
-    updates, opt_state = update.optimizer.update(grads, state.opt_state, state.params)
+    ours, others = update.split(state.params)
+    updates, opt_state = update.optimizer.update(grads, state.opt_state, ours)
     learning_rate = update.schedule(state.step) * (1.0 if state.plateau is None else state.plateau.scale)
-    params = jax.tree.map(lambda p, u: p + (learning_rate * u).astype(p.dtype), state.params, updates)
+    ours = jax.tree.map(lambda p, u: p + (learning_rate * u).astype(p.dtype), ours, updates)
+    params = parts.merge(ours, others)
     new = {"params": params, "batch_stats": aux.batch_stats, "opt_state": opt_state}
     new["task"] = task.update(state.task, Updated(state.step, params, *aux))
     if state.ema_params is not None:
-        average = (state.ema_params, state.ema_batch_stats)
-        average = optim.ema_update(average, (params, aux.batch_stats), update.ema_decay, state.step)
+        average = Trained(state.ema_params, state.ema_batch_stats)
+        average, fixed = parts.split(average, update.trained)  # whose average would differ in its last bits
+        newest, _ = parts.split(Trained(params, aux.batch_stats), update.trained)
+        average = parts.merge(optim.ema_update(average, newest, update.ema_decay, state.step), fixed)
         new |= dict(zip(("ema_params", "ema_batch_stats"), average, strict=True))
     return new
 

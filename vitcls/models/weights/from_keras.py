@@ -1,19 +1,19 @@
 """Weights that are named as in keras.applications -> the variables of our models."""
 
+import functools
 import re
 import string
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from vitcls import models
 from vitcls.core.errors import UserError
 from vitcls.models import convnext, densenet, efficientnet, inception, mobilenet, resnet, vgg
+from vitcls.models.weights.arrays import Arrays
+from vitcls.models.weights.matching import Rule, collect, shapes_of
 
 _NORM_LEAVES = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"}
 _OTHER_LEAVES = {"kernel": "kernel", "bias": "bias", "scale": "variable"}  # 'scale': of a layer scale
@@ -27,10 +27,11 @@ _Names = Iterator[tuple[str, str] | tuple[str, tuple[str, ...], Callable[..., np
 
 def from_keras(
     name: str,
-    weights: Mapping[str, np.ndarray],
+    weights: Arrays,
     *,
     num_classes: int = 1000,
     image_shape: tuple[int, int, int] | None = None,
+    head: bool = True,
     **fields: Any,
 ) -> dict:
     """The variables of `models.create(name, num_classes, **fields)`: nested dicts of C-contiguous arrays.
@@ -38,41 +39,35 @@ def from_keras(
     `weights` has the arrays by 'layer/variable' ('conv1_bn/moving_mean') or by the whole path of a variable in Keras,
     {v.path: v.numpy() for v in model.variables}. Layers that Keras only numbers, which are Inception's, may count from
     any number. What EfficientNet normalises its images with is left out: ours come normalised. `image_shape` [H, W, C],
-    by default the model's native one, says how many channels there are.
+    by default the model's native one, says how many channels there are. Without `head` the classifier is left out.
 
     Raises UserError for a model that has no names there, for a ResNet without stride_on='1x1', which is where Keras
-    halves the maps, and for weights that are missing, do not fit or are too many.
+    halves the maps, and, all at once, for weights that are missing, do not fit or are too many.
     """
     model = models.create(name, num_classes, **fields)
+    rules = names_for(name, model)
+    given = _by_layer(weights)
+    return collect(
+        name,
+        shapes_of(name, model, image_shape),
+        functools.partial(_rule, name, rules),
+        {short: weights[key] for short, key in given.items()},
+        _LEFT_OUT,
+        head=head,
+        label=given.__getitem__,
+    )
+
+
+def names_for(name: str, model: nn.Module) -> dict[str, list]:
+    """Our path of a module or a weight -> its layer in Keras, or its arrays and how it is made of them.
+
+    The first is that of the stem.
+    """
     if type(model) not in _FAMILIES:
         raise UserError(f"{name} cannot take weights of Keras: no names are known for it")
     if isinstance(model, resnet.ResNet) and model.stride_on != "1x1":
         raise UserError(f"{name} can take weights of Keras with stride_on='1x1' only")
-    rules = {path: rule for path, *rule in _FAMILIES[type(model)](model, name)}
-    images = jnp.zeros((1, *(image_shape or models.preset(name).image_shape)))
-    shapes = jax.eval_shape(lambda key: model.init(key, images, train=False), jax.random.key(0))
-
-    given = _by_layer(weights)
-    variables, unused = {}, dict.fromkeys(key for key in given if not _LEFT_OUT.match(key))
-    for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
-        keys, make = _rule(name, path, rules)
-        arrays = []
-        for key in keys:
-            if key not in given:
-                raise UserError(f"the weights have no '{key}', which {name} needs for '{path}'")
-            array = np.asarray(weights[given[key]])
-            if _without_ones(array.shape) != _without_ones(leaf.shape):
-                raise UserError(
-                    f"the shape {array.shape} of '{key}' does not fit '{path}' of {name}, which is {leaf.shape}"
-                )
-            arrays.append(array.reshape(leaf.shape))
-            unused.pop(key, None)
-        variables[path] = np.array(make(*arrays), leaf.dtype, order="C")  # as what writes plain bytes needs it; a copy
-    if unused:
-        raise UserError(
-            f"{name} has no place for {len(unused)} of the weights, the first of them '{given[next(iter(unused))]}'"
-        )
-    return traverse_util.unflatten_dict(variables, sep="/")
+    return {path: rule for path, *rule in _FAMILIES[type(model)](model, name)}
 
 
 def _by_layer(weights: Mapping[str, np.ndarray]) -> dict[str, str]:
@@ -88,16 +83,20 @@ def _by_layer(weights: Mapping[str, np.ndarray]) -> dict[str, str]:
     return {path: key for key, path in short.items()}
 
 
-def _rule(name: str, path: str, rules: Mapping[str, list]) -> tuple[tuple[str, ...], Callable[..., np.ndarray]]:
-    """The names of the arrays that the weight at `path` is made of, and how."""
+def _rule(name: str, rules: Mapping[str, list], path: str) -> Rule:
+    """What the weight at `path` is made of."""
     _, _, ours = path.partition("/")
     module, _, leaf = ours.rpartition("/")
-    if ours in rules:
-        return tuple(rules[ours])
-    if module not in rules:
+    if ours not in rules and module not in rules:
         raise UserError(f"{name} cannot take weights of Keras: no name is known for '{path}'")
     leaves = _NORM_LEAVES if "norm" in module.rpartition("/")[2] else _OTHER_LEAVES
-    return (f"{rules[module][0]}/{leaves[leaf]}",), np.asarray
+    keys, combine = rules[ours] if ours in rules else ((f"{rules[module][0]}/{leaves[leaf]}",), np.asarray)
+
+    def make(shape: tuple[int, ...], *arrays: np.ndarray) -> np.ndarray | None:
+        fits = all(_without_ones(array.shape) == _without_ones(shape) for array in arrays)
+        return combine(*(array.reshape(shape) for array in arrays)) if fits else None
+
+    return Rule(tuple(keys), make)
 
 
 def _without_ones(shape: tuple[int, ...]) -> list[int]:

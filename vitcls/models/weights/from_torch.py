@@ -1,77 +1,97 @@
 """Weights that are named as in PyTorch's state dicts -> the variables of our models.
 
-The names are torchvision's. ViT has timm's, and so have EfficientNet and MobileNet v3: their networks here are those of
-timm's 'tf_' models, which pad and normalise as the authors do and torchvision does not.
+The names are torchvision's and timm's, which agree for ResNet, ResNeXt, DenseNet and Inception v3. EfficientNet and
+MobileNet v3 have timm's alone: the networks here are those of its 'tf_' models, which pad and normalise as the authors
+do and torchvision does not.
 """
 
+import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from vitcls import models
+from vitcls.core import errors
 from vitcls.core.errors import UserError
 from vitcls.models import alexnet, convnext, densenet, efficientnet, inception, mobilenet, resnet, resnext, vgg, vit
+from vitcls.models.weights.arrays import Arrays
+from vitcls.models.weights.matching import Rule, collect, shapes_of
 
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _LEFT_OUT = re.compile(r"aux\d\.|AuxLogits\.|.*\.num_batches_tracked$")  # auxiliary classifiers, counts of batches
 
-# The path of a module or a weight of ours, its name in PyTorch, and, for a weight, what is done to the array first.
-_Names = Iterator[tuple[str, str] | tuple[str, str, Callable[[np.ndarray], np.ndarray]]]
+# The path of a module or a weight of ours, its name in PyTorch, and, for a weight, what is done to the array first, and
+# what undoes that.
+_View = Callable[[np.ndarray], np.ndarray]
+_Names = Iterator[tuple[str, str] | tuple[str, str, _View, _View]]
 
 
 def from_torch(
     name: str,
-    weights: Mapping[str, np.ndarray],
+    weights: Arrays,
     *,
     num_classes: int = 1000,
     image_shape: tuple[int, int, int] | None = None,
+    head: bool = True,
     **fields: Any,
 ) -> dict:
     """The variables of `models.create(name, num_classes, **fields)`: nested dicts of C-contiguous arrays.
 
     `weights` has convolutions as OIHW and matrices as [out, in]. `image_shape` [H, W, C], by default the model's native
-    one, says how many channels there are and, to a ViT, for which size its positions were learned.
+    one, says how many channels there are and, to a ViT, for which size its positions were learned. Without `head` the
+    classifier is left out.
 
     Raises UserError for a model that has no names there, for an Inception v3 without count_padding, whose poolings are
-    others than those of PyTorch, and for weights that are missing, do not fit or are too many.
+    others than those of PyTorch, and, all at once, for weights that are missing, do not fit or are too many.
     """
     model = models.create(name, num_classes, **fields)
+    known = names_for(name, model, weights)
+    return collect(
+        name,
+        shapes_of(name, model, image_shape),
+        functools.partial(_rule, name, known),
+        weights,
+        _LEFT_OUT,
+        head=head,
+    )
+
+
+def names_for(name: str, model: nn.Module, weights: Container[str] = (), publisher: str = "") -> dict[str, tuple]:
+    """Our path of a module or a weight -> its name in PyTorch, what is done to the array first, and what undoes it.
+
+    Of several who have names for a family, those of `publisher`, or whose names `weights` has. The first is that of the
+    stem. Raises UserError where there are none.
+    """
     if type(model) not in _FAMILIES:
         raise UserError(f"{name} cannot take weights of PyTorch: no names are known for it")
     if isinstance(model, inception.InceptionV3) and not model.count_padding:
         raise UserError(f"{name} can take weights of PyTorch with count_padding=True only")
-    known = {path: (key, *view) for path, key, *view in _FAMILIES[type(model)](model)}
-    images = jnp.zeros((1, *(image_shape or models.preset(name).image_shape)))
-    shapes = jax.eval_shape(lambda key: model.init(key, images, train=False), jax.random.key(0))
+    families = _FAMILIES[type(model)]
+    if publisher:
+        if publisher not in families:
+            raise errors.unknown(f"publisher of {name}", publisher, families)
+        families = {publisher: families[publisher]}
+    options = [{path: (key, *view) for path, key, *view in names(model)} for names in families.values()]
 
-    variables, unused = {}, dict.fromkeys(key for key in weights if not _LEFT_OUT.match(key))
-    for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
-        _, _, ours = path.partition("/")
-        module, _, kind = ours.rpartition("/")
-        if ours not in known and module not in known:
-            raise UserError(f"{name} cannot take weights of PyTorch: no name is known for '{path}'")
-        key, *view = known[ours] if ours in known else (f"{known[module][0]}.{_LEAVES[kind]}",)
-        if key not in weights:
-            raise UserError(f"the weights have no '{key}', which {name} needs for '{path}'")
-        value = _in_our_layout(np.asarray(weights[key]), leaf.shape, *view)
-        if value is None:
-            shape = np.shape(weights[key])
-            raise UserError(f"the shape {shape} of '{key}' does not fit '{path}' of {name}, which is {leaf.shape}")
-        variables[path] = np.array(value, leaf.dtype, order="C")  # as what writes plain bytes needs it; a copy
-        unused.pop(key, None)
-    if unused:
-        raise UserError(
-            f"{name} has no place for {len(unused)} of the weights, the first of them '{next(iter(unused))}'"
-        )
-    return traverse_util.unflatten_dict(variables, sep="/")
+    def found(known: dict[str, tuple]) -> int:
+        return sum(key in weights or f"{key}.weight" in weights for key, *_ in known.values())
+
+    return max(options, key=found)
+
+
+def _rule(name: str, known: Mapping[str, tuple], path: str) -> Rule:
+    """What the weight at `path` is made of."""
+    _, _, ours = path.partition("/")
+    module, _, kind = ours.rpartition("/")
+    if ours not in known and module not in known:
+        raise UserError(f"{name} cannot take weights of PyTorch: no name is known for '{path}'")
+    key, *views = known[ours] if ours in known else (f"{known[module][0]}.{LEAVES[kind]}",)
+    return Rule((key,), lambda shape, value: _in_our_layout(value, shape, *views[:1]))
 
 
 def _in_our_layout(value: np.ndarray, shape: tuple[int, ...], view: Callable = np.asarray) -> np.ndarray | None:
@@ -88,9 +108,18 @@ def _in_our_layout(value: np.ndarray, shape: tuple[int, ...], view: Callable = n
     return value.reshape(shape) if fits else None
 
 
-def _flattened(side: int) -> Callable[[np.ndarray], np.ndarray]:
-    """A matrix over a flattened map [C, side, side] as the convolution that it is."""
-    return lambda value: value.reshape(len(value), -1, side, side)
+def _flattened(side: int) -> tuple[_View, _View]:
+    """A matrix over a flattened map [C, side, side] as the convolution that it is, and back."""
+
+    def flat(kernel: np.ndarray) -> np.ndarray:  # [side side C, out] -> [out, C side side]
+        return kernel.reshape(side, side, -1, kernel.shape[-1]).transpose(3, 2, 0, 1).reshape(kernel.shape[-1], -1)
+
+    return lambda value: value.reshape(len(value), -1, side, side), flat
+
+
+# A ViT's positions: of the class token, and of the grid, which follow each other in one array [1, 1 + h w, D].
+_CLASS_POSITION: tuple = (lambda value: value[:, :1], lambda value: value.reshape(1, 1, value.shape[-1]))
+_GRID_POSITIONS: tuple = (lambda value: value[:, 1:], lambda value: value.reshape(1, -1, value.shape[-1]))
 
 
 def _resnet(model: resnet.ResNet) -> _Names:
@@ -116,16 +145,23 @@ def _vgg(model: vgg.VGG) -> _Names:
             n += 2 if model.norm == "none" else 3  # beside the activation
         n += 1  # the pooling
     yield "hidden_1", "classifier.0"
-    yield "hidden_1/kernel", "classifier.0.weight", _flattened(1 if model.stem == "small" else 7)
+    yield "hidden_1/kernel", "classifier.0.weight", *_flattened(1 if model.stem == "small" else 7)
     yield "hidden_2", "classifier.3"
     yield "head", "classifier.6"
+
+
+def _vgg_timm(model: vgg.VGG) -> _Names:
+    theirs = {"hidden_1": "pre_logits.fc1", "hidden_2": "pre_logits.fc2", "head": "head.fc"}
+    for ours, key, *view in _vgg(model):
+        if not ours.startswith("hidden_1/"):  # a convolution there, with nothing to be unflattened
+            yield (ours, theirs.get(ours, key), *view)
 
 
 def _alexnet(model: alexnet.AlexNet) -> _Names:
     for i, n in enumerate((0, 3, 6, 8, 10), start=1):
         yield f"conv_{i}/conv", f"features.{n}"
     yield "hidden_1", "classifier.1"
-    yield "hidden_1/kernel", "classifier.1.weight", _flattened(3 if model.stem == "small" else 6)
+    yield "hidden_1/kernel", "classifier.1.weight", *_flattened(3 if model.stem == "small" else 6)
     yield "hidden_2", "classifier.4"
     yield "head", "classifier.6"
 
@@ -195,9 +231,29 @@ def _convnext(model: convnext.ConvNeXt) -> _Names:
             ours, theirs = f"stage_{stage}_block_{i + 1}", f"features.{2 * stage - 1}.{i}"
             for part, n in (("depthwise", 0), ("norm", 2), ("expand", 3), ("project", 5)):
                 yield f"{ours}/{part}", f"{theirs}.block.{n}"
-            yield f"{ours}/layer_scale/scale", f"{theirs}.layer_scale", np.ravel
+            yield f"{ours}/layer_scale/scale", f"{theirs}.layer_scale", np.ravel, lambda value: value[:, None, None]
     yield "head_norm", "classifier.0"
     yield "head", "classifier.2"
+
+
+def _convnext_timm(model: convnext.ConvNeXt) -> _Names:
+    yield "stem", "stem.0"
+    yield "stem_norm", "stem.1"
+    for stage, depth in enumerate(model.depths, start=1):
+        yield f"downsample_{stage}_norm", f"stages.{stage - 1}.downsample.0"
+        yield f"downsample_{stage}", f"stages.{stage - 1}.downsample.1"
+        for i in range(depth):
+            ours, theirs = f"stage_{stage}_block_{i + 1}", f"stages.{stage - 1}.blocks.{i}"
+            for part, key in (
+                ("depthwise", "conv_dw"),
+                ("norm", "norm"),
+                ("expand", "mlp.fc1"),
+                ("project", "mlp.fc2"),
+            ):
+                yield f"{ours}/{part}", f"{theirs}.{key}"
+            yield f"{ours}/layer_scale/scale", f"{theirs}.gamma"
+    yield "head_norm", "head.norm"
+    yield "head", "head.fc"
 
 
 def _inverted_residuals(model: efficientnet.EfficientNet | mobilenet.MobileNetV3) -> _Names:
@@ -229,8 +285,8 @@ def _inverted_residuals(model: efficientnet.EfficientNet | mobilenet.MobileNetV3
 def _vit(model: vit.VisionTransformer) -> _Names:
     yield "stem", "patch_embed.proj"
     yield "class_token", "cls_token"
-    yield "class_position_embedding", "pos_embed", lambda value: value[:, :1]
-    yield "position_embedding", "pos_embed", lambda value: value[:, 1:]
+    yield "class_position_embedding", "pos_embed", *_CLASS_POSITION
+    yield "position_embedding", "pos_embed", *_GRID_POSITIONS
     for i in range(model.depth):
         ours, theirs = f"block_{i}", f"blocks.{i}"
         yield f"{ours}/attention_norm", f"{theirs}.norm1"
@@ -243,16 +299,35 @@ def _vit(model: vit.VisionTransformer) -> _Names:
     yield "head", "head"
 
 
-_FAMILIES: dict[type[nn.Module], Callable[[Any], _Names]] = {
-    resnet.ResNet: _resnet,
-    resnext.ResNeXt: _resnet,
-    vgg.VGG: _vgg,
-    alexnet.AlexNet: _alexnet,
-    inception.GoogLeNet: _googlenet,
-    inception.InceptionV3: _inception_v3,
-    densenet.DenseNet: _densenet,
-    convnext.ConvNeXt: _convnext,
-    efficientnet.EfficientNet: _inverted_residuals,
-    mobilenet.MobileNetV3: _inverted_residuals,
-    vit.VisionTransformer: _vit,
+def _vit_torchvision(model: vit.VisionTransformer) -> _Names:
+    yield "stem", "conv_proj"
+    yield "class_token", "class_token"
+    yield "class_position_embedding", "encoder.pos_embedding", *_CLASS_POSITION
+    yield "position_embedding", "encoder.pos_embedding", *_GRID_POSITIONS
+    for i in range(model.depth):
+        ours, theirs = f"block_{i}", f"encoder.layers.encoder_layer_{i}"
+        yield f"{ours}/attention_norm", f"{theirs}.ln_1"
+        yield f"{ours}/attention/qkv/kernel", f"{theirs}.self_attention.in_proj_weight"
+        yield f"{ours}/attention/qkv/bias", f"{theirs}.self_attention.in_proj_bias"
+        yield f"{ours}/attention/project", f"{theirs}.self_attention.out_proj"
+        yield f"{ours}/feed_forward_norm", f"{theirs}.ln_2"
+        yield f"{ours}/feed_forward/expand", f"{theirs}.mlp.0"
+        yield f"{ours}/feed_forward/project", f"{theirs}.mlp.3"
+    yield "norm", "encoder.ln"
+    yield "head", "heads.head"
+
+
+# Who has names for a family -> those names. Where nothing else is said timm's are torchvision's.
+_FAMILIES: dict[type[nn.Module], dict[str, Callable[[Any], _Names]]] = {
+    resnet.ResNet: {"torchvision": _resnet},
+    resnext.ResNeXt: {"torchvision": _resnet},
+    vgg.VGG: {"torchvision": _vgg, "timm": _vgg_timm},
+    alexnet.AlexNet: {"torchvision": _alexnet},
+    inception.GoogLeNet: {"torchvision": _googlenet},
+    inception.InceptionV3: {"torchvision": _inception_v3},
+    densenet.DenseNet: {"torchvision": _densenet},
+    convnext.ConvNeXt: {"torchvision": _convnext, "timm": _convnext_timm},
+    efficientnet.EfficientNet: {"timm": _inverted_residuals},
+    mobilenet.MobileNetV3: {"timm": _inverted_residuals},
+    vit.VisionTransformer: {"timm": _vit, "torchvision": _vit_torchvision},
 }
