@@ -22,6 +22,7 @@ ARGUMENTS = {  # config -> presets that are tried
     "lenet_mnist": [""],
     "alexnet_cifar10": [""],
     "imagenet": [":smoke", ":vit_tiny_patch16,smoke", ":mobilenet_v2,smoke"],
+    "transfer": [],  # which needs a folder: tests/test_transfer.py
     "baseline": [":resnet18,synthetic", ":vgg11_bn,synthetic", ":lenet5,synthetic"],
 }
 SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -40,13 +41,23 @@ def test_every_config_is_tried():
 @pytest.mark.parametrize(
     "preset",
     [f"baseline.py{argument}" for argument in ("", ":resnet50", ":,cifar10", ":resnet5O,cifar10")]
-    + [f"imagenet.py{argument}" for argument in ("", ":resnet50,smok", ":resnet5O", ":,smoke")],
+    + [f"imagenet.py{argument}" for argument in ("", ":resnet50,smok", ":resnet5O", ":,smoke")]
+    + [f"transfer.py{argument}" for argument in ("", ":resnet50,heed", ":resnet5O", ":,head")],
 )
 def test_a_recipe_for_any_model_names_it(preset, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)  # the command sets it
     assert cli.run(main.main, [f"--config={CONFIGS}/{preset}", "--workdir=never", "--dry_run"]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1, err
+
+
+def test_every_model_can_be_fine_tuned_by_every_method():
+    get_config = runpy.run_path(str(CONFIGS / "transfer.py"))["get_config"]
+    for name in models.names():
+        for method in ("", ",full", ",head", ",layer_decay"):
+            configs.validate(configs.resolve(get_config(name + method)))
+    head, decayed = get_config("vit_tiny_patch16,head"), get_config("vit_tiny_patch16,layer_decay")
+    assert (head.init.train, head.model.drop_path, decayed.init.layer_decay) == ("head", 0.0, 0.75)
 
 
 def test_every_model_has_an_imagenet_recipe():

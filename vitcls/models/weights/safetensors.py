@@ -64,8 +64,9 @@ def _header(path: str, file: BinaryIO, length: int) -> tuple[dict[str, Any], int
 def _depth(text: bytes) -> int:
     """How many brackets are open at once, at most; those inside of strings count too, which only makes it more."""
     codes = np.frombuffer(text, np.uint8)
-    opened = np.isin(codes, np.frombuffer(b"[{", np.uint8)).astype(np.int32)
-    return int(np.cumsum(opened - np.isin(codes, np.frombuffer(b"]}", np.uint8))).max(initial=0))
+    opened = np.isin(codes, np.frombuffer(b"[{", np.uint8)).astype(np.int8)
+    closed = np.isin(codes, np.frombuffer(b"]}", np.uint8)).astype(np.int8)
+    return int(np.cumsum(opened - closed, dtype=np.int32).max(initial=0))
 
 
 def _array(path: str, name: str, entry: Any, start: int, length: int) -> LazyArray:
