@@ -5,7 +5,8 @@
 Records are TFDS's, with a tiny JPEG in each, in 1,024 files of a temporary directory (about 0.9 GB, which is deleted).
 The first start reads every file once; real files are 150 times as long, and their disk decides. Every later start
 reads the index; its first batch waits for the order of the first epoch. CPU seconds are those of all cores, and hold
-where the clock's do not, on a machine that others use. Each row is a process of its own; its memory is what it has at the end beyond what its imports took.
+where the clock's do not, on a machine that others use. Each row is a process of its own; its memory is what it has at
+the end beyond what its imports took.
 """
 
 import io
