@@ -73,6 +73,13 @@ class _Instruction(NamedTuple):
 _Computation = dict[str, _Instruction]
 
 
+class _Collective(NamedTuple):
+    kind: str
+    moved: int  # bytes of the results of all its runs
+    name: str
+    channel: str | None  # of one inside a fusion
+
+
 def kernels(text: str) -> list[Kernel]:
     """Every kernel of a compiled program, given as text."""
     program = _Program(*_parse(text))
@@ -105,8 +112,8 @@ class _Program:
             if instruction.op in _FREE:
                 continue
             if instruction.op == "while":
-                trips = instruction.attribute(r'known_trip_count":\{"n":"(\d+)"')
-                yield from self.walk(instruction.attribute(r"body=%?([\w.\-]+)"), times * int(trips or 1))
+                trips = self._trips(self.computations[name], instruction) or 1
+                yield from self.walk(instruction.attribute(r"body=%?([\w.\-]+)"), times * trips)
             elif instruction.op in ("call", "async-start"):
                 inner = instruction.attribute(r"(?:to_apply|calls)=%?([\w.\-]+)")
                 if inner in self.computations:
@@ -121,18 +128,40 @@ class _Program:
             else:
                 yield self._kernel(self.computations[name], instruction, times)
 
-    def sent(self, name: str, times: int) -> Iterator[tuple[str, int]]:
-        """(kind, bytes of the result) of the collectives of a computation that runs so often, and of all inside it."""
-        for instruction in self.computations.get(name, {}).values():
+    def sent(self, name: str, times: int, *, fused: bool = False) -> Iterator[_Collective]:
+        """The collectives of a computation that runs so often, and of all inside it."""
+        for label, instruction in self.computations.get(name, {}).items():
             kind = instruction.op.removesuffix("-start")
             if kind in COLLECTIVES:
-                yield kind, times * _result_bytes(instruction)
+                channel = instruction.attribute(r"channel_id=(\d+)") if fused else None
+                yield _Collective(kind, times * _result_bytes(instruction), label, channel)
                 continue
-            trips = int(instruction.attribute(r'known_trip_count":\{"n":"(\d+)"') or 1)
-            inner = [found for called in self._called(instruction) for found in self.sent(called, times * trips)]
-            if "reduce-scatter" in instruction.rest and [kind for kind, _ in inner] == ["all-reduce"]:
-                inner = [("reduce-scatter", times * _bytes(instruction.shape))]
+            fuses = fused or instruction.op == "fusion"
+            inner = [found for each in self._called(instruction) for found in self.sent(each, times, fused=fuses)]
+            if inner and instruction.op == "while":
+                trips = self._trips(self.computations[name], instruction)
+                if trips is None:
+                    raise ValueError(f"how often does the loop {label} run, which has collectives?")
+                inner = [found._replace(moved=trips * found.moved) for found in inner]
+            if "reduce-scatter" in instruction.rest and [found.kind for found in inner] == ["all-reduce"]:
+                inner = [inner[0]._replace(kind="reduce-scatter", moved=times * _bytes(instruction.shape))]
             yield from inner
+
+    def _trips(self, around: _Computation, loop: _Instruction) -> int | None:
+        """How often a loop runs: as the compiler says, or of one that counts to a constant; None if neither."""
+        known = loop.attribute(r'known_trip_count":\{"n":"(\d+)"')
+        if known:
+            return int(known)
+        condition = self.computations[loop.attribute(r"condition=%?([\w.\-]+)")]
+        body = self.computations[loop.attribute(r"body=%?([\w.\-]+)")]
+        compared = list(condition.values())[-1]
+        if compared.op != "compare" or "direction=LT" not in compared.rest:
+            return None
+        counter, limit = compared.operands[:2]
+        place = int(condition[counter].attribute(r"index=(\d+)") or 0)
+        first = _constant(around, _element(around.get(loop.operands[0]), place))
+        last, step = _constant(condition, limit), _added(body, _element(list(body.values())[-1], place))
+        return None if None in (first, last, step) else -(-(last - first) // step)
 
     @staticmethod
     def _called(instruction: _Instruction) -> list[str]:
@@ -165,6 +194,33 @@ class _Program:
                 called = instruction.attribute(r"(?:calls|to_apply)=%?([\w.\-]+)")
                 flops += self._product_flops(self.computations.get(called, {}))
         return flops
+
+
+def _constant(computation: _Computation, name: str) -> int | None:
+    """The value of a whole number, or of a copy of it; None for what is computed."""
+    instruction = computation.get(name)
+    if instruction is not None and instruction.op == "copy":
+        return _constant(computation, instruction.operands[0])
+    if instruction is None or instruction.op != "constant":
+        return None
+    found = re.match(r"-?\d+(?=\))", instruction.rest)
+    return int(found[0]) if found else None
+
+
+def _element(made: _Instruction | None, index: int) -> str:
+    """The name of an element of a tuple, '' of what is none."""
+    if made is None or made.op != "tuple":
+        return ""
+    return re.findall(r"%([\w.\-]+)", made.rest.split(")")[0])[index]
+
+
+def _added(computation: _Computation, name: str) -> int | None:
+    """What an addition adds to its other operand; None for anything else."""
+    instruction = computation.get(name)
+    if instruction is None or instruction.op != "add":
+        return None
+    numbers = [_constant(computation, operand) for operand in instruction.operands]
+    return next((number for number in numbers if number is not None), None)
 
 
 def _dims(shape: str) -> list[int]:
@@ -244,15 +300,15 @@ def part_of(name: str) -> str:
 
 def by_part(found: list[Kernel], chip: Chip) -> dict[str, float]:
     """Ceiling seconds by part of the network, the longest first."""
-    return _added(found, chip, lambda kernel: part_of(kernel.name))
+    return _summed(found, chip, lambda kernel: part_of(kernel.name))
 
 
 def by_kind(found: list[Kernel], chip: Chip) -> dict[str, float]:
     """Ceiling seconds by kind of kernel, the longest first."""
-    return _added(found, chip, lambda kernel: kernel.kind)
+    return _summed(found, chip, lambda kernel: kernel.kind)
 
 
-def _added(found: list[Kernel], chip: Chip, key) -> dict[str, float]:
+def _summed(found: list[Kernel], chip: Chip, key) -> dict[str, float]:
     seconds: collections.Counter[str] = collections.Counter()
     for kernel in found:
         seconds[key(kernel)] += kernel.seconds(chip)
@@ -261,8 +317,7 @@ def _added(found: list[Kernel], chip: Chip, key) -> dict[str, float]:
 
 def collectives(text: str) -> dict[str, int]:
     """How many collectives of each kind a compiled program has."""
-    kinds = re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", text)
-    return dict(sorted(collections.Counter(kinds).items()))
+    return dict(sorted(collections.Counter(found.kind for found in _collectives(text)).items()))
 
 
 def collective_bytes(text: str) -> dict[str, int]:
@@ -270,13 +325,20 @@ def collective_bytes(text: str) -> dict[str, int]:
 
     Collectives inside loops count once for every trip, those inside conditionals once for every branch, those that the
     compiler has fused with a product or a slice as what they were before: an all-reduce of which each device keeps its
-    slice is a reduce-scatter. Of one that runs asynchronously the result counts, not the operand beside it.
+    slice is a reduce-scatter. Of one that runs asynchronously the result counts, not the operand beside it, and once,
+    though every fusion beside which it runs shows it: they share its channel.
     """
-    program = _Program(*_parse(text))
     totals: collections.Counter[str] = collections.Counter()
-    for kind, moved in program.sent(program.entry, 1):
-        totals[kind] += moved
+    for found in _collectives(text):
+        totals[found.kind] += found.moved
     return dict(sorted(totals.items()))
+
+
+def _collectives(text: str) -> list[_Collective]:
+    program = _Program(*_parse(text))
+    names: dict[str, str] = {}  # of the instruction that stands for a channel
+    found = program.sent(program.entry, 1)
+    return [each for each in found if names.setdefault(each.channel or each.name, each.name) == each.name]
 
 
 def _result_bytes(instruction: _Instruction) -> int:

@@ -6,7 +6,8 @@
 No TPU is used, and nothing is timed. `--model` is a name and the images of one chip. TPU_COMPILER says where the
 compiler is (benchmarks/compilers.py). A program takes minutes; `--out` keeps it, and the command goes on where it was.
 
-With C the chip's FLOPs, S the bytes that it sends (`program_cost.wire_bytes`), U the utilisation of `--utilisation`:
+With C the FLOPs of the model's products for a chip's images, forward and backward, S the bytes that it sends
+(`program_cost.wire_bytes`), U the utilisation of `--utilisation`:
 
     t_compute = C / (U * peak)        t_links = S / (links * bandwidth of a link)
     efficiency = t_compute / (t_compute + t_links)       if nothing overlaps
@@ -50,23 +51,23 @@ def efficiency(flops: float, sent: float, device: str, utilisation: float) -> tu
     return compute, wire, compute / (compute + wire), compute / max(compute, wire)
 
 
-def describe(row: dict[str, Any], utilisation: float) -> harness.Row:
-    """A row of the table, out of one of compiled.json."""
+def describe(row: dict[str, Any], flops_per_image: float, utilisation: float) -> harness.Row:
+    """A row of the table, out of one of compiled.json and the model's FLOPs of a training step."""
     shown = {"model": row["model"], "strategy": row["strategy"], "slice": row["device"].partition(":")[2]}
     chips = math.prod(sides(row["device"]))
-    shown["images a chip"] = row["batch"] // chips
+    images = shown["images a chip"] = row["batch"] // chips
     if "error" in row:
         return shown | {"error": row["error"]}
     moved = row["collective_bytes"]
     sent = program_cost.wire_bytes(moved, chips)
-    compute, wire, alone, hidden = efficiency(1e12 * row["tflop_per_chip"], sent, row["device"], utilisation)
+    compute, wire, alone, hidden = efficiency(images * flops_per_image, sent, row["device"], utilisation)
     kinds = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute")
     return shown | {
         **{f"{kind} MB": moved.get(kind, 0) / 1e6 for kind in kinds},
         "other MB": sum(count for kind, count in moved.items() if kind not in kinds) / 1e6,
         "sent MB": sent / 1e6,
         "memory GiB": row["temporaries_gib"] + row["arguments_gib"],
-        "TFLOP": row["tflop_per_chip"],
+        "TFLOP": images * flops_per_image / 1e12,
         "compute ms": 1e3 * compute,
         "links ms": 1e3 * wire,
         "efficiency %": 100 * alone,
@@ -89,6 +90,12 @@ def jobs(devices: list[str], chosen: list[str], strategies: list[str]) -> list[c
     return found
 
 
+def _flops_per_image(model: str) -> float:
+    from benchmarks import workload
+
+    return workload.train_flops_per_image(workload.make_config(model, 1), workload.make_info(model))
+
+
 def main(argv: list[str]) -> int:
     flags = cli.Parser(description=__doc__.splitlines()[0])
     flags.add_argument("--device", action="append", help="v5e:2x4, v5e:8x8 and v5e:16x16 if none is given")
@@ -104,8 +111,10 @@ def main(argv: list[str]) -> int:
     asked = jobs(devices, chosen, args.strategy or ["data", "fsdp"])
     compilers.environment(devices[0])
     rows = compiled.compile_jobs(asked, args.out)
+    flops = {job.model: _flops_per_image(job.model) for job in asked}
+    table = [describe(row, flops[row["model"]], args.utilisation) for row in rows]
     about = {"date": f"{datetime.date.today()}", "versions": f"jax {importlib.metadata.version('jax')}"}
-    harness.publish("slices", [describe(row, args.utilisation) for row in rows], args.out, about=about)
+    harness.publish("slices", table, args.out, about=about)
     return int(any("error" in row for row in rows))
 
 

@@ -85,6 +85,55 @@ def test_bytes_of_collectives_that_run_asynchronously_or_are_fused():
     assert program_cost.collective_bytes(COLLECTIVES) == moved
 
 
+RING = """HloModule ring
+
+%more (state: (f32[8], u32[])) -> pred[] {
+  %limit = u32[] constant(7)
+  %state = (f32[8]{0}, u32[]) parameter(0)
+  %turn = u32[] get-tuple-element(%state), index=1
+  ROOT %less = pred[] compare(%turn, %limit), direction=LT
+}
+
+%pass (state: (f32[8], u32[])) -> (f32[8], u32[]) {
+  %two = u32[] constant(2)
+  %state = (f32[8]{0}, u32[]) parameter(0)
+  %part = f32[8]{0} get-tuple-element(%state), index=0
+  %turn = u32[] get-tuple-element(%state), index=1
+  %sent = f32[8]{0} collective-permute(%part), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %next = u32[] add(%turn, %two)
+  ROOT %new = (f32[8]{0}, u32[]) tuple(%sent, %next)
+}
+
+%begin (x: f32[8]) -> f32[16] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %whole = f32[16]{0} all-gather(%x), channel_id=2, dimensions={0}
+}
+
+%end (x: f32[8]) -> f32[16] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %again = f32[16]{0} all-gather(%x), channel_id=2, dimensions={0}
+}
+
+ENTRY %main (x: f32[8]) -> f32[16] {
+  %x = f32[8]{0} parameter(0)
+  %one = u32[] constant(1)
+  %first = u32[] copy(%one)
+  %state = (f32[8]{0}, u32[]) tuple(%x, %first)
+  %loop = (f32[8]{0}, u32[]) while(%state), condition=%more, body=%pass
+  %start = f32[16]{0} fusion(%x), kind=kCustom, calls=%begin
+  ROOT %done = f32[16]{0} fusion(%x), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_bytes_of_a_ring_and_of_a_gather_that_two_parts_of_the_program_show():
+    """From 1 below 7 in twos the loop runs three times, as libtpu writes the rings of fsdp."""
+    assert program_cost.collective_bytes(RING) == {"all-gather": 64, "collective-permute": 3 * 32}
+    assert program_cost.collectives(RING) == {"all-gather": 1, "collective-permute": 1}
+    with pytest.raises(ValueError, match="how often does the loop loop run"):
+        program_cost.collective_bytes(RING.replace("add(%turn, %two)", "add(%turn, %turn)"))
+
+
 def test_bytes_that_a_chip_sends_are_those_of_a_ring():
     sent = {kind: program_cost.wire_bytes({kind: 800}, 8) for kind in program_cost.COLLECTIVES}
     assert sent["all-reduce"] == 2 * sent["all-gather"] == 1400
@@ -93,9 +142,9 @@ def test_bytes_that_a_chip_sends_are_those_of_a_ring():
 
 def test_efficiency_on_a_slice_is_the_formula_of_its_page():
     assert [slices.links(device) for device in ("v5e:2x2", "v5e:2x4", "v5e:8x16", "v5e:16x16")] == [2, 2, 3, 4]
-    row = {"model": "m", "strategy": "data", "device": "v5e:2x4", "batch": 64, "tflop_per_chip": 1.97}
+    row = {"model": "m", "strategy": "data", "device": "v5e:2x4", "batch": 64}
     row |= {"collective_bytes": {"all-reduce": 4e9 / 7}, "temporaries_gib": 1.0, "arguments_gib": 0.5}
-    shown = slices.describe(row, 0.5)
+    shown = slices.describe(row, 1.97e12 / 8, 0.5)
     assert (shown["images a chip"], shown["memory GiB"], shown["sent MB"]) == (8, 1.5, pytest.approx(1000))
     assert (shown["compute ms"], shown["links ms"]) == (pytest.approx(20), pytest.approx(10))
     assert (shown["efficiency %"], shown["overlapped %"]) == (pytest.approx(100 * 2 / 3), 100)
