@@ -11,7 +11,8 @@ name them, Google's .npz of a ViT, a .weights.h5 or .keras of keras.applications
 - `head`: a new classifier on features that stay as they are; the fastest, and hard to overfit.
 - `layer_decay`: all of it, each block slower than the one behind it; for ViT and ConvNeXt, and for few images.
 
-200 CIFAR-10 images of each class at 128 pixels, 1,000 test images: docs/results.md.
+200 CIFAR-10 images of each class at 128 pixels, 3 epochs on 2 busy CPU cores: `head` 80.2 % of 1,000 test images in a
+minute, `full` 80.5 % in 15 (seed 0; docs/results.md).
 """
 
 from vitcls import models

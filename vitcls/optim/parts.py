@@ -41,6 +41,8 @@ def check_choice(which: str) -> None:
     if which in ("all", "head") or _LAST_BLOCKS.fullmatch(which):
         return
     try:
+        if not which:
+            raise re.error("it is empty")
         re.compile(which)
     except re.error as error:
         raise ValueError(
