@@ -81,6 +81,8 @@ def test_a_certificate_says_the_accuracies_or_is_refused():
     good = [adopt.Trial("half", 0.8, 0.8), adopt.Trial("imagenet", 0.6, 0.6)]
     first, *rest = adopt.certificate(good, 200, 10)
     assert "80.0% ± 5.5%" in first and [line.split() for line in rest] == [["80.00%", "half"], ["60.00%", "imagenet"]]
+    *_, last = adopt.certificate([*good, adopt.Trial("caffe", 0.79, 0.79)], 200, 10)
+    assert last.strip() == "half and caffe cannot be told apart; more labelled images may do it"
     with pytest.raises(UserError, match=r"better than chance: half is the best with 12.0% of 200 images of 10"):
         adopt.certificate([adopt.Trial("half", 0.12, 0.2)], 200, 10)
     with pytest.raises(UserError, match=r"in another order imagenet has 75.0%"):

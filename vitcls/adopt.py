@@ -159,7 +159,11 @@ def certificate(trials: list[Trial], count: int, num_classes: int) -> list[str]:
             f"{count:,} images of {num_classes:,} classes{hint}"
         )
     lines = [f"certificate    on {count:,} labelled images, {best.accuracy:.1%} ± {spread:.1%} with the best"]
-    return lines + [f"               {trial.accuracy:7.2%}  {trial.name}" for trial in trials]
+    lines += [f"               {trial.accuracy:7.2%}  {trial.name}" for trial in trials]
+    if tied := [trial.name for trial in trials[1:] if trial.accuracy > best.accuracy - spread]:
+        others = " and ".join(tied)
+        lines.append(f"               {best.name} and {others} cannot be told apart; more labelled images may do it")
+    return lines
 
 
 def main(argv: list[str]) -> None:
