@@ -104,6 +104,8 @@ def test_a_config_is_refused_in_one_line_or_can_be_trained_with(mistake):
         ("optimizer.multipliers", (("head", 1e300),)),
         ("dataset.image_size", 8_192),
         ("model.hidden_dim", "wide"),
+        ("model.hidden_dim", 10**30),
+        ("model.depth", 10**30),
         ("augment.randaugment.num_ops", 10**6),
     ],
 )

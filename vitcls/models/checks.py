@@ -17,11 +17,15 @@ _CHOICES = {
 }
 
 
+_MOST_LAYERS, _MOST = 10_000, 2**24
+
+
 def check_fields(model: nn.Module, choices: Mapping[str, tuple] | None = None) -> None:
     """Raises ValueError for a value that cannot work.
 
-    Text must be among its `choices` (those of fields that models share are known here); whole numbers are at least 1,
-    fractions at least 0, and fields with 'drop' in their name are probabilities below 1.
+    Text must be among its `choices` (those of fields that models share are known here); whole numbers are at least 1
+    and no more than a network can be made of, fractions at least 0, and fields with 'drop' in their name are
+    probabilities below 1.
     """
     for field, valid in (_CHOICES | dict(choices or {})).items():
         value = getattr(model, field, valid[0])
@@ -37,7 +41,8 @@ def check_fields(model: nn.Module, choices: Mapping[str, tuple] | None = None) -
                 continue
             low, high, expected = 0, math.inf, "at least 0"
             if isinstance(part, int):
-                low, expected = 1, "at least 1"
+                most = _MOST_LAYERS if "depth" in field else _MOST
+                low, high, expected = 1, most + 1, f"at least 1, and at most {most:,}"
             elif "drop" in field:
                 high, expected = 1, "in [0, 1)"
             if not low <= part < high:
