@@ -19,7 +19,6 @@ from vitcls.core.errors import Stopped
 from vitcls.train import train_and_evaluate
 
 LOG_FILE = "log.txt"  # in the workdir
-STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGKILL)  # exit codes of runs that may go on
 _PERIOD = 0.5  # seconds between two looks at the processes
 _LOOKS = 10  # after which `wait` returns though nothing has ended
 
@@ -81,12 +80,11 @@ class Jobs(contextlib.AbstractContextManager):
         self.running[name][1].terminate()
 
     def wait(self, meanwhile: Callable[[], None]) -> None:
-        """Waits until a run ends, or a few seconds; raises Stopped, once all have saved, after a signal."""
+        """Waits until a run ends, or a few seconds; raises Stopped after a signal."""
         for _ in range(_LOOKS):
             if any(process.poll() is not None for _, process, _ in self.running.values()):
                 return
             if self._code:
-                self.__exit__()
                 raise Stopped(self._code, "stopped; every run is saved, and the same command goes on")
             meanwhile()
             time.sleep(_PERIOD)

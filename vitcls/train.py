@@ -72,7 +72,7 @@ def train_and_evaluate(
             return lock
 
         lock = sharding.all_or_none(begin)
-        sharding.all_or_none(place.share if lock is None else lambda: None)
+        share(place, lock)
         evaluator = make_evaluator(config, training.step_model, info, dataset, partition)
         batches = data.train_batches(
             dataset, config.dataset, partition=partition, batch_size=config.batch_size, seed=config.seed
@@ -85,12 +85,17 @@ def train_and_evaluate(
 
         variables = state.variables
         if config.report.checkpoint == "best":
-            for process in (True, False):  # the first, which has saved it, and then the others
-                sharding.all_or_none(place.share if process is (lock is not None) else lambda: None)
+            share(place, lock)
             step, best = run_dir.open_workdir(path).restore(training.model, "best")
             variables = partition.replicate(best)
         split = config.report.split
         return write_report(path, config, info, dataset, evaluator, training.model, variables, split=split, step=step)
+
+
+def share(place: Place, lock: WorkdirLock | None) -> None:
+    """Gives every process what process 0, which has the lock, has written: first it sends, then the others fetch."""
+    sharding.all_or_none(place.share if lock else lambda: None)
+    sharding.all_or_none(lambda: None if lock else place.share())
 
 
 class Prepared(NamedTuple):
@@ -154,7 +159,7 @@ class Run(NamedTuple):
     training: Training
     partition: Partition
     lock: WorkdirLock | None  # of process 0
-    start: initial.Start | None = None
+    start: initial.Start | None
 
 
 def fit(

@@ -55,6 +55,8 @@ def _config(name, preset):
         config.log_every = "10 steps"
     if preset == "smoke" and name == "vit_small_patch4":
         config.model.patch_size = 2
+    if preset == "smoke" and name == "vgg16":
+        config.dataset.image_size = 32  # the smallest that it takes
     if preset == "cpu":
         config.dataset.fraction = 0.1
     if preset == "full":

@@ -56,6 +56,8 @@ def _config(name, preset):
         config.log_every = "10 steps"
     if preset == "smoke" and name == "improved_vit_small":
         config.model.patch_size = 2
+    if preset == "smoke" and name == "vgg19":
+        config.dataset.image_size = 32  # the smallest that it takes
     if preset == "cpu":
         config.dataset.fraction = 0.1
     if preset == "full":

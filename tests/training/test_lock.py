@@ -128,3 +128,16 @@ def test_a_lock_that_another_run_took_over_first_is_left_to_it(tmp_path, holder,
         WorkdirLock(LockFile(tmp_path))
     assert json.loads((tmp_path / lock.LOCK_FILE).read_text())["token"] == json.loads(living)["token"]
     assert [path.name for path in tmp_path.iterdir()] == [lock.LOCK_FILE]
+
+
+def test_a_lock_that_is_out_of_reach_for_a_while_is_held_on_to(tmp_path, quick, monkeypatch):
+    with WorkdirLock(LockFile(tmp_path)) as held:
+        monkeypatch.setattr(LockFile, "read", lambda self: 1 / 0)  # as a service's own kind of error
+        time.sleep(0.3)
+        monkeypatch.undo()
+        before = (tmp_path / lock.LOCK_FILE).read_text()
+        deadline = time.monotonic() + 10
+        while (tmp_path / lock.LOCK_FILE).read_text() == before and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert (tmp_path / lock.LOCK_FILE).read_text() != before
+        held.check()

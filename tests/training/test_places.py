@@ -60,8 +60,7 @@ def quick(monkeypatch, tmp_path):
     """Looks at the files more often, and copies them where the test sees what is left."""
     monkeypatch.setattr(places, "_PERIOD", 0.05)
     monkeypatch.setattr(places, "_SETTLE", 0.01)
-    (tmp_path / "copies").mkdir()
-    monkeypatch.setattr(places.tempfile, "tempdir", str(tmp_path / "copies"))
+    monkeypatch.setattr(places, "cache_dir", lambda: tmp_path)
 
 
 def variables(path, step):
@@ -202,8 +201,22 @@ def test_a_bucket_that_is_out_of_reach_does_not_stop_a_run(comes_back, tmp_path,
     else:
         with pytest.raises(RunError, match=r"could not be reached for 0 s; what it lacks is in (\S+)") as error:
             run()
-        assert (tmp_path / "copies" / os.path.basename(str(error.value).split()[-1]) / "config.json").exists()
+        assert (tmp_path / "workdirs" / os.path.basename(str(error.value).split()[-1]) / "config.json").exists()
     assert caplog.text.count("cannot be reached (no route to host); the run goes on and tries again") == 1
+
+
+def test_a_checkpoint_that_is_cut_off_on_the_way_is_not_taken_for_one(finished, monkeypatch):
+    files = places._file_system(finished)  # fsspec keeps one for all
+    fetch = files.get_file
+
+    def cut(remote, local):
+        fetch(remote, local)
+        if "/tree/d/" in remote:
+            os.truncate(local, 10)
+
+    monkeypatch.setattr(files, "get_file", cut)
+    with pytest.raises(RunError, match=r"gs://runs/killed/run/checkpoints/\d+/tree/d/\w+ cannot be read as a whole"):
+        places.copied(finished)
 
 
 def test_events_go_up_in_parts_and_come_back_in_order(tmp_path, monkeypatch):

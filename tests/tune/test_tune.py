@@ -171,6 +171,21 @@ def test_mistakes_are_one_line(keys, flags, words, tmp_path, capsys):
     assert not (tmp_path / "s").exists()
 
 
+def test_values_that_do_not_go_together_are_a_failed_trial_each(tmp_path, capsys):
+    (tmp_path / "config.py").write_text(FILES["config.py"])
+    (tmp_path / "space.py").write_text(
+        "from vitcls.tune import Choice, Space\n"
+        "def get_space():\n    return Space({'optimizer.accumulate': Choice((3,))})\n"
+    )
+    arguments = [f"--{name}={tmp_path}/{name}.py" for name in ("config", "space")]
+    assert cli.run(command.main, [*arguments, f"--workdir={tmp_path}/s", "--trials=3"]) == 1
+    assert "no trial has come to a score" in capsys.readouterr().err
+    ended = search.read_ledger(tmp_path / "s" / command.LEDGER)
+    assert [(t.number, t.state) for t in ended] == [(0, "failed"), (1, "failed"), (2, "failed")]
+    assert len((tmp_path / "s" / command.LEDGER).read_text().splitlines()) == 3
+    assert "cannot be divided into config.optimizer.accumulate=3 parts" in ended[0].error
+
+
 @pytest.mark.parametrize("preset", ["training", "nas"])
 def test_the_spaces_of_the_house_fit_their_config(preset):
     from vitcls.tune import space

@@ -26,6 +26,8 @@ def main(argv: list[str]) -> None:
     what = table.load(flags.config)
     directory = pathlib.Path(flags.workdir)
     runs = table.runs_of(what, directory, only=flags.only, seeds=flags.seeds, overrides=flags.override)
+    for run in runs:
+        work.check_config(run)
     if flags.list:
         print("\n".join(_listed(runs, _states(runs, directory), directory, flags.workers)))
         return

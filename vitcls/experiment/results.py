@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import pathlib
 from collections.abc import Sequence
 from html import escape
@@ -10,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from vitcls.core.errors import UserError
 from vitcls.core.terminal import printable
 from vitcls.experiment.table import Run, Table
 from vitcls.experiment.work import State
 from vitcls.metrics import METRICS, comparison
 from vitcls.report import page
+from vitcls.report.comparison import markdown_table
 from vitcls.training import run_dir
 from vitcls.training.predictions import check_same_images, read_predictions
 
@@ -29,10 +30,10 @@ States = dict[str, State]
 def write(table: Table, runs: Sequence[Run], states: States, directory: pathlib.Path) -> str:
     """Writes all of it into `directory`; returns the text of results.md."""
     compared = compare(runs, states)
-    _replace(directory / "results.csv", to_csv(runs, states))
+    run_dir.write_atomically(directory / "results.csv", to_csv(runs, states))
     text = to_markdown(table, runs, states, compared)
-    _replace(directory / "results.md", text)
-    _replace(directory / "index.html", printable(_to_html(table, runs, states, compared, directory)))
+    run_dir.write_atomically(directory / "results.md", text)
+    run_dir.write_atomically(directory / "index.html", printable(_to_html(table, runs, states, compared, directory)))
     return text
 
 
@@ -57,7 +58,7 @@ def compare(runs: Sequence[Run], states: States) -> dict[str, Any] | None:
     predictions = [read_predictions(run_dir.open_workdir(run.workdir)) for run in finished]
     try:
         check_same_images(predictions)
-    except ValueError:  # folds, or rows of several data sets
+    except UserError:  # folds, or rows of several data sets
         return None
     groups: dict[str, list] = {}
     for run, kept in zip(finished, predictions, strict=True):
@@ -67,7 +68,7 @@ def compare(runs: Sequence[Run], states: States) -> dict[str, Any] | None:
 
 def to_markdown(table: Table, runs: Sequence[Run], states: States, compared: dict[str, Any] | None) -> str:
     head, rows = main_table(table, runs, states, compared)
-    lines = [f"# {table.title}", "", " ".join(table.about.split()), "", *_markdown(head, rows), ""]
+    lines = [f"# {table.title}", "", " ".join(table.about.split()), "", markdown_table(head, rows), ""]
     return "\n".join(lines + [f"- {note}" for note in notes(runs, states, compared)]) + "\n"
 
 
@@ -125,11 +126,6 @@ def _more_seeds(compared: dict[str, Any]) -> list[str]:
     return [f"To separate {best} from the others about so many more seeds of both: {', '.join(wanted)}."]
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
 def _to_html(
     table: Table, runs: Sequence[Run], states: States, compared: dict[str, Any] | None, directory: pathlib.Path
 ) -> str:
@@ -183,9 +179,3 @@ def _scores(table: Table, runs: Sequence[Run], states: States):
         if states[run.name].report
     ]
     return table_plots.scores(points, METRICS[table.metrics[0]].label, table.x_label) if points else None
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)

@@ -2,11 +2,11 @@
 
 import collections
 import dataclasses
+import functools
 import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -55,6 +55,7 @@ class Run:
     def name(self) -> str:
         return self.workdir.name
 
+    @functools.cached_property
     def config(self) -> ConfigDict:
         """The resolved config; raises UserError where it cannot work."""
         config = self.row.config.copy_and_resolve_references()
@@ -113,12 +114,7 @@ def runs_of(
         raise errors.unknown("--only", only, [run.name for run in runs])
     for run in chosen:
         try:
-            run.config()
+            _ = run.config
         except UserError as error:
             raise UserError(f"the run '{run.name}': {error}") from None
     return chosen
-
-
-def facts(run: Run) -> dict[str, Any]:
-    """Its config as flat values, to compare it with the one in its workdir."""
-    return configs.flatten(run.config().to_dict())

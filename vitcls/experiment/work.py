@@ -20,11 +20,11 @@ from tqdm import tqdm
 from vitcls import config as configs
 from vitcls import jobs, status
 from vitcls.core.errors import UserError
-from vitcls.experiment.table import Run, facts
+from vitcls.experiment.table import Run
 from vitcls.training.files import CONFIG_FILE
+from vitcls.training.lock import IN_USE
 
 LEDGER = "ledger.jsonl"
-_BUSY = "is in use by"  # what a run says whose workdir another worker has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,28 +39,26 @@ class State:
 
 
 def state_of(run: Run) -> State:
-    """Reads it from the workdir; raises UserError where that holds a run of another config."""
-    if not run.workdir.exists():
-        return State("pending")
+    """Reads it from the workdir."""
     try:
         seen = status.status(run.workdir, datetime.datetime.now().astimezone())
     except UserError:
         return State("pending")
-    _check_config(run)
     places = {"step": seen["step"], "total_steps": seen["total_steps"]}
     with contextlib.suppress(OSError, ValueError):
         report = json.loads((run.workdir / "report" / "metrics.json").read_text(encoding="utf-8"))
-        if report["split"] == run.row.config.report.split and seen["state"] == "finished":
+        if report["split"] == run.config.report.split and seen["state"] == "finished":
             return State("finished", **places, report=report)
     return State("alive" if seen["state"] == "alive" else "interrupted", **places)
 
 
-def _check_config(run: Run) -> None:
+def check_config(run: Run) -> None:
+    """Raises UserError where the workdir holds a run of another config."""
     try:
         there = configs.flatten(configs.from_json((run.workdir / CONFIG_FILE).read_text(encoding="utf-8")).to_dict())
     except (OSError, UserError):  # it has just begun, or the run itself will say what is wrong
         return
-    wanted = facts(run)
+    wanted = configs.flatten(run.config.to_dict())
     changed = sorted(key for key in there.keys() | wanted.keys() if there.get(key) != wanted.get(key))
     if changed:
         key = changed[0]
@@ -73,7 +71,11 @@ def _check_config(run: Run) -> None:
 def failed(runs: Sequence[Run], directory: pathlib.Path) -> dict[str, str]:
     """The runs whose last process failed, by name, with the last line that it said."""
     codes = {entry["run"]: entry["code"] for entry in _ledger(directory)}
-    return {run.name: jobs.last_line(run.workdir) for run in runs if codes.get(run.name, 0) not in (0, *jobs.STOPPED)}
+    return {run.name: _reason(codes[run.name], jobs.last_line(run.workdir)) for run in runs if codes.get(run.name)}
+
+
+def _reason(code: int, last_line: str) -> str:
+    return last_line if code > 0 and last_line else f"its process ended with exit code {code}"
 
 
 def work(runs: Sequence[Run], directory: pathlib.Path, workers: int) -> None:
@@ -83,22 +85,23 @@ def work(runs: Sequence[Run], directory: pathlib.Path, workers: int) -> None:
     """
     failures: dict[str, str] = {}
     by_name = {run.name: run for run in runs}
+    states = dict.fromkeys(by_name, State("pending"))
     with jobs.Jobs(workers) as processes, _Display(runs, failures) as display:
         while True:
-            states = {run.name: state_of(run) for run in runs}
+            states |= {run.name: state_of(run) for run in runs if states[run.name].status != "finished"}
             left = [run for run in runs if states[run.name].status != "finished" and run.name not in failures]
             if not left and not processes.running:
                 return
             for run in left:
                 if states[run.name].status != "alive" and run.name not in processes.running and processes.free:
-                    processes.start(run.name, run.workdir, run.config())
+                    processes.start(run.name, run.workdir, run.config)
             processes.wait(functools.partial(display.show, states, processes.running))
             for end in processes.ended():
-                if end.code == 2 and _BUSY in end.last_line:
+                if end.code == 2 and IN_USE in end.last_line:
                     continue  # another worker was faster
                 _note(directory, by_name[end.name], end)
                 if end.code:
-                    failures[end.name] = end.last_line or f"exit code {end.code}"
+                    failures[end.name] = _reason(end.code, end.last_line)
                     display.say(f"{end.name} failed: {failures[end.name]}; see {jobs.LOG_FILE} in its directory")
 
 

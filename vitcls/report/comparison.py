@@ -177,7 +177,7 @@ def explanation(comparison: dict[str, Any]) -> list[str]:
 def to_markdown(comparison: dict[str, Any]) -> str:
     """compare.md: tables and what they mean."""
     parts = [f"# {_plain(_title(comparison))}", _plain(_lead(comparison))]
-    parts += [_markdown_table(*table) for _, table in _tables(comparison)]
+    parts += [markdown_table(*table) for _, table in _tables(comparison)]
     if lines := more_seeds(comparison):
         parts.append("\n".join(f"- {_plain(line)}" for line in lines))
     return "\n\n".join([*parts, *explanation(comparison)]) + "\n"
@@ -203,7 +203,7 @@ def _lead(comparison: dict[str, Any]) -> str:
     )
 
 
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str | tuple[str, str]]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str | tuple[str, str]]]) -> str:
     """Columns are padded, so that it can be read on a terminal too."""
     lines = [[_plain(cell) for cell in line] for line in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -20,6 +20,7 @@ from vitcls.core.errors import RunError, UserError
 from vitcls.training.files import LOCK_FILE
 
 HEARTBEAT = 5.0  # seconds between two writes
+IN_USE = "is in use by"  # in what a second run says
 _SILENCE = 30.0  # seconds without a write after which a holder on another machine is dead
 _logger = logging.getLogger("vitcls")
 
@@ -113,7 +114,7 @@ class WorkdirLock(contextlib.AbstractContextManager):
                 continue
             if self._is_alive(holder):
                 raise UserError(
-                    f"{self._file.workdir} is in use by {_describe(holder)}; wait for it, or use another --workdir"
+                    f"{self._file.workdir} {IN_USE} {_describe(holder)}; wait for it, or use another --workdir"
                 )
             _logger.warning("the lock of %s, which is dead, is taken over", _describe(holder))
             self._file.remove_dead(holder["token"], self._held["token"])
@@ -139,7 +140,7 @@ class WorkdirLock(contextlib.AbstractContextManager):
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
-            with contextlib.suppress(OSError):  # a full or absent disk may come back
+            with contextlib.suppress(Exception):  # a disk or a bucket that is away, in whatever words, may come back
                 holder = self._holder()
                 if holder is not None and holder["token"] != self._held["token"]:
                     self.lost = True

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from vitcls.core.cache import cache_dir
 from vitcls.core.errors import RunError, UserError
 from vitcls.core.terminal import printable
 from vitcls.training.files import CHECKPOINTS, LOCK_FILE, MANIFEST, METRICS_FILE, PROFILE
@@ -122,21 +123,20 @@ class Bucket(Place):
     shared = False
 
     def __init__(self, url: str, *, arrays: bool = True):
-        super().__init__(pathlib.Path(tempfile.mkdtemp(prefix="vitcls-workdir-")))
+        self._files = _file_system(url)
+        copies = cache_dir() / "workdirs"
+        copies.mkdir(exist_ok=True)
+        super().__init__(pathlib.Path(tempfile.mkdtemp(dir=copies)))
         self._url, self._arrays = url.rstrip("/"), arrays
+        self._root = self._url.partition("://")[2]
         self._sent: dict[str, tuple] = {}  # what the bucket has: name -> signature of the local file
         self._found: dict[str, Any] = {}  # what the bucket had when it was read: name -> its size, time or tag
         self._metrics = _Parts()
         self._lock: WorkdirLock | None = None
         self._pushing = threading.Lock()
         self._silent_since: float | None = None
-        self._keep = False  # the local copy, which the bucket does not have
-        try:
-            self._files = _file_system(url)
-        except Exception:
-            self.close()
-            raise
-        self._root = self._url.partition("://")[2]
+        self._keep = False  # the local copy, of which the bucket lacks something
+        self._torn: list[str] = []  # files in the bucket of checkpoints that are not whole
 
     def close(self) -> None:
         if not self._keep:
@@ -176,8 +176,11 @@ class Bucket(Place):
         local.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(_TRIES):
             self._files.get_file(f"{self._root}/{name}", str(local))
-            if local.stat().st_size == size:  # not every service says that it was cut off
+            # Not every service says that it was cut off; only checkpoints never change after they were listed.
+            if local.stat().st_size == size or not _checkpoint(name):
                 break
+        else:
+            raise RunError(f"{self._url}/{name} cannot be read as a whole; the same command tries again")
         if name != LOCK_FILE:  # which has a writer of its own
             self._sent[name] = _signature(local)
 
@@ -357,7 +360,7 @@ class _LockObject:
 
     def release(self, *, held: bool) -> None:
         if held:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(Exception):  # out of reach: without heartbeats it is soon taken for dead
                 self._files.rm_file(self._path)
 
 

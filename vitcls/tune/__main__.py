@@ -7,6 +7,7 @@ Started again it goes on, with one worker to the same trials. The test split is 
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import pathlib
@@ -18,7 +19,7 @@ from vitcls import cli, config_file, jobs
 from vitcls import config as configs
 from vitcls.core.errors import RunError, UserError
 from vitcls.metrics import higher_is_better
-from vitcls.training import metrics_log
+from vitcls.training import metrics_log, run_dir
 from vitcls.tune import results, search, space
 from vitcls.tune.search import Trial
 
@@ -48,9 +49,9 @@ class Search:
                 ended = self.ended
                 bar.n = len(ended)
                 bar.refresh()
-                while processes.free and (number := self._next(ended)) is not None:
-                    if not self._start(processes, number, ended):
-                        break
+                number = self._next(ended) if processes.free else None
+                if number is not None and self._start(processes, number, ended):
+                    continue
                 if not processes.running:
                     return
                 processes.wait(functools.partial(self._watch, processes, ended))
@@ -64,6 +65,7 @@ class Search:
         return next((number for number in range(self.flags.trials) if number not in taken), None)
 
     def _start(self, processes: jobs.Jobs, number: int, ended: list[Trial]) -> bool:
+        """Starts a trial, or notes that its values cannot work; False where there are no more values."""
         before = [trial for trial in ended if trial.number < number] if self.flags.workers == 1 else ended
         options = {"maximize": self.maximize}
         values = search.propose(self.space, self.flags.method, self.flags.seed, number, before, **options)
@@ -103,7 +105,7 @@ class Search:
 
     def _write(self, trial: Trial) -> None:
         with open(self.directory / LEDGER, "a", encoding="utf-8") as file:
-            file.write(json.dumps(trial.__dict__) + "\n")
+            file.write(json.dumps(dataclasses.asdict(trial)) + "\n")
 
 
 def main(argv: list[str]) -> None:
@@ -158,7 +160,7 @@ def _begin(searching: Search) -> None:
         searching.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={searching.directory} cannot be made ({error.strerror}); use another") from None
-    file.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+    run_dir.write_atomically(file, json.dumps(text, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """What came of a search: the best config, a table, and plots of history, importance and slices."""
 
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
 from vitcls.metrics import higher_is_better
+from vitcls.report.comparison import markdown_table
+from vitcls.training import run_dir
 from vitcls.tune.search import Trial
 from vitcls.tune.space import Choice, Space, apply
 
@@ -24,8 +25,8 @@ def write(
     maximize = higher_is_better(metric)
     finished = [trial for trial in scored if trial.state == "finished"] or scored
     best = (max if maximize else min)(finished, key=lambda trial: trial.score)
-    _replace(directory / BEST_CONFIG, best_config(best, metric, config))
-    _replace(directory / "trials.md", to_markdown(trials, space, metric))
+    run_dir.write_atomically(directory / BEST_CONFIG, best_config(best, metric, config))
+    run_dir.write_atomically(directory / "trials.md", to_markdown(trials, space, metric))
     _draw(directory, scored, space, metric)
     return best
 
@@ -46,12 +47,12 @@ def best_config(best: Trial, metric: str, config: ConfigDict) -> str:
 def to_markdown(trials: Sequence[Trial], space: Space, metric: str) -> str:
     """A line for each trial."""
     head = ["Trial", "State", metric, *space.keys, "seconds"]
-    lines = [head, ["---"] * len(head)]
+    rows = []
     for trial in trials:
         score = "" if trial.score is None else f"{trial.score:.4f}"
         values = [f"{trial.values.get(key, '')}" for key in space.keys]
-        lines.append([f"{trial.number:04d}", trial.state, score, *values, f"{trial.seconds:.0f}"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        rows.append([f"{trial.number:04d}", trial.state, score, *values, f"{trial.seconds:.0f}"])
+    return markdown_table(head, rows) + "\n"
 
 
 def importance(trials: Sequence[Trial], space: Space) -> dict[str, float]:
@@ -92,9 +93,3 @@ def _draw(directory: pathlib.Path, trials: Sequence[Trial], space: Space, metric
         figure = plots.styled(draw)
         if figure is not None:
             figure.savefig(directory / f"{name}.png", dpi=150)
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)

@@ -76,7 +76,7 @@ def propose(
     trial = study.ask()
     values: dict[str, Any] = {}
     for key, what in space.keys.items():
-        if all(values.get(other) == value for other, value in what.only_if.items()):
+        if _applies(what, values):
             values[key] = _suggest(trial, key, what)
     return values
 
@@ -134,8 +134,8 @@ def should_prune(pruner: str, scores: Mapping[str, float], ended: Sequence[Trial
     """Whether a trial with these validations so far is not worth going on with.
 
     'median' (Golovin et al. 2017, section 3.5.2): its best so far is below the median of what the others had as their
-    best by the same step; not before four have ended. 'hyperband' (Li et al. 2018): successive halving, by which the
-    better third goes on at every third of the validations.
+    best by the same step; not before four have ended. 'hyperband': of Li et al. 2018 the one bracket that prunes the
+    most, as successive halving, by which the better third goes on after 1, 3, 9, ... validations.
     """
     step = list(scores)[-1]
     others = [trial for trial in ended if trial.state != "failed" and step in trial.scores]

@@ -85,7 +85,7 @@ def convert(name: str, file: WeightsFile, *, head: bool, **fields: Any) -> Given
     if file.source == "safetensors":
         channels, num_classes = _size(file, stem, 1), _size(file, classifier, 0)
     if head and not num_classes:
-        raise UserError(f"{file.path} has no classifier '{classifier}'; set config.init.head='new'")
+        raise UserError(f"{file.path} has no classifier '{classifier}' that could be kept; take a new head")
     if not channels:
         raise UserError(f"{file.path} holds no weights of {name}: there is no '{stem}' in it, but {_first(file)}")
     size = models.preset(name).image_shape[:2]
