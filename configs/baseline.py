@@ -4,6 +4,8 @@
 
 The recipe: crops and flips (no flips for digits), Adam with L2 and the cosine schedule, 50 epochs; models that have a
 small stem use it where the images of the data set are small. `configs/baseline.py:MODEL,DATASET` names both.
+`configs/baseline.py:MODEL,DATASET,BUDGET` is what the tables of configs/experiments/ begin with: `smoke` 3 epochs,
+`cpu` 15 epochs of a tenth of the training images, `full` 100 epochs in bfloat16.
 """
 
 from vitcls import models
@@ -12,12 +14,16 @@ from vitcls.core.errors import UserError
 
 _DIGITS = ("digits", "mnist", "kmnist", "emnist", "svhn_cropped")  # a mirror image is another character, or none
 _SMALL_IMAGES = (*_DIGITS, "fashion_mnist", "cifar10", "cifar100", "cifar10_1", "synthetic")
+BUDGETS = {"smoke": ("3 epochs", 1.0), "cpu": ("15 epochs", 0.1), "full": ("100 epochs", 1.0)}  # of training images
 
 
 def get_config(argument=""):
-    model, _, dataset = argument.partition(",")
-    if not model or not dataset:
-        raise UserError(f"configs/baseline.py:{argument} must name a model and a data set, as in :resnet50,cifar10")
+    model, dataset, budget = (*argument.split(","), "", "")[:3]
+    if not model or not dataset or budget not in ("", *BUDGETS):
+        raise UserError(
+            f"configs/baseline.py:{argument} must name a model and a data set, as in :resnet50,cifar10; a budget after "
+            f"them may be {', '.join(BUDGETS)}"
+        )
     config = default_config(model)
     config.batch_size = 128
     config.total = "50 epochs"
@@ -34,4 +40,9 @@ def get_config(argument=""):
     config.optimizer.learning_rate = 1e-3
     config.optimizer.clip_norm = 1.0
     config.schedule.warmup = "5%"
+    if budget:
+        config.total, config.dataset.fraction = BUDGETS[budget]
+        config.log_every, config.eval_every, config.checkpoint_every = "5%", "20%", "20%"
+    if budget == "full":
+        config.model.dtype = "bfloat16"
     return config

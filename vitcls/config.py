@@ -33,6 +33,7 @@ from vitcls.core.registry import (
 )
 from vitcls.core.sharding import STRATEGIES
 from vitcls.data.augment import AUGMENTATIONS, TEST_TIME, make_augment
+from vitcls.data.corruptions import CORRUPTIONS
 from vitcls.data.order import MAX_BATCH_SIZE
 from vitcls.data.sources import SOURCES, source_of
 from vitcls.metrics.table import ALWAYS_LOGGED, metric_of, metrics_of
@@ -115,8 +116,12 @@ class ReportSettings:
     checkpoint: str = "last"  # 'last' or 'best': the weights that are reported
     split: str = "test"  # 'validation': a search or cross-validation, which may not look at the test split
     timing: bool = True  # latency and throughput of inference, which take 4 seconds
+    corruptions: tuple[str, ...] = ()  # of data/corruptions.py, in which accuracy is measured in five severities
 
     def __post_init__(self):
+        for name in self.corruptions:
+            if name not in CORRUPTIONS:
+                raise ValueError(errors.not_known("corruptions", str(name), tuple(CORRUPTIONS)))
         require_choice(self, "checkpoint", ("last", "best"))
         require_choice(self, "split", ("test", "validation"))
 

@@ -1,25 +1,29 @@
 """Cross-validation of any config: each fold of the training images is the validation split once.
 
-    vitcls experiment --config=configs/experiments/kfold.py:configs/vit_digits.py,5 --workdir=runs/kfold
+    vitcls experiment --config=configs/experiments/kfold.py:configs/vit_digits.py --folds=5 --workdir=runs/kfold
 
-The number after the comma is that of the folds. The test split is never read: reports are of the folds.
+The test split is never read: reports are of the folds.
 """
 
 import pathlib
+import re
 
 from vitcls import config_file
 from vitcls.core.errors import UserError
 from vitcls.experiment import Row, Table
 
 
-def get_table(argument):
-    file, _, folds = argument.partition(",")
-    if not folds.isdigit() or not 2 <= int(folds) <= 100:
-        raise UserError(f"kfold.py:{argument} must name a config and a number of folds, as in :configs/vit_digits.py,5")
+def get_table(argument=""):
+    file, number = re.fullmatch(r"(.*?)(?:,(-?\d+))?", argument).groups()
+    folds = int(number or 5)
+    if not file or not 2 <= folds <= 100:
+        raise UserError(
+            f"kfold.py:{argument} must name a config, with 2 to 100 folds, as in :configs/vit_digits.py --folds=5"
+        )
     rows = []
-    for fold in range(int(folds)):
+    for fold in range(folds):
         config = config_file.load(file)
-        config.dataset.update(num_folds=int(folds), fold=fold)
+        config.dataset.update(num_folds=folds, fold=fold)
         config.report.split = "validation"
         rows.append(Row(f"fold{fold}", config))
     return Table(
@@ -27,4 +31,5 @@ def get_table(argument):
         about="Every training image is in one fold, which is validated by a model that has not seen it.",
         rows=rows,
         seeds=(0,),
+        pooled=True,
     )

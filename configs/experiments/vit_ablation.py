@@ -44,18 +44,12 @@ def get_table(preset="full"):
 def _config(preset, fields):
     dataset = "digits" if preset == "smoke" else "cifar100"
     model = "improved_vit_small" if preset == "full" else "improved_vit_tiny"
-    config = config_file.load(pathlib.Path(__file__).parents[1] / f"baseline.py:{model},{dataset}")
+    config = config_file.load(pathlib.Path(__file__).parents[1] / f"baseline.py:{model},{dataset},{preset}")
     config.report.timing = False
-    if preset == "full":
-        config.total = "100 epochs"
-        config.model.dtype = "bfloat16"
-    else:
+    if preset != "full":
         config.model.update(hidden_dim=64, depth=3, num_heads=4, mlp_dim=128)
         config.model.patch_size = 2 if preset == "smoke" else 4
-        config.total = "4 epochs" if preset == "smoke" else "20 epochs"
-        config.eval_every = config.checkpoint_every = "2 epochs" if preset == "smoke" else "5 epochs"
-        config.log_every = "1 epochs"
     if preset == "cpu":
-        config.dataset.fraction = 0.1
+        config.total = "20 epochs"
     config.model.update(fields)
     return config

@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score
 
 from vitcls import cli, jobs, models
 from vitcls.experiment import __main__ as command
@@ -28,12 +29,16 @@ def get_table(preset="good"):
     for name, width in (("narrow", 16), ("wide", 32)):
         config = make_tiny_config()
         config.model.mlp_dim = width
+        config.report.corruptions = ("gaussian_noise",)
         rows.append(Row(name, config, {"accuracy": 0.9}))
     if preset == "bad":
         config = make_tiny_config()
         config.dataset.name, config.dataset.data_dir = "npz", "nowhere.npz"
         rows.insert(1, Row("broken", config))
-    return Table("Tiny", "Two widths.", rows, seeds=(0, 1), metrics=("accuracy", "loss"))
+    facts, equal_time = ("parameters", "train_seconds"), preset == "equal"
+    return Table(
+        "Tiny", "Two widths.", rows, seeds=(0, 1), metrics=("accuracy", "loss"), facts=facts, equal_time=equal_time
+    )
 """
 
 
@@ -105,8 +110,63 @@ def test_the_results_hold_every_run_and_the_papers_figures_as_the_papers(done):
     mean, deviation = np.mean(accuracies), np.std(accuracies, ddof=1)
     assert f"| wide | 2 | a | {mean:.2%} ± {deviation:.2%} |" in text
     assert "4 of 6 runs have finished" in text and "permutation test" in text
+    parameters = report["parameters"]
+    assert f"| {parameters:,} ± 0 |" in text
     page = (directory / "index.html").read_text()
-    assert page.count("data:image/png;base64") == 2 and "<script" not in page
+    assert page.count("data:image/png;base64") == 3 and "<script" not in page
+
+
+def test_accuracy_under_a_corruption_is_a_table_of_its_own(done):
+    directory, _ = done
+    runs = [directory / "runs" / f"wide-seed{seed}" / "report" / "metrics.json" for seed in (0, 1)]
+    reports = [json.loads(path.read_text()) for path in runs]
+    measured = [[report["accuracy"], *report["corrupted_accuracy"]["gaussian_noise"]] for report in reports]
+    spread = np.std(measured, axis=0, ddof=1)
+    cells = [f"{mean:.2%} ± {std:.2%}" for mean, std in zip(np.mean(measured, axis=0), spread, strict=True)]
+    text = " ".join((directory / "results.md").read_text().partition("## Accuracy under gaussian noise")[2].split())
+    assert f"| wide | {' | '.join(cells)} |" in text and "| broken | - |" in text
+    assert (directory / "gaussian_noise.png").exists()
+
+
+def test_rows_run_again_with_equal_time(done, file):
+    """By the seconds that the first ones took; rows that go on keep what was planned."""
+    directory, _ = done
+    worker = start(f"--config={file}:equal", f"--workdir={directory}", "--seeds=0", "--workers=2")
+    out, err = worker.communicate(timeout=300)
+    assert worker.returncode == 0, err
+    plan = json.loads((directory / "equal_time.json").read_text())
+    seconds = {
+        name: json.loads((directory / "runs" / f"{name}-seed0" / "report" / "metrics.json").read_text())
+        for name in plan["steps"]
+    }
+    seconds = {name: report["train_seconds"] for name, report in seconds.items()}
+    assert plan["seconds"] == pytest.approx(np.median(list(seconds.values())))
+    for name, steps in plan["steps"].items():
+        config = json.loads((directory / "runs" / f"{name}-equal_time-seed0" / "config.json").read_text())
+        first = json.loads((directory / "runs" / f"{name}-seed0" / "report" / "metrics.json").read_text())
+        assert config["total"] == f"{steps} steps"
+        assert steps == round(first["checkpoint_step"] * plan["seconds"] / seconds[name])
+    assert "## As much training time for each" in out and "4 runs" not in out
+
+
+def test_folds_are_pooled(tmp_path, capsys):
+    """Against scikit-learn on the predictions of all folds; each training image is in one of them."""
+    (tmp_path / "tiny.py").write_text(
+        "from tests.conftest import make_tiny_config\n\ndef get_config():\n    return make_tiny_config()\n"
+    )
+    arguments = [f"--config={ROOT}/configs/experiments/kfold.py:{tmp_path}/tiny.py", f"--workdir={tmp_path}/folds"]
+    out, err = (worker := start(*arguments, "--folds=2", "--workers=2")).communicate(timeout=300)
+    assert worker.returncode == 0, err
+    kept = [np.load(tmp_path / "folds" / "runs" / f"fold{k}-seed0" / "report" / "predictions.npz") for k in (0, 1)]
+    labels = np.concatenate([each["labels"] for each in kept])
+    predicted = np.concatenate([each["probabilities"].argmax(1) for each in kept])
+    info = json.loads((tmp_path / "folds" / "runs" / "fold0-seed0" / "dataset.json").read_text())["num_examples"]
+    assert len(labels) == info["train"] + info["validation"]
+    (row,) = [line for line in out.splitlines() if line.startswith("| all 2 folds, seed 0")]
+    assert f"{len(labels):,}" in row and f"{np.mean(predicted == labels):.2%} [" in row
+    assert f"{f1_score(labels, predicted, average='macro'):.4f} [" in row
+    assert cli.run(command.main, [*arguments, "--folds=1", "--list"]) == 2
+    assert "must name a config, with 2 to 100 folds" in capsys.readouterr().err
 
 
 def test_what_is_finished_is_skipped_and_the_list_says_what_is_left(done, file, capsys):

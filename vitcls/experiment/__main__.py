@@ -1,7 +1,7 @@
 """Run a table of experiments, and write what came of it.
 
 vitcls experiment --config=configs/experiments/TABLE.py[:PRESET] --workdir=DIR [--only=REGEX] [--seeds=0,1,2]
-    [--workers=N] [--override=KEY=VALUE] [--list] [--report_only]
+    [--folds=K] [--workers=N] [--override=KEY=VALUE] [--list] [--report_only]
 
 Started again it goes on; the same command on other machines with the same directory shares the work.
 """
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from vitcls import cli
 from vitcls.core.errors import RunError, UserError
-from vitcls.experiment import results, table, work
+from vitcls.experiment import budget, results, table, work
 from vitcls.experiment.table import Run, Table
 from vitcls.experiment.work import State
 
@@ -25,22 +25,34 @@ def main(argv: list[str]) -> None:
     flags = _parse(argv)
     what = table.load(flags.config)
     directory = pathlib.Path(flags.workdir)
-    runs = table.runs_of(what, directory, only=flags.only, seeds=flags.seeds, overrides=flags.override)
-    for run in runs:
-        work.check_config(run)
+    runs = _runs(what, directory, flags)
     if flags.list:
         print("\n".join(_listed(runs, _states(runs, directory), directory, flags.workers)))
         return
     if not flags.report_only:
         _make(directory)
         work.work(runs, directory, flags.workers)
+        if what.equal_time:
+            budget.plan(runs, _states(runs, directory), directory)
+            runs = _runs(what, directory, flags)
+            work.work(runs, directory, flags.workers)
     _report(what, runs, directory)
+
+
+def _runs(what: Table, directory: pathlib.Path, flags: argparse.Namespace) -> list[Run]:
+    """The runs that the flags choose; raises UserError where a workdir holds another."""
+    whole = budget.with_equal_time(what, directory)
+    runs = table.runs_of(whole, directory, only=flags.only, seeds=flags.seeds, overrides=flags.override)
+    for run in runs:
+        work.check_config(run)
+    return runs
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(prog=cli.program("experiment"), description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, metavar="FILE[:PRESET]", help="a table of configs/experiments/")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the runs and the results live")
+    parser.add_argument("--folds", type=int, metavar="K", help="of cross-validation, for kfold.py:CONFIG")
     parser.add_argument("--only", default="", metavar="REGEX", help="runs whose name contains it, such as 'vit.*seed0'")
     parser.add_argument("--seeds", default="", metavar="0,1,2", help="others than the table's")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="for every run's config")
@@ -48,6 +60,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="say what would run, and how long it may take")
     parser.add_argument("--report_only", action="store_true", help="write the results of what has finished")
     flags = parser.parse_args(argv)
+    if flags.folds is not None:
+        flags.config = f"{flags.config},{flags.folds}"
     flags.seeds = _seeds(flags.seeds)
     flags.override = [_override(text) for text in flags.override]
     flags.workers = _workers(flags.workers)

@@ -16,6 +16,12 @@ from vitcls.core import errors
 from vitcls.core.errors import UserError
 from vitcls.metrics import METRICS
 
+FACTS = {  # of metrics.json that are no metrics: head and format of a column
+    "parameters": ("Parameters", "{:,.0f}"),
+    "flops_per_image": ("FLOPs per image", "{:.3g}"),
+    "latency_ms": ("Latency, ms", "{:.3g}"),
+    "train_seconds": ("Training, s", "{:.0f}"),
+}
 _NAME = re.compile(r"[\w+.=-]+")
 
 
@@ -28,6 +34,7 @@ class Row:
     paper: Mapping[str, float] = dataclasses.field(default_factory=dict)  # metric -> what the paper prints
     x: float | None = None  # place on the axis of the plot, where there is one
     series: str = ""  # rows of one line in that plot
+    part: str = ""  # rows with the same title are compared, in a table of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +46,10 @@ class Table:
     rows: Sequence[Row]
     seeds: Sequence[int] = (0, 1, 2)
     metrics: Sequence[str] = ("accuracy", "f1_macro", "auc_ovr_macro")  # columns
+    facts: Sequence[str] = ()  # more columns, of FACTS
     x_label: str = ""  # of the axis of `Row.x`; with a scale of powers of two
+    pooled: bool = False  # the rows are folds, which together are one evaluation
+    equal_time: bool = False  # then every row again with as much training time as the median row, in a part of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +94,9 @@ def load(file: os.PathLike | str) -> Table:
         for metric in (*table.metrics, *row.paper):
             if metric not in METRICS:
                 raise errors.unknown(f"metric of {file}", metric, METRICS)
+    for fact in table.facts:
+        if fact not in FACTS:
+            raise errors.unknown(f"fact of {file}", fact, FACTS)
     return table
 
 

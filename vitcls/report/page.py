@@ -143,6 +143,9 @@ def _details(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         if not metric.meaning and name in metrics
     ]
     rows += [(label, form.format(metrics[key])) for key, label, form in _DETAILS if key in metrics]
+    for name, values in metrics.get("corrupted_accuracy", {}).items():
+        by_severity = ", ".join(f"{value:.2%}" for value in values)
+        rows.append((f"Accuracy under {name.replace('_', ' ')}", f"{by_severity} (severity 1 to 5)"))
     return rows + [(name, f"{weight:.4f} (learned)") for name, weight in metrics["learned_weights"].items()]
 
 

@@ -15,7 +15,7 @@ Points = Sequence[tuple[str, str, float | None, float]]  # row, series, x, value
 
 def scores(points: Points, label: str, x_label: str = "") -> Figure:
     """Every run as a dot with the mean of its row; by `x` with error bars of one deviation where the rows have it."""
-    return _by_x(points, label, x_label) if x_label else _by_row(points, label)
+    return by_x(points, label, x_label) if x_label else _by_row(points, label)
 
 
 def _by_row(points: Points, label: str) -> Figure:
@@ -34,7 +34,8 @@ def _by_row(points: Points, label: str) -> Figure:
     return figure
 
 
-def _by_x(points: Points, label: str, x_label: str) -> Figure:
+def by_x(points: Points, label: str, x_label: str, *, log: bool = True) -> Figure:
+    """A line for each series, with error bars of one deviation; x in powers of two with `log`."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots()
     for color, series in zip(_COLORS, dict.fromkeys(name for _, name, _, _ in points), strict=False):
@@ -44,7 +45,8 @@ def _by_x(points: Points, label: str, x_label: str) -> Figure:
         axes.errorbar(
             places, [np.mean(v) for v in values], deviations, color=color, marker="o", capsize=3, label=series
         )
-    axes.set_xscale("log", base=2)
+    if log:
+        axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xticks(sorted({x for _, _, x, _ in points if x is not None}))
     axes.set(xlabel=x_label, ylabel=f"{label} [%]")

@@ -17,6 +17,7 @@ UNITS = {  # of what is no metric of the table
     "checkpoint_step": "steps",
     "parameters": "parameters",
     "flops_per_image": "FLOPs (2 per multiply-add, forward pass)",
+    "corrupted_accuracy": "fraction, by severity 1 to 5",
     "learned_weights": "fractions that sum to 1",
     "latency_ms": "milliseconds (batch of 1, from host to host)",
     "images_per_second": "images/s (inference, all devices)",

@@ -14,6 +14,7 @@ from vitcls import data, metrics, models, report
 from vitcls.core.errors import UserError
 from vitcls.core.sharding import Partition
 from vitcls.data import DatasetInfo
+from vitcls.data.corruptions import SEVERITIES, corrupt
 from vitcls.models import summary
 from vitcls.models.variables import variable_shapes
 from vitcls.training import build, facts, metrics_log
@@ -128,6 +129,10 @@ def write_report(
     probabilities = np.empty((len(examples.labels), info.num_classes), np.float32)
     bank = evaluator.remember(variables)
     sums = evaluator(variables, batches, probabilities, bank)
+    corrupted = {
+        name: [_accuracy(evaluator(variables, corrupt(batches, name, severity), bank=bank)) for severity in SEVERITIES]
+        for name in config.report.corruptions
+    }
     timings = {}
     if config.report.timing:
         timings["images_per_second"] = measure_throughput(evaluator, variables, batches, bank)
@@ -145,6 +150,7 @@ def write_report(
         "parameters": summary.count_parameters(variable_shapes(model, info.image_shape)["params"]),
         "flops_per_image": summary.flops_per_image(model, info.image_shape),
         **timings,
+        **({"corrupted_accuracy": corrupted} if corrupted else {}),
         "learned_weights": {name: float(weight) for name, weight in learned.items()},
         "train_seconds": next((e["train/seconds"] for e in reversed(history) if "train/seconds" in e), 0.0),
     }
@@ -161,6 +167,10 @@ def write_report(
         curves=list(dict.fromkeys(["loss", "accuracy", *build.make_task(config, info).means])),
     )
     return results
+
+
+def _accuracy(sums: metrics.Sums) -> float:
+    return metrics.summarize(metrics.Evidence(sums), ["accuracy"])["accuracy"]
 
 
 def measure_latency(config, model, info: DatasetInfo, bank: PyTree = None) -> dict[str, float]:
