@@ -30,7 +30,10 @@ APART = ({"data", "models", "optim", "metrics"}, {"experiment", "tune"})  # room
 HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn", "clu")
 HEAVY_ALLOWED = {
     "orbax": ("training/checkpoint.py",),
-    "matplotlib": ("report/comparison_plots.py", "report/plots.py", "report/search_plots.py", "report/table_plots.py"),
+    "matplotlib": tuple(
+        f"report/{name}.py"
+        for name in ("calibration_plots", "comparison_plots", "plots", "search_plots", "table_plots")
+    ),
     "clu": (),
     "sklearn": (),
     "tensorflow": (),

@@ -34,6 +34,9 @@ VERBS = {
     "compare": Verb("vitcls.compare", "compare", "test which of several runs is better, and show where they differ"),
     "experiment": Verb("vitcls.experiment", "compare", "run a table of configs and seeds, and say which differ"),
     "tune": Verb("vitcls.tune", "train", "search config keys by the validation split, and write the best config"),
+    "calibrate": Verb(
+        "vitcls.calibrate", "trust", "make a run's probabilities honest, and promise what answers are worth"
+    ),
     "predict": Verb("vitcls.predict", "use", "label image files with a run"),
     "prepare": Verb("vitcls.prepare", "data", "download and prepare a data set of TensorFlow Datasets"),
     "adopt": Verb("vitcls.adopt", "train", "say what a file of published weights is, and how it wants its images"),

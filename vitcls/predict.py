@@ -1,9 +1,11 @@
 """Label image files with a trained workdir.
 
-    vitcls predict --workdir=DIR [--checkpoint=last|best|STEP] [--json] FILE...
+    vitcls predict --workdir=DIR [--checkpoint=last|best|STEP] [--coverage=C] [--accuracy=A] [--json] FILE...
 
-Prints the five most probable classes of each file. Files that cannot be read are named on stderr, and the exit code
-is then 2, after all others are done.
+Prints the five most probable classes of each file, with the probabilities of `vitcls calibrate` where the run has
+been calibrated. --coverage=0.95 prints the set of classes that was promised to hold the truth of 95 % of images,
+--accuracy=0.95 an answer only where 95 % of the answers were promised to be right. Files that cannot be read are named
+on stderr, and the exit code is then 2, after all others are done.
 """
 
 import json
@@ -11,8 +13,9 @@ import logging
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +24,8 @@ from vitcls import cli
 from vitcls.core import cluster
 from vitcls.core.errors import RunError, UserError
 from vitcls.data import images as image_files
-from vitcls.training import build, run_dir
+from vitcls.training import build, calibration, run_dir
+from vitcls.training.calibration import AnswerPromise, SetPromise
 
 _BATCH = 32
 _logger = logging.getLogger("vitcls")
@@ -40,7 +44,8 @@ def make_classifier(trained: run_dir.Workdir, checkpoint: str = "") -> Callable[
             "images with those of the training"
         )
     model = build.make_model(config, info)
-    _, variables = trained.restore(model, checkpoint or config.report.checkpoint)
+    step, variables = trained.restore(model, checkpoint or config.report.checkpoint)
+    scale = _scaling(trained, step)
     variables = jax.device_put(variables)
     eval_step = jax.jit(build.make_eval_step(config, model, info))
 
@@ -62,9 +67,25 @@ def make_classifier(trained: run_dir.Workdir, checkpoint: str = "") -> Callable[
 
     def classify(images: np.ndarray) -> np.ndarray:
         few = [classify_few(images[start : start + _BATCH]) for start in range(0, len(images), _BATCH)]
-        return np.concatenate([np.zeros((0, info.num_classes), np.float32), *few])
+        probabilities = np.concatenate([np.zeros((0, info.num_classes), np.float32), *few])
+        return scale(probabilities).astype(np.float32) if len(probabilities) else probabilities
 
     return classify
+
+
+def _scaling(trained: run_dir.Workdir, step: int) -> Callable[[np.ndarray], np.ndarray]:
+    """That of calibration.json where it is of this checkpoint."""
+    found = calibration.read(trained.path)
+    if found is not None and found.checkpoint_step == step:
+        return found.scaling
+    if found is not None:
+        _logger.warning(
+            "the calibration is of the checkpoint %d, so that %d gives its probabilities as they are; run vitcls "
+            "calibrate again",
+            found.checkpoint_step,
+            step,
+        )
+    return lambda probabilities: probabilities
 
 
 def predict(
@@ -130,9 +151,48 @@ def read(file: pathlib.Path, image_shape: tuple[int, int, int], decoding: image_
     return image_files.decode(encoded, size=size, channels=channels, decoding=decoding)
 
 
+def _promise(trained: run_dir.Workdir, flags) -> SetPromise | AnswerPromise | None:
+    """What the flags ask to be kept; raises UserError where the run has not promised it."""
+    if flags.coverage is None and flags.accuracy is None:
+        return None
+    if None not in (flags.coverage, flags.accuracy):
+        raise UserError("--coverage and --accuracy are two promises; ask for one of them")
+    made = calibration.read_for(trained.path, trained.find_step(flags.checkpoint or trained.config.report.checkpoint))
+    return made.set_promise(flags.coverage) if flags.accuracy is None else made.answer_promise(flags.accuracy)
+
+
+def _said(
+    probabilities: np.ndarray, class_names: Sequence[str], promise: SetPromise | AnswerPromise | None
+) -> dict[str, Any]:
+    """What is said of an image: the top classes, or the set, or an answer if there is one."""
+
+    def entries(classes: Iterable[int]) -> list[dict[str, Any]]:
+        return [{"class": class_names[k], "probability": float(probabilities[k])} for k in classes]
+
+    order = np.argsort(-probabilities, kind="stable")
+    if isinstance(promise, SetPromise):
+        inside = promise.sets(probabilities[None])[0]
+        return {"set": entries(k for k in order if inside[k]), "coverage": promise.coverage}
+    said = {"top": entries(order[:TOP])}
+    if isinstance(promise, AnswerPromise):
+        said |= {"answered": bool(probabilities.max() >= promise.threshold), "accuracy": promise.accuracy}
+    return said
+
+
+def _lines(said: dict[str, Any]) -> list[str]:
+    rows = [f"  {entry['probability']:7.2%}  {entry['class']}" for entry in said.get("set", said.get("top"))]
+    if "set" in said:
+        return [f"  one of {len(rows)}, for {said['coverage']:g} of images:", *rows]
+    if said.get("answered") is False:
+        return [f"  no answer: {said['accuracy']:g} right is not promised of an image like this", *rows]
+    return rows
+
+
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog=cli.program("predict"), description=__doc__.splitlines()[0])
     cli.add_run_arguments(parser)
+    parser.add_argument("--coverage", type=float, metavar="C", help="of the sets of classes, as calibrate promised")
+    parser.add_argument("--accuracy", type=float, metavar="A", help="of the answers, as calibrate promised")
     parser.add_argument("--json", action="store_true", help="one JSON object per file")
     parser.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE")
     flags = parser.parse_args(argv)
@@ -141,17 +201,18 @@ def main(argv: list[str]) -> None:
         return
     cli.use_cache()
     trained = run_dir.open_workdir(flags.workdir)
+    promise = _promise(trained, flags)
     unreadable = 0
     for file, outcome in predict(trained, flags.files, checkpoint=flags.checkpoint):
         if isinstance(outcome, str):
             unreadable += 1
             print(f"{file}: {outcome}", file=sys.stderr)
             continue
-        top = [(trained.info.class_names[k], float(outcome[k])) for k in np.argsort(-outcome)[:TOP]]
+        said = _said(outcome, trained.info.class_names, promise)
         if flags.json:
-            print(json.dumps({"file": str(file), "top": [{"class": name, "probability": p} for name, p in top]}))
+            print(json.dumps({"file": str(file), **said}))
         else:
-            print(file, *(f"  {p:7.2%}  {name}" for name, p in top), sep="\n")
+            print("\n".join([str(file), *_lines(said)]))
     if unreadable:
         raise UserError(f"{unreadable} of {len(flags.files)} files could not be read; they are named above")
 

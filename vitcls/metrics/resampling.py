@@ -37,13 +37,11 @@ def bootstrap(
     Args:
       labels: int [N]; probabilities: float32 [N, K].
     """
-    parts = [
-        weighted_metrics(labels, probabilities, weights) for weights in _draw_weights(len(labels), resamples, seed)
-    ]
+    parts = [weighted_metrics(labels, probabilities, weights) for weights in draw_weights(len(labels), resamples, seed)]
     return {name: np.concatenate([part[name] for part in parts]) for name in METRICS_OF_PREDICTIONS}
 
 
-def _draw_weights(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+def draw_weights(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """How often each image is drawn, float32 [N, block], some resamples at a time."""
     rng = np.random.default_rng(seed)
     block = max(1, _BLOCK // count)

@@ -15,6 +15,7 @@ from vitcls.core.errors import UserError
 from vitcls.core.sharding import Partition
 from vitcls.data import DatasetInfo
 from vitcls.data.corruptions import SEVERITIES, corrupt
+from vitcls.metrics.scaling import Scaling
 from vitcls.models import summary
 from vitcls.models.variables import variable_shapes
 from vitcls.training import build, facts, metrics_log
@@ -122,8 +123,12 @@ def write_report(
     *,
     split: str,
     step: int,
+    scale: Scaling | None = None,
 ) -> dict:
-    """Evaluates `variables` on a split, writes report/ in the workdir `path` and returns the metrics."""
+    """Evaluates `variables` on a split, writes report/ in the workdir `path` and returns the metrics.
+
+    `scale` makes other probabilities of the model's, for all but the corrupted images.
+    """
     batches = split_batches(dataset, split, evaluator.partition, config)
     examples = getattr(dataset, split)
     probabilities = np.empty((len(examples.labels), info.num_classes), np.float32)
@@ -142,6 +147,9 @@ def write_report(
     if config.report.timing:
         timings["latency_ms"] = measure_latency(config, model, info, evaluator.partition.to_host(bank))
 
+    if scale is not None:
+        probabilities = scale(probabilities).astype(np.float32)
+        sums |= metrics.evidence_of(examples.labels, probabilities).sums
     evidence = metrics.Evidence(sums, examples.labels, probabilities)
     history = metrics_log.read_history(path)
     results = {"dataset": info.name, "split": split, "checkpoint_step": step}
@@ -163,7 +171,7 @@ def write_report(
         class_names=info.class_names,
         images=lambda indices: np.stack([data.read_image(examples, int(i), info.image_shape) for i in indices]),
         history=history,
-        facts=facts.facts(config, info, step=step),
+        facts=facts.facts(config, info, step=step) | ({"Probabilities": "calibrated"} if scale else {}),
         curves=list(dict.fromkeys(["loss", "accuracy", *build.make_task(config, info).means])),
     )
     return results

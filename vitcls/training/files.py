@@ -5,6 +5,7 @@ dataset.json     classes, shape, mean, std    checkpoints/<step>/  see checkpoin
 moved.json       where the data are, once they have moved
 frozen.json      SHA-256 of what the objective keeps fixed, such as a teacher
 init.json        SHA-256 and preprocessing of the weights from which the run began
+calibration.json what vitcls calibrate fitted and what it promises
 lock.json        who holds the workdir        report/, profile/    what was asked for
 """
 
@@ -13,6 +14,7 @@ DATASET_FILE = "dataset.json"
 MOVED_FILE = "moved.json"
 FROZEN_FILE = "frozen.json"
 INIT_FILE = "init.json"
+CALIBRATION_FILE = "calibration.json"
 LOCK_FILE = "lock.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"

@@ -91,11 +91,12 @@ def copied(name: os.PathLike | str) -> pathlib.Path:
 
 
 def publish(name: os.PathLike | str, directory: pathlib.Path, part: str) -> None:
-    """Puts a part of a workdir that was written anew, such as 'report', where the workdir is."""
+    """Puts a file or folder of a workdir that was written anew, such as 'report', where the workdir is."""
     if not is_url(name):
         return
     files, root = _file_system(os.fspath(name)), os.fspath(name).rstrip("/").partition("://")[2]
-    new = [path.relative_to(directory).as_posix() for path in (directory / part).rglob("*") if path.is_file()]
+    there = (directory / part, *(directory / part).rglob("*"))
+    new = [path.relative_to(directory).as_posix() for path in there if path.is_file()]
     for local in new:
         files.put_file(str(directory / local), f"{root}/{local}")
     for old in files.find(f"{root}/{part}"):

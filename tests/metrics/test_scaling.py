@@ -1,0 +1,107 @@
+"""Probabilities made honest: against truths that are known, a general optimiser, and naive sums."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+from scipy.special import log_softmax, softmax
+from sklearn.isotonic import IsotonicRegression
+from sklearn.metrics import log_loss
+
+from vitcls.metrics import scaling
+from vitcls.metrics.calibration_scores import calibration_scores
+
+
+def draw(count, num_classes=5, sharpness=2.0, seed=0):
+    """Labels drawn with probabilities that are known, and those probabilities made too sure of themselves."""
+    rng = np.random.default_rng(seed)
+    z = 2 * rng.normal(size=(count, num_classes))
+    honest = softmax(z, axis=1)
+    labels = (honest.cumsum(axis=1) > rng.random((count, 1))).argmax(axis=1)
+    return labels, softmax(sharpness * z, axis=1).astype(np.float32), honest
+
+
+def test_temperature_finds_what_was_done_to_the_logits():
+    labels, sure, honest = draw(20_000)
+    fitted = scaling.Temperature.fit(labels, sure)
+    assert fitted.temperature == pytest.approx(2.0, rel=0.03)
+    np.testing.assert_allclose(fitted(sure), honest, atol=0.02)
+    assert (fitted(sure).argmax(axis=1) == sure.argmax(axis=1)).all()
+
+
+def test_vector_scaling_is_the_optimum_of_its_loss():
+    """Against Nelder and Mead, which need no gradient."""
+    labels, sure, _ = draw(400, num_classes=3)
+    log_p = np.log(sure.astype(np.float64))
+
+    def loss(parameters):
+        weights, biases = parameters.reshape(2, 3)
+        return -np.mean(log_softmax(weights * log_p + biases, axis=1)[np.arange(400), labels])
+
+    start = np.array([1.0, 1, 1, 0, 0, 0])
+    options = {"maxiter": 20_000, "maxfev": 20_000, "xatol": 1e-8, "fatol": 1e-12}
+    expected = minimize(loss, start, method="Nelder-Mead", options=options)
+    fitted = scaling.Vector.fit(labels, sure)
+    assert loss(np.array([fitted.weights, fitted.biases]).ravel()) == pytest.approx(expected.fun, rel=1e-5)
+
+
+def test_isotonic_scaling_is_a_regression_of_each_class():
+    labels, sure, _ = draw(300)
+    least = 1 / 602
+    columns = [
+        IsotonicRegression(y_min=least, y_max=1 - least, out_of_bounds="clip")
+        .fit(sure[:, k], labels == k)
+        .predict(sure[:, k])
+        for k in range(5)
+    ]
+    expected = np.stack(columns, axis=1)
+    fitted = scaling.Isotonic.fit(labels, sure)
+    np.testing.assert_allclose(fitted(sure), expected / expected.sum(axis=1, keepdims=True), rtol=1e-5)
+    assert (fitted(np.eye(5, dtype=np.float32)) > 0).all()
+
+
+@pytest.mark.parametrize("name", scaling.METHODS)
+def test_every_method_survives_json_and_certain_predictions(name):
+    labels, sure, _ = draw(60)
+    sure[0] = np.eye(5)[labels[0]]
+    fitted = scaling.METHODS[name].fit(labels, sure)
+    again = scaling.from_json(json.loads(json.dumps(scaling.to_json(fitted))))
+    assert again == fitted
+    out = again(np.eye(5, dtype=np.float32))
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(out.sum(axis=1), 1)
+
+
+def test_the_choice_is_by_examples_that_were_not_fitted_on():
+    labels, sure, honest = draw(2_000)
+    chosen, losses = scaling.choose(labels, sure)
+    assert chosen == "temperature" and losses["temperature"] < losses["none"] - 0.1
+    assert losses["none"] == pytest.approx(log_loss(labels, sure), rel=1e-4)
+    few_labels, few, _ = draw(40, num_classes=20)
+    assert scaling.choose(few_labels, few)[0] in ("none", "temperature")  # 40 numbers of 32 images would fit noise
+    assert scaling.choose(*draw(9)[:2])[0] == "none"
+    assert scaling.choose(labels, honest.astype(np.float32))[0] in ("none", "temperature")
+
+
+def test_scores_are_those_of_their_definitions():
+    labels, sure, _ = draw(500)
+    found = calibration_scores(labels, sure, resamples=200)
+    p = sure.astype(np.float64)
+    one_hot = np.eye(5)[labels]
+    assert found["loss"]["value"] == pytest.approx(log_loss(labels, sure), rel=1e-5)
+    assert found["brier"]["value"] == pytest.approx(np.mean(np.sum((p - one_hot) ** 2, axis=1)), rel=1e-6)
+
+    def gap(confidence, happened, bins):
+        return sum(abs(np.sum(happened[bins == b] - confidence[bins == b])) for b in range(15)) / len(confidence)
+
+    confidence, right = p.max(axis=1), p.argmax(axis=1) == labels
+    width = np.clip(np.ceil(confidence * 15).astype(int) - 1, 0, 14)
+    assert found["ece"]["value"] == pytest.approx(gap(confidence, right, width))
+    mass = np.empty(500, int)
+    mass[np.argsort(confidence, kind="stable")] = np.arange(500) * 15 // 500
+    assert found["ece_equal_mass"]["value"] == pytest.approx(gap(confidence, right, mass))
+    classwise = [gap(p[:, k], one_hot[:, k], np.clip(np.ceil(p[:, k] * 15).astype(int) - 1, 0, 14)) for k in range(5)]
+    assert found["ece_classwise"]["value"] == pytest.approx(np.mean(classwise))
+    for row in found.values():
+        assert row["low"] <= row["value"] <= row["high"] or row is found["ece"]

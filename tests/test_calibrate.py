@@ -1,0 +1,114 @@
+"""vitcls calibrate: what it writes, who uses it, and what it refuses."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vitcls
+from vitcls import calibrate, cli, evaluate, predict
+
+
+@pytest.fixture(scope="module")
+def calibrated(trained, tmp_path_factory):
+    path = tmp_path_factory.mktemp("calibrated") / "run"
+    shutil.copytree(trained, path)
+    assert cli.run(calibrate.main, [f"--workdir={path}", "--method=temperature", "--coverage=0.5,0.95"]) == 0
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)).save(tmp_path / "photo.png")
+    return str(tmp_path / "photo.png")
+
+
+def call(command, arguments, capsys):
+    capsys.readouterr()
+    code = cli.run(command.main, arguments)
+    return code, *capsys.readouterr()
+
+
+def test_the_figures_are_those_of_the_predictions(calibrated):
+    """Recomputed from what evaluate keeps, before and after."""
+    found = json.loads((calibrated / "calibrate" / "metrics.json").read_text())
+    kept = np.load(calibrated / "report" / "predictions.npz")
+    log_p = np.log(kept["probabilities"][np.arange(len(kept["labels"])), kept["labels"]].astype(np.float64))
+    assert found["before"]["loss"]["value"] == pytest.approx(-log_p.mean(), rel=1e-4)
+    assert found["fitted_on"] + found["held_out"] == 10 and found["num_examples"] == len(kept["labels"])
+    (sets,) = found["sets"]
+    assert sets["coverage"] == 0.5 and len(sets["per_class"]) == 3
+    assert found["refused_sets"]["0.95"] == "5 held-out examples cannot promise sets for 95%; that takes 59"
+    assert set(found["refused_answers"]) == {"0.9", "0.95", "0.98", "0.99"}
+    scores = list(csv.DictReader((calibrated / "calibrate" / "scores.csv").read_text().splitlines()))
+    assert {row["score"] for row in scores} >= {"loss", "brier", "ece", "ece_equal_mass", "ece_classwise", "aurc"}
+    page = (calibrated / "calibrate" / "index.html").read_text()
+    assert page.count("data:image/png;base64") == 3 and "<script" not in page
+
+
+def test_predict_and_evaluate_use_it(calibrated, trained, photo, capsys):
+    temperature = json.loads((calibrated / "calibration.json").read_text())["scaling"]["temperature"]
+    before = vitcls.open_run(trained).predict([photo]).astype(np.float64)
+    expected = before ** (1 / temperature)
+    np.testing.assert_allclose(vitcls.open_run(calibrated).predict([photo]), expected / expected.sum(), rtol=1e-4)
+    assert call(evaluate, [f"--workdir={calibrated}", "--calibrated"], capsys)[0] == 0
+    report = json.loads((calibrated / "report" / "metrics.json").read_text())
+    found = json.loads((calibrated / "calibrate" / "metrics.json").read_text())
+    assert report["loss"] == pytest.approx(found["after"]["loss"]["value"], rel=1e-5)
+    assert report["ece"] == pytest.approx(found["after"]["ece"]["value"], abs=1e-6)
+    assert "calibrated" in (calibrated / "report" / "index.html").read_text()
+
+
+def test_predict_prints_the_set_that_was_promised(calibrated, photo, capsys):
+    code, out, _ = call(predict, [f"--workdir={calibrated}", "--coverage=0.5", "--json", photo], capsys)
+    said = json.loads(out)
+    assert code == 0 and 1 <= len(said["set"]) <= 3 and said["coverage"] == 0.5
+    p = [entry["probability"] for entry in said["set"]]
+    assert p == sorted(p, reverse=True)
+    code, out, _ = call(predict, [f"--workdir={calibrated}", "--coverage=0.5", photo], capsys)
+    assert out.splitlines()[1] == f"  one of {len(p)}, for 0.5 of images:" and len(out.splitlines()) == 2 + len(p)
+
+
+def test_predict_gives_no_answer_where_none_is_promised(calibrated, photo, capsys):
+    file = calibrated / "calibration.json"
+    made = json.loads(file.read_text())
+    for threshold, answered in ((0.0, True), (1.1, False)):
+        made["answers"] = [{"accuracy": 0.9, "threshold": threshold}]
+        file.write_text(json.dumps(made))
+        code, out, _ = call(predict, [f"--workdir={calibrated}", "--accuracy=0.9", "--json", photo], capsys)
+        assert code == 0 and json.loads(out)["answered"] is answered
+    _, out, _ = call(predict, [f"--workdir={calibrated}", "--accuracy=0.9", photo], capsys)
+    assert "  no answer: 0.9 right is not promised of an image like this" in out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "words"),
+    [
+        (calibrate, ["--coverage=1.5"], "--coverage=1.5 must be numbers from 0.5 to below 1"),
+        (calibrate, ["--accuracy=a"], "--accuracy=a must be numbers"),
+        (calibrate, ["--method=platt"], "--method"),
+        (calibrate, ["--checkpoint=5"], "checkpoint '5' is not there"),
+        (predict, ["--coverage=0.97", "x.png"], "does not promise --coverage=0.97; it promises 0.5"),
+        (predict, ["--coverage=0.5", "--accuracy=0.9", "x.png"], "are two promises"),
+        (predict, ["--coverage=0.5", "--checkpoint=8", "x.png"], "is of the checkpoint 12, not 8"),
+    ],
+)
+def test_mistakes_are_one_line(calibrated, command, flags, words, capsys):
+    code, _, err = call(command, [f"--workdir={calibrated}", *flags], capsys)
+    assert code == 2 and words in err and len(err.splitlines()) == 1
+
+
+def test_what_is_not_there_or_damaged_is_said(calibrated, trained, photo, tmp_path, capsys):
+    code, _, err = call(predict, [f"--workdir={trained}", "--coverage=0.9", photo], capsys)
+    assert code == 2 and "has no calibration.json; run vitcls calibrate" in err
+    path = tmp_path / "run"
+    shutil.copytree(calibrated, path)
+    code, _, err = call(predict, [f"--workdir={path}", "--checkpoint=8", photo], capsys)
+    assert code == 0 and "the calibration is of the checkpoint 12, so that 8 gives its probabilities as they are" in err
+    for text in ("{", '{"scaling": {"method": "magic"}}', '{"scaling": {"method": "none"}, "sets": [{"a": 1}]}', "[]"):
+        (path / "calibration.json").write_text(text)
+        code, _, err = call(predict, [f"--workdir={path}", photo], capsys)
+        assert code == 2 and "cannot be used" in err and len(err.splitlines()) == 1

@@ -1,0 +1,325 @@
+"""Make the probabilities of a run honest, and promise what its answers are worth.
+
+vitcls calibrate --workdir=DIR [--method=auto|none|temperature|vector|isotonic] [--coverage=0.9,0.95]
+    [--accuracy=0.95,0.99] [--sets=raps|aps] [--checkpoint=last|best|STEP] [--data_dir=DIR]
+
+Half of the validation split fits the probabilities, the other half carries the promises; the test split checks both.
+DIR/calibration.json is what `vitcls predict` and `vitcls evaluate --calibrated` use; DIR/calibrate has the figures.
+"""
+
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vitcls import cli
+from vitcls.core.errors import UserError
+from vitcls.metrics import promises, scaling
+from vitcls.metrics.calibration_scores import MEANINGS, calibration_scores
+from vitcls.metrics.promises import Regularization, TooFew
+from vitcls.report import findings
+from vitcls.report.findings import Plot, Table, Text
+from vitcls.training import calibration, places
+from vitcls.training.calibration import AnswerPromise, Calibration, SetPromise
+from vitcls.training.files import CALIBRATION_FILE
+from vitcls.training.opened import open_with_data
+
+COVERAGES = (0.8, 0.9, 0.95, 0.99)
+ACCURACIES = (0.9, 0.95, 0.98, 0.99)
+PART = "calibrate"  # of the workdir
+Predictions = tuple[np.ndarray, np.ndarray]  # labels int [N], probabilities [N, K]
+
+
+def calibrate(
+    path: os.PathLike | str,
+    *,
+    method: str = "auto",
+    coverages: Sequence[float] = COVERAGES,
+    accuracies: Sequence[float] = ACCURACIES,
+    sets: str = "raps",
+    checkpoint: str = "",
+    data_dir: str = "",
+) -> dict[str, Any]:
+    """Fits, promises and checks; writes calibration.json and calibrate/ in the workdir, and returns its metrics.json.
+
+    Raises UserError where there is no such workdir, checkpoint or validation split, before anything is written.
+    """
+    opened = open_with_data(path, splits=("validation", "test"), checkpoint=checkpoint, data_dir=data_dir)
+    labels, probabilities = opened.predictions("validation")
+    if len(labels) < 2:
+        raise UserError("one validation image is too few to calibrate by; set config.dataset.validation higher")
+    half = np.random.default_rng(0).permutation(len(labels)) % 2 == 0
+    fitting, held = (labels[half], probabilities[half]), (labels[~half], probabilities[~half])
+    losses = scaling.choose(*fitting)[1]
+    chosen = min(losses, key=losses.get) if method == "auto" else method
+    scale = scaling.METHODS[chosen].fit(*fitting)
+    fitting, held = ((labels, scale(p)) for labels, p in (fitting, held))
+    holding, refused_sets = _promise_sets(fitting, held, coverages, plain=sets == "aps")
+    answers, refused_answers = _promise_answers(held, accuracies)
+    made = Calibration(opened.step, scale, tuple(holding), tuple(answers), len(held[0]))
+
+    labels, before = opened.predictions("test")
+    test = labels, scale(before)
+    metrics = {
+        "dataset": opened.trained.info.name,
+        "checkpoint_step": opened.step,
+        "method": chosen,
+        "validation_losses": losses,
+        "fitted_on": len(fitting[0]),
+        "held_out": len(held[0]),
+        "num_examples": len(labels),
+        "before": calibration_scores(labels, before) | {"aurc": _area(labels, before)},
+        "after": calibration_scores(*test) | {"aurc": _area(*test)},
+        "sets": [_checked_sets(promise, *test) for promise in holding],
+        "refused_sets": refused_sets,
+        "answers": [_checked_answers(promise, *test) for promise in answers],
+        "refused_answers": refused_answers,
+        "units": MEANINGS | {"coverage": "fraction of images", "aurc": "mean share of wrong answers over coverages"},
+    }
+    where = opened.trained.path
+    _write(where / PART, metrics, made, before, test, opened.trained.info.class_names)
+    calibration.write(where, made)
+    for part in (PART, CALIBRATION_FILE):
+        places.publish(path, where, part)
+    return metrics
+
+
+def _promise_sets(
+    fitting: Predictions, held: Predictions, coverages: Sequence[float], *, plain: bool
+) -> tuple[list[SetPromise], dict[str, str]]:
+    promised, refused = [], {}
+    labels, probabilities = held
+    for coverage in coverages:
+        shape = Regularization() if plain else promises.choose_regularization(*fitting, coverage)
+        scores = promises.class_scores(probabilities, shape)[np.arange(len(labels)), labels]
+        try:
+            threshold = promises.set_threshold(scores, coverage)
+        except TooFew as error:
+            refused[f"{coverage:g}"] = str(error)
+        else:
+            promised.append(SetPromise(coverage, threshold, *shape))
+    return promised, refused
+
+
+def _promise_answers(held: Predictions, accuracies: Sequence[float]) -> tuple[list[AnswerPromise], dict[str, str]]:
+    promised, refused = [], {}
+    for accuracy in accuracies:
+        try:
+            threshold = promises.answer_threshold(*_surest(*held), accuracy).threshold
+        except TooFew as error:
+            refused[f"{accuracy:g}"] = str(error)
+        else:
+            promised.append(AnswerPromise(accuracy, threshold))
+    return promised, refused
+
+
+def _surest(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The confidence of each prediction, and whether it is right."""
+    return probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+
+
+def _area(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
+    return {"value": promises.risk_coverage(*_surest(labels, probabilities)).area}
+
+
+def _checked_sets(promise: SetPromise, labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
+    """What the sets of a promise are worth on the test images, over all and by class."""
+    sets = promise.sets(probabilities)
+    covered = sets[np.arange(len(labels)), labels]
+    found = promises.proportion(covered)
+    return {
+        "coverage": promise.coverage,
+        "method": "raps" if promise.penalty else "aps",
+        "test_coverage": found,
+        "kept": found["high"] >= promise.coverage,
+        "mean_size": float(sets.sum(axis=1).mean()),
+        "single": float((sets.sum(axis=1) == 1).mean()),
+        "per_class": [promises.proportion(covered[labels == k]) for k in range(probabilities.shape[1])],
+    }
+
+
+def _checked_answers(promise: AnswerPromise, labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
+    confidence, right = _surest(labels, probabilities)
+    given = confidence >= promise.threshold
+    found = promises.proportion(right[given])
+    return {
+        "accuracy": promise.accuracy,
+        "threshold": promise.threshold,
+        "answered": promises.proportion(given),
+        "test_accuracy": found,
+        "kept": found["high"] is None or found["high"] >= promise.accuracy,
+    }
+
+
+def _write(
+    directory: pathlib.Path,
+    metrics: dict[str, Any],
+    made: Calibration,
+    before: np.ndarray,
+    test: Predictions,
+    class_names: Sequence[str],
+) -> None:
+    from vitcls.report import calibration_plots
+
+    labels, after = test
+    findings.write(
+        directory,
+        title=f"Calibration on {metrics['dataset']}",
+        lead=f"Step {metrics['checkpoint_step']:,}; fitted on {metrics['fitted_on']:,} validation images, promised by "
+        f"{metrics['held_out']:,} others, checked on {metrics['num_examples']:,} test images.",
+        metrics=metrics,
+        blocks=[
+            _scores_table(metrics),
+            Text(
+                f"Chosen by the loss on validation images that were not fitted on: {metrics['method']} ("
+                + ", ".join(f"{name} {loss:.4f}" for name, loss in metrics["validation_losses"].items())
+                + " nats)."
+            ),
+            Plot(
+                "reliability",
+                "Reliability",
+                "Accuracy in bins of confidence, before and after; on the diagonal confidence is honest.",
+                lambda: calibration_plots.reliability(labels, before, after),
+            ),
+            _sets_table(metrics),
+            Plot(
+                "coverage",
+                "Coverage by class",
+                "How many images of each class have a set that holds the truth; the promise is over all images.",
+                lambda: calibration_plots.coverage(metrics["sets"], class_names),
+            ),
+            _answers_table(metrics),
+            Plot(
+                "risk_coverage",
+                "Risk and coverage",
+                "The share of wrong answers when only the surest images are answered.",
+                lambda: calibration_plots.risk_coverage({"before": (labels, before), "after": (labels, after)}),
+            ),
+        ],
+    )
+
+
+def _scores_table(metrics: dict[str, Any]) -> Table:
+    rows = [
+        [name, *(_interval(metrics[when][name], "{:.4f}") for when in ("before", "after")), meaning]
+        for name, meaning in metrics["units"].items()
+        if name in metrics["before"]
+    ]
+    keys = ("value", "low", "high")
+    values = [
+        [name, *(metrics[when][name].get(key) for when in ("before", "after") for key in keys)]
+        for name in metrics["before"]
+    ]
+    head = ["Score", "Before [95 % interval]", "After [95 % interval]", "What it is"]
+    columns = ["score", *(f"{when}_{key}" for when in ("before", "after") for key in keys)]
+    return Table("Before and after", head, rows, "scores", [columns, *values])
+
+
+def _sets_table(metrics: dict[str, Any]) -> Table:
+    rows = [
+        [
+            f"{row['coverage']:.0%}",
+            row["method"],
+            _interval(row["test_coverage"], "{:.2%}"),
+            "yes" if row["kept"] else "no",
+            f"{row['mean_size']:.2f}",
+            f"{row['single']:.1%}",
+        ]
+        for row in metrics["sets"]
+    ]
+    rows += [
+        [f"{float(coverage):.0%}", "refused", why, "", "", ""] for coverage, why in metrics["refused_sets"].items()
+    ]
+    head = ["Sets that hold the truth of", "Method", "Test images [95 % interval]", "Kept", "Mean size", "One class"]
+    return Table("Sets", head, rows, "sets")
+
+
+def _answers_table(metrics: dict[str, Any]) -> Table:
+    rows = [
+        [
+            f"{row['accuracy']:.0%}",
+            f"{row['threshold']:.4f}",
+            _interval(row["answered"], "{:.1%}"),
+            _interval(row["test_accuracy"], "{:.2%}"),
+            "yes" if row["kept"] else "no",
+        ]
+        for row in metrics["answers"]
+    ]
+    rows += [[f"{float(a):.0%}", "refused", why, "", ""] for a, why in metrics["refused_answers"].items()]
+    head = ["Answers that are right", "From confidence", "Test images answered", "Of them right", "Kept"]
+    return Table(f"Answers or none, with a certainty of {promises.CERTAINTY:.0%}", head, rows, "answers")
+
+
+def _interval(found: dict[str, float], form: str) -> str:
+    if found["value"] is None:
+        return "none"
+    value = form.format(found["value"])
+    return value if found.get("low") is None else f"{value} [{form.format(found['low'])}, {form.format(found['high'])}]"
+
+
+def main(argv: list[str]) -> None:
+    parser = cli.Parser(prog=cli.program("calibrate"), description=__doc__.splitlines()[0])
+    cli.add_run_arguments(parser)
+    parser.add_argument("--method", choices=("auto", *scaling.METHODS), default="auto", help="default: the best of all")
+    parser.add_argument("--coverage", default="", metavar="C,C", help=f"of sets; default: {_listed(COVERAGES)}")
+    parser.add_argument("--accuracy", default="", metavar="A,A", help=f"of answers; default: {_listed(ACCURACIES)}")
+    parser.add_argument("--sets", choices=("raps", "aps"), default="raps", help="default: raps")
+    parser.add_argument("--data_dir", default="", help="where the data are now, if they have moved")
+    flags = parser.parse_args(argv)
+    coverages, accuracies = _shares(flags.coverage, "coverage"), _shares(flags.accuracy, "accuracy")
+    cli.start_jax()
+    metrics = calibrate(
+        flags.workdir,
+        method=flags.method,
+        coverages=coverages or COVERAGES,
+        accuracies=accuracies or ACCURACIES,
+        sets=flags.sets,
+        checkpoint=flags.checkpoint,
+        data_dir=flags.data_dir,
+    )
+    print("\n".join(_lines(metrics)))
+    print(f"report: {os.path.join(flags.workdir, PART, 'index.html')}")
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
+def _shares(text: str, flag: str) -> tuple[float, ...]:
+    try:
+        shares = tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        shares = (0.0,)
+    if not all(0.5 <= share < 1 for share in shares):
+        raise UserError(f"--{flag}={text} must be numbers from 0.5 to below 1, such as 0.9,0.95")
+    return shares
+
+
+def _lines(metrics: dict[str, Any]) -> list[str]:
+    """What it came to, a line each."""
+    before, after = metrics["before"], metrics["after"]
+    lines = [
+        f"{metrics['method']}: ECE {before['ece']['value']:.2%} -> {after['ece']['value']:.2%}, loss "
+        f"{before['loss']['value']:.4f} -> {after['loss']['value']:.4f} on {metrics['num_examples']:,} test images"
+    ]
+    for row in metrics["sets"]:
+        kept = "" if row["kept"] else ", NOT KEPT"
+        lines.append(
+            f"sets for {row['coverage']:.0%}: hold the truth of {_interval(row['test_coverage'], '{:.2%}')}, "
+            f"{row['mean_size']:.2f} classes in the mean{kept}"
+        )
+    for row in metrics["answers"]:
+        kept = "" if row["kept"] else ", NOT KEPT"
+        lines.append(
+            f"answers for {row['accuracy']:.0%}: {_interval(row['answered'], '{:.1%}')} of the images, of them right "
+            f"{_interval(row['test_accuracy'], '{:.2%}')}{kept}"
+        )
+    refused = metrics["refused_sets"] | metrics["refused_answers"]
+    return lines + [f"refused: {why}" for why in refused.values()]
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,83 @@
+"""What a question to a trained run has found: metrics.json, CSV files, plots and one page, written in one move."""
+
+import csv
+import dataclasses
+import io
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from vitcls.core.terminal import printable
+from vitcls.report.write import begin, replace
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A paragraph of the page."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of the page, and with `file` a CSV beside it; a row's first cell is its name."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    file: str = ""
+    values: Sequence[Sequence[Any]] = ()  # of the CSV with its head; head and rows where left out
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A plot of the page and its PNG; `draw` returns a matplotlib Figure, or None where there is nothing to draw."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[], Any]
+
+
+Block = Text | Table | Plot
+
+
+def write(
+    directory: pathlib.Path, *, title: str, lead: str, metrics: Mapping[str, Any], blocks: Sequence[Block]
+) -> None:
+    """Writes all of it; what was in `directory` is replaced once the new is whole. Numbers are finite or None."""
+    from vitcls.report import page
+
+    new = begin(directory)
+    text = json.dumps(metrics, indent=2, allow_nan=False)
+    (new / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    html = [f'<h1>{escape(title)}</h1>\n<p class="soft lead">{escape(lead)}</p>']
+    for block in blocks:
+        html.append(_html(block, new))
+        if isinstance(block, Table) and block.file:
+            (new / f"{block.file}.csv").write_text(_csv(block), encoding="utf-8")
+    (new / "index.html").write_text(printable(page.document(title, html)), encoding="utf-8")
+    replace(directory, new)
+
+
+def _html(block: Block, new: pathlib.Path) -> str:
+    from vitcls.report import page, plots
+
+    if isinstance(block, Text):
+        return f"<p>{escape(block.text)}</p>"
+    if isinstance(block, Table):
+        return f"<h2>{escape(block.title)}</h2>\n{page.table(block.head, block.rows)}"
+    figure = plots.styled(block.draw)
+    path = new / f"{block.name}.png" if figure is not None else None
+    if figure is not None:
+        figure.savefig(path, dpi=150)
+    return page.figures([(block.title, block.caption, path)])
+
+
+def _csv(table: Table) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerows(table.values or [table.head, *table.rows])
+    return file.getvalue()

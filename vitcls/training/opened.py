@@ -1,0 +1,78 @@
+"""A trained run with its data and its model on the devices, for whoever asks what it predicts."""
+
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import numpy as np
+
+from vitcls import data
+from vitcls.core import sharding
+from vitcls.core.errors import UserError
+from vitcls.core.sharding import Partition
+from vitcls.training import build, run_dir
+from vitcls.training.evaluator import Evaluator, make_evaluator, split_batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checkpoint of a run, and the data of the run."""
+
+    trained: run_dir.Workdir
+    model: Any
+    step: int
+    variables: Any  # on the devices
+    dataset: data.Dataset
+    partition: Partition
+    evaluator: Evaluator
+
+    def batches(self, split: str) -> data.EvaluationBatches:
+        """Those of a split in order; raises UserError where the run has no such split."""
+        return split_batches(self.dataset, split, self.partition, self.trained.config)
+
+    @functools.cached_property
+    def bank(self) -> Any:
+        """What the task predicts by, besides the model."""
+        return self.evaluator.remember(self.variables)
+
+    def predictions(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Labels int32 [N] and probabilities float32 [N, K] of a split."""
+        batches = self.batches(split)
+        probabilities = np.empty((len(batches.labels), self.trained.info.num_classes), np.float32)
+        self.evaluator(self.variables, batches, probabilities, self.bank)
+        return batches.labels, probabilities
+
+
+def open_with_data(
+    path: os.PathLike | str, *, splits: tuple[str, ...], checkpoint: str = "", data_dir: str = ""
+) -> Opened:
+    """Opens the run in a workdir with those splits of its data.
+
+    Raises UserError where there is no such workdir or checkpoint, or the data are not what they were.
+    """
+    trained = run_dir.open_workdir(path)
+    config = trained.config
+    model = build.make_model(config, trained.info)
+    step, variables = trained.restore(model, checkpoint or config.report.checkpoint)
+    place = run_dir.data_dir(trained.path, config, data_dir)
+    dataset = data.load(config.dataset, data_dir=place, max_value=trained.info.max_value)
+    now = _kind_of(dataset.class_names, dataset.image_shape, dataset.num_examples)
+    then = _kind_of(trained.info.class_names, trained.info.image_shape, trained.info.num_examples)
+    if now != then:
+        raise UserError(
+            f"the data of '{config.dataset.name}' are not those of the training: {now[1]} now, {then[1]} then; "
+            "give the original with --data_dir"
+        )
+    remembers = build.make_task(config, trained.info).remember is not None
+    if data.choose_pipeline(dataset, config.dataset) == "resident":
+        dataset = data.decode(dataset, (*splits, "train") if remembers else splits)
+    partition = sharding.all_devices("data")
+    evaluator = make_evaluator(config, model, trained.info, dataset, partition)
+    return Opened(trained, model, step, partition.replicate(variables), dataset, partition, evaluator)
+
+
+def _kind_of(names: tuple[str, ...], shape: tuple[int, ...], num_examples: dict[str, int]) -> tuple[tuple, str]:
+    """What must not change between training and evaluation: the names of the classes, and the rest in words."""
+    counts = ", ".join(f"{count:,} {split}" for split, count in num_examples.items())
+    return names, f"{len(names)} classes of {'x'.join(map(str, shape))}, {counts} images"
