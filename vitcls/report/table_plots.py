@@ -10,6 +10,7 @@ from vitcls.report.comparison_plots import short_names
 from vitcls.report.plots import BLUE, GRAY, ORANGE, RED, SKY
 
 _COLORS = (BLUE, ORANGE, "#009E73", RED, SKY, "#CC79A7")
+_DASHES = ("-", "--", "-.", ":")  # of more series than colours
 Points = Sequence[tuple[str, str, float | None, float]]  # row, series, x, value in [0, 1]
 
 
@@ -38,18 +39,18 @@ def by_x(points: Points, label: str, x_label: str, *, log: bool = True) -> Figur
     """A line for each series, with error bars of one deviation; x in powers of two with `log`."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots()
-    for color, series in zip(_COLORS, dict.fromkeys(name for _, name, _, _ in points), strict=False):
+    for number, series in enumerate(dict.fromkeys(name for _, name, _, _ in points)):
         places = sorted({x for _, name, x, _ in points if name == series and x is not None})
         values = [[100 * v for _, name, at, v in points if name == series and at == x] for x in places]
         deviations = [np.std(several, ddof=1) if len(several) > 1 else 0.0 for several in values]
-        axes.errorbar(
-            places, [np.mean(v) for v in values], deviations, color=color, marker="o", capsize=3, label=series
-        )
+        dashes, color = divmod(number, len(_COLORS))
+        style = {"color": _COLORS[color], "ls": _DASHES[dashes % len(_DASHES)], "marker": "o", "capsize": 3}
+        axes.errorbar(places, [np.mean(v) for v in values], deviations, label=series, **style)
     if log:
         axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xticks(sorted({x for _, _, x, _ in points if x is not None}))
     axes.set(xlabel=x_label, ylabel=f"{label} [%]")
     axes.grid(color=GRAY, alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper")
     return figure
