@@ -16,7 +16,10 @@ from vitcls import calibrate, cli, evaluate, predict
 def calibrated(trained, tmp_path_factory):
     path = tmp_path_factory.mktemp("calibrated") / "run"
     shutil.copytree(trained, path)
-    assert cli.run(calibrate.main, [f"--workdir={path}", "--method=temperature", "--coverage=0.5,0.95"]) == 0
+    groups = tmp_path_factory.mktemp("groups") / "groups.csv"
+    groups.write_text("index,group\n" + "".join(f"{i},{'odd' if i % 2 else 'even'}\n" for i in range(24)))
+    flags = ["--method=temperature", "--coverage=0.5,0.95", f"--groups={groups}"]
+    assert cli.run(calibrate.main, [f"--workdir={path}", *flags]) == 0
     return path
 
 
@@ -41,6 +44,8 @@ def test_the_figures_are_those_of_the_predictions(calibrated):
     assert found["fitted_on"] + found["held_out"] == 10 and found["num_examples"] == len(kept["labels"])
     (sets,) = found["sets"]
     assert sets["coverage"] == 0.5 and len(sets["per_class"]) == 3
+    by_group = [sets["per_group"][name]["value"] for name in ("even", "odd")]
+    assert np.mean(by_group) == pytest.approx(sets["test_coverage"]["value"])
     assert found["refused_sets"]["0.95"] == "5 held-out examples cannot promise sets for 95%; that takes 59"
     assert set(found["refused_answers"]) == {"0.9", "0.95", "0.98", "0.99"}
     scores = list(csv.DictReader((calibrated / "calibrate" / "scores.csv").read_text().splitlines()))

@@ -401,3 +401,42 @@ def test_the_core_loads_no_heavy_library(module):
     code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_groups_are_read_from_a_csv_file_by_place(trained, tmp_path, capsys):
+    run_directory = tmp_path / "run"
+    shutil.copytree(trained, run_directory)
+    count = len(np.load(run_directory / "report" / "predictions.npz")["labels"])
+    file = tmp_path / "groups.csv"
+    file.write_text("index,group\n" + "".join(f"{i},{'ab'[i % 2]}\n" for i in range(count)))
+    code, out, _ = run(evaluate.main, [f"--workdir={run_directory}", f"--groups={file}"], capsys)
+    assert code == 0 and "groups: " in out
+    found = json.loads((run_directory / "groups" / "metrics.json").read_text())
+    assert [(row["group"], row["num_examples"], row["small"]) for row in found["groups"]] == [
+        ("a", count // 2, True),
+        ("b", count // 2, True),
+    ]
+    assert "under 30 images: not ranked" in (run_directory / "groups" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "cannot be read"),
+        ("", "must have a head with file (or index) and group"),
+        ("index,kind\n0,a\n", "must have a head with file (or index) and group"),
+        ("index,group\n0,a\n", "has no group for 23 of 24 images, the first is 1; add them"),
+        ("index,group\n0,a\n99,b\n", "the index '99' is not known"),
+        ("index,group\n0,a\n0,b\n", "the index 0 is in two groups, a and b"),
+        ("index,group\n0,\n", "has a row without a group"),
+        ("file,group\na.png,a\n", "names files, but the images of this data set are none"),
+        (b"index,group\n0,\xff\n", "is no CSV file in UTF-8"),
+    ],
+)
+def test_groups_that_do_not_fit_are_one_line(trained, text, words, tmp_path, capsys):
+    file = tmp_path / "groups.csv"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    code, _, err = run(evaluate.main, [f"--workdir={trained}", f"--groups={file}"], capsys)
+    assert code == 2 and words in err and len(err.splitlines()) == 1
+    assert not (trained / "groups").exists()

@@ -2,6 +2,7 @@
 
 vitcls calibrate --workdir=DIR [--method=auto|none|temperature|vector|isotonic] [--coverage=0.9,0.95]
     [--accuracy=0.95,0.99] [--sets=raps|aps] [--checkpoint=last|best|STEP] [--data_dir=DIR]
+    [--groups=FILE.csv|coarse]
 
 Half of the validation split fits the probabilities, the other half carries the promises; the test split checks both.
 DIR/calibration.json is what `vitcls predict` and `vitcls evaluate --calibrated` use; DIR/calibrate has the figures.
@@ -21,7 +22,7 @@ from vitcls.metrics import promises, scaling
 from vitcls.metrics.calibration_scores import MEANINGS, calibration_scores
 from vitcls.metrics.promises import Regularization, TooFew
 from vitcls.report import findings
-from vitcls.report.findings import Plot, Table, Text
+from vitcls.report.findings import Plot, Table, Text, interval
 from vitcls.training import calibration, places
 from vitcls.training.calibration import AnswerPromise, Calibration, SetPromise
 from vitcls.training.files import CALIBRATION_FILE
@@ -40,6 +41,7 @@ def calibrate(
     coverages: Sequence[float] = COVERAGES,
     accuracies: Sequence[float] = ACCURACIES,
     sets: str = "raps",
+    groups: str = "",
     checkpoint: str = "",
     data_dir: str = "",
 ) -> dict[str, Any]:
@@ -48,6 +50,7 @@ def calibrate(
     Raises UserError where there is no such workdir, checkpoint or validation split, before anything is written.
     """
     opened = open_with_data(path, splits=("validation", "test"), checkpoint=checkpoint, data_dir=data_dir)
+    grouping = np.array(opened.groups(groups, "test")) if groups else None
     labels, probabilities = opened.predictions("validation")
     if len(labels) < 2:
         raise UserError("one validation image is too few to calibrate by; set config.dataset.validation higher")
@@ -73,7 +76,7 @@ def calibrate(
         "num_examples": len(labels),
         "before": calibration_scores(labels, before) | {"aurc": _area(labels, before)},
         "after": calibration_scores(*test) | {"aurc": _area(*test)},
-        "sets": [_checked_sets(promise, *test) for promise in holding],
+        "sets": [_checked_sets(promise, *test, grouping) for promise in holding],
         "refused_sets": refused_sets,
         "answers": [_checked_answers(promise, *test) for promise in answers],
         "refused_answers": refused_answers,
@@ -125,11 +128,14 @@ def _area(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
     return {"value": promises.risk_coverage(*_surest(labels, probabilities)).area}
 
 
-def _checked_sets(promise: SetPromise, labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
-    """What the sets of a promise are worth on the test images, over all and by class."""
+def _checked_sets(
+    promise: SetPromise, labels: np.ndarray, probabilities: np.ndarray, grouping: np.ndarray | None
+) -> dict[str, Any]:
+    """What the sets of a promise are worth on the test images, over all, by class, and by group if there are any."""
     sets = promise.sets(probabilities)
     covered = sets[np.arange(len(labels)), labels]
     found = promises.proportion(covered)
+    names = [] if grouping is None else sorted(set(grouping.tolist()))
     return {
         "coverage": promise.coverage,
         "method": "raps" if promise.penalty else "aps",
@@ -138,6 +144,7 @@ def _checked_sets(promise: SetPromise, labels: np.ndarray, probabilities: np.nda
         "mean_size": float(sets.sum(axis=1).mean()),
         "single": float((sets.sum(axis=1) == 1).mean()),
         "per_class": [promises.proportion(covered[labels == k]) for k in range(probabilities.shape[1])],
+        "per_group": {name: promises.proportion(covered[grouping == name]) for name in names},
     }
 
 
@@ -191,6 +198,7 @@ def _write(
                 "How many images of each class have a set that holds the truth; the promise is over all images.",
                 lambda: calibration_plots.coverage(metrics["sets"], class_names),
             ),
+            *([_groups_table(metrics)] if any(row["per_group"] for row in metrics["sets"]) else []),
             _answers_table(metrics),
             Plot(
                 "risk_coverage",
@@ -204,7 +212,7 @@ def _write(
 
 def _scores_table(metrics: dict[str, Any]) -> Table:
     rows = [
-        [name, *(_interval(metrics[when][name], "{:.4f}") for when in ("before", "after")), meaning]
+        [name, *(interval(metrics[when][name], "{:.4f}") for when in ("before", "after")), meaning]
         for name, meaning in metrics["units"].items()
         if name in metrics["before"]
     ]
@@ -223,7 +231,7 @@ def _sets_table(metrics: dict[str, Any]) -> Table:
         [
             f"{row['coverage']:.0%}",
             row["method"],
-            _interval(row["test_coverage"], "{:.2%}"),
+            interval(row["test_coverage"], "{:.2%}"),
             "yes" if row["kept"] else "no",
             f"{row['mean_size']:.2f}",
             f"{row['single']:.1%}",
@@ -237,13 +245,22 @@ def _sets_table(metrics: dict[str, Any]) -> Table:
     return Table("Sets", head, rows, "sets")
 
 
+def _groups_table(metrics: dict[str, Any]) -> Table:
+    head = ["Group", *(f"Sets for {row['coverage']:.0%} [95 % interval]" for row in metrics["sets"])]
+    rows = [
+        [name, *(interval(row["per_group"][name], "{:.2%}") for row in metrics["sets"])]
+        for name in metrics["sets"][0]["per_group"]
+    ]
+    return Table("Coverage by group", head, rows, "groups")
+
+
 def _answers_table(metrics: dict[str, Any]) -> Table:
     rows = [
         [
             f"{row['accuracy']:.0%}",
             f"{row['threshold']:.4f}",
-            _interval(row["answered"], "{:.1%}"),
-            _interval(row["test_accuracy"], "{:.2%}"),
+            interval(row["answered"], "{:.1%}"),
+            interval(row["test_accuracy"], "{:.2%}"),
             "yes" if row["kept"] else "no",
         ]
         for row in metrics["answers"]
@@ -251,13 +268,6 @@ def _answers_table(metrics: dict[str, Any]) -> Table:
     rows += [[f"{float(a):.0%}", "refused", why, "", ""] for a, why in metrics["refused_answers"].items()]
     head = ["Answers that are right", "From confidence", "Test images answered", "Of them right", "Kept"]
     return Table(f"Answers or none, with a certainty of {promises.CERTAINTY:.0%}", head, rows, "answers")
-
-
-def _interval(found: dict[str, float], form: str) -> str:
-    if found["value"] is None:
-        return "none"
-    value = form.format(found["value"])
-    return value if found.get("low") is None else f"{value} [{form.format(found['low'])}, {form.format(found['high'])}]"
 
 
 def main(argv: list[str]) -> None:
@@ -268,6 +278,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--accuracy", default="", metavar="A,A", help=f"of answers; default: {_listed(ACCURACIES)}")
     parser.add_argument("--sets", choices=("raps", "aps"), default="raps", help="default: raps")
     parser.add_argument("--data_dir", default="", help="where the data are now, if they have moved")
+    cli.add_groups_argument(parser)
     flags = parser.parse_args(argv)
     coverages, accuracies = _shares(flags.coverage, "coverage"), _shares(flags.accuracy, "accuracy")
     cli.start_jax()
@@ -277,6 +288,7 @@ def main(argv: list[str]) -> None:
         coverages=coverages or COVERAGES,
         accuracies=accuracies or ACCURACIES,
         sets=flags.sets,
+        groups=flags.groups,
         checkpoint=flags.checkpoint,
         data_dir=flags.data_dir,
     )
@@ -308,14 +320,14 @@ def _lines(metrics: dict[str, Any]) -> list[str]:
     for row in metrics["sets"]:
         kept = "" if row["kept"] else ", NOT KEPT"
         lines.append(
-            f"sets for {row['coverage']:.0%}: hold the truth of {_interval(row['test_coverage'], '{:.2%}')}, "
+            f"sets for {row['coverage']:.0%}: hold the truth of {interval(row['test_coverage'], '{:.2%}')}, "
             f"{row['mean_size']:.2f} classes in the mean{kept}"
         )
     for row in metrics["answers"]:
         kept = "" if row["kept"] else ", NOT KEPT"
         lines.append(
-            f"answers for {row['accuracy']:.0%}: {_interval(row['answered'], '{:.1%}')} of the images, of them right "
-            f"{_interval(row['test_accuracy'], '{:.2%}')}{kept}"
+            f"answers for {row['accuracy']:.0%}: {interval(row['answered'], '{:.1%}')} of the images, of them right "
+            f"{interval(row['test_accuracy'], '{:.2%}')}{kept}"
         )
     refused = metrics["refused_sets"] | metrics["refused_answers"]
     return lines + [f"refused: {why}" for why in refused.values()]

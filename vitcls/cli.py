@@ -98,6 +98,13 @@ def _import(module: str) -> None:
         raise UserError(f"--import={module}: {error}") from None
 
 
+def add_groups_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag of the commands that look at groups of images."""
+    parser.add_argument(
+        "--groups", default="", metavar="FILE", help="a CSV file with file (or index) and group; 'coarse' for CIFAR-100"
+    )
+
+
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of all commands that run on several processes; the environment says it for most clusters."""
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, for several processes")

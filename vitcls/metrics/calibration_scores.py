@@ -37,17 +37,17 @@ def weighted_scores(labels: np.ndarray, probabilities: np.ndarray, weights: np.n
     confidence, right = p.max(axis=1), p.argmax(axis=1) == labels
     brier = (p**2).sum(axis=1) - 2 * p[np.arange(len(labels)), labels] + 1
     by_mass = np.argsort(np.argsort(confidence, kind="stable"), kind="stable") * BINS // len(labels)
-    classwise = [_gap(p[:, k], labels == k, bins_of(p[:, k]), weights) for k in range(p.shape[1])]
+    classwise = [gap(p[:, k], labels == k, bins_of(p[:, k]), weights) for k in range(p.shape[1])]
     return {
         "loss": negative_log_likelihood(labels, probabilities) @ weights / total,
         "brier": brier @ weights / total,
-        "ece": _gap(confidence, right, bins_of(confidence), weights) / total,
-        "ece_equal_mass": _gap(confidence, right, by_mass, weights) / total,
+        "ece": gap(confidence, right, bins_of(confidence), weights) / total,
+        "ece_equal_mass": gap(confidence, right, by_mass, weights) / total,
         "ece_classwise": np.mean(classwise, axis=0) / total,
     }
 
 
-def _gap(predicted: np.ndarray, happened: np.ndarray, bins: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def gap(predicted: np.ndarray, happened: np.ndarray, bins: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The sum over bins of |what happened less what was predicted|, [R]."""
     from scipy.sparse import csr_array
 

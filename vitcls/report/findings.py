@@ -81,3 +81,11 @@ def _csv(table: Table) -> str:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerows(table.values or [table.head, *table.rows])
     return file.getvalue()
+
+
+def interval(found: Mapping[str, Any], form: str) -> str:
+    """'value [low, high]', each in a format such as '{:.2%}'; 'none' where there is no value."""
+    if found["value"] is None:
+        return "none"
+    value = form.format(found["value"])
+    return value if found.get("low") is None else f"{value} [{form.format(found['low'])}, {form.format(found['high'])}]"

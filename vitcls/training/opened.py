@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from vitcls import data
 from vitcls.core import sharding
 from vitcls.core.errors import UserError
 from vitcls.core.sharding import Partition
+from vitcls.data import groups
+from vitcls.data.sources.folder import FileImages
 from vitcls.training import build, run_dir
 from vitcls.training.evaluator import Evaluator, make_evaluator, split_batches
 
@@ -24,12 +27,25 @@ class Opened:
     step: int
     variables: Any  # on the devices
     dataset: data.Dataset
+    files: data.Dataset  # the same as it was read: not decoded
     partition: Partition
     evaluator: Evaluator
 
     def batches(self, split: str) -> data.EvaluationBatches:
         """Those of a split in order; raises UserError where the run has no such split."""
         return split_batches(self.dataset, split, self.partition, self.trained.config)
+
+    def groups(self, said: str, split: str) -> list[str]:
+        """The group of each image of a split, by a CSV file or 'coarse'; raises UserError where they are not of it."""
+        labels = getattr(self.dataset, split).labels
+        if said == "coarse":
+            return groups.coarse(labels, self.trained.info.class_names)
+        return groups.read(said, len(labels), self._file_of(split))
+
+    def _file_of(self, split: str) -> Callable[[int], str] | None:
+        """Gives the file of an image by its place, relative to the root of the data; None where images are no files."""
+        images = getattr(self.files, split).images
+        return (lambda i: os.fsdecode(images.names[i])) if isinstance(images, FileImages) else None
 
     @functools.cached_property
     def bank(self) -> Any:
@@ -65,11 +81,12 @@ def open_with_data(
             "give the original with --data_dir"
         )
     remembers = build.make_task(config, trained.info).remember is not None
+    files = dataset
     if data.choose_pipeline(dataset, config.dataset) == "resident":
         dataset = data.decode(dataset, (*splits, "train") if remembers else splits)
     partition = sharding.all_devices("data")
     evaluator = make_evaluator(config, model, trained.info, dataset, partition)
-    return Opened(trained, model, step, partition.replicate(variables), dataset, partition, evaluator)
+    return Opened(trained, model, step, partition.replicate(variables), dataset, files, partition, evaluator)
 
 
 def _kind_of(names: tuple[str, ...], shape: tuple[int, ...], num_examples: dict[str, int]) -> tuple[tuple, str]:
