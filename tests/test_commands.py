@@ -303,7 +303,7 @@ def test_predict_moves_the_weights_to_the_device_once(trained, tmp_path, monkeyp
     assert [file for file, _ in outcomes] == files
     assert [i for i, (_, outcome) in enumerate(outcomes) if isinstance(outcome, str)] == [3]
     alone = dict(predict.predict(opened, [files[69]]))
-    np.testing.assert_allclose(outcomes[69][1], alone[files[69]], rtol=1e-5)
+    np.testing.assert_allclose(outcomes[69][1].probabilities, alone[files[69]].probabilities, rtol=1e-5)
 
 
 def test_a_report_is_timed_where_the_config_asks_for_it(trained, tmp_path):
@@ -328,7 +328,7 @@ def test_predict_agrees_with_the_report(trained):
     image = Image.fromarray(dataset.test.images[0])
     path = trained.parent / "first.png"
     image.save(path)
-    ((_, probabilities),) = predict.predict(opened, [path])
+    ((_, (probabilities, _)),) = predict.predict(opened, [path])
     model = build.make_model(opened.config, opened.info)
     variables = opened.restore_variables(model, opened.find_step("last"))
     images = (dataset.test.images[:1] / 255.0 - np.array(opened.info.mean)) / np.array(opened.info.std)
@@ -342,10 +342,10 @@ def test_predict_decodes_as_the_training_did(trained, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 100, (16, 16), np.uint8)
     Image.fromarray(pixels[4:12, 4:12]).save(tmp_path / "centre.png")
     Image.fromarray(np.rint(pixels * (4095 / 255)).astype(np.uint16)).save(tmp_path / "deep.png")
-    ((_, expected),) = predict.predict(opened, [tmp_path / "centre.png"])
+    ((_, (expected, _)),) = predict.predict(opened, [tmp_path / "centre.png"])
     deep = dataclasses.replace(opened, info=dataclasses.replace(opened.info, max_value=4095.0))
     deep.config.dataset.eval_crop = 0.5
-    ((_, found),) = predict.predict(deep, [tmp_path / "deep.png"])
+    ((_, (found, _)),) = predict.predict(deep, [tmp_path / "deep.png"])
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 

@@ -32,7 +32,15 @@ HEAVY_ALLOWED = {
     "orbax": ("training/checkpoint.py",),
     "matplotlib": tuple(
         f"report/{name}.py"
-        for name in ("calibration_plots", "comparison_plots", "group_plots", "plots", "search_plots", "table_plots")
+        for name in (
+            "calibration_plots",
+            "comparison_plots",
+            "group_plots",
+            "plots",
+            "search_plots",
+            "table_plots",
+            "unknown_plots",
+        )
     ),
     "clu": (),
     "sklearn": (),

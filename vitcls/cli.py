@@ -37,6 +37,9 @@ VERBS = {
     "calibrate": Verb(
         "vitcls.calibrate", "trust", "make a run's probabilities honest, and promise what answers are worth"
     ),
+    "unknown": Verb(
+        "vitcls.unknown", "trust", "measure whether a run knows what it has not seen, and keep a threshold"
+    ),
     "predict": Verb("vitcls.predict", "use", "label image files with a run"),
     "prepare": Verb("vitcls.prepare", "data", "download and prepare a data set of TensorFlow Datasets"),
     "adopt": Verb("vitcls.adopt", "train", "say what a file of published weights is, and how it wants its images"),

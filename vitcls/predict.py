@@ -15,7 +15,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,8 +24,9 @@ from vitcls import cli
 from vitcls.core import cluster
 from vitcls.core.errors import RunError, UserError
 from vitcls.data import images as image_files
-from vitcls.training import build, calibration, run_dir
+from vitcls.training import build, calibration, novelty, run_dir
 from vitcls.training.calibration import AnswerPromise, SetPromise
+from vitcls.training.outputs import make_outputs_step
 
 _BATCH = 32
 _logger = logging.getLogger("vitcls")
@@ -88,16 +89,50 @@ def _scaling(trained: run_dir.Workdir, step: int) -> Callable[[np.ndarray], np.n
     return lambda probabilities: probabilities
 
 
+def make_judge(trained: run_dir.Workdir, checkpoint: str = "") -> Callable[[np.ndarray], np.ndarray] | None:
+    """Returns judge(images uint8 [n, H, W, C], n up to 32) -> bool [n], unlike anything seen; None without a threshold.
+
+    By what `vitcls unknown` has kept, where it is of this checkpoint.
+    """
+    kept = novelty.read(trained.path)
+    if kept is None:
+        return None
+    model = build.make_model(trained.config, trained.info)
+    step, variables = trained.restore(model, checkpoint or trained.config.report.checkpoint)
+    if step != kept.checkpoint_step:
+        _logger.warning(
+            "what is unknown was measured at step %d, not %d; run vitcls unknown again", kept.checkpoint_step, step
+        )
+        return None
+    outputs_step, variables = jax.jit(make_outputs_step(trained, model)), jax.device_put(variables)
+
+    def judge(images: np.ndarray) -> np.ndarray:
+        padded = np.zeros((_BATCH, *trained.info.image_shape), np.uint8)
+        padded[: len(images)] = images
+        outputs = jax.device_get(outputs_step(variables, padded))
+        return kept.unknown(type(outputs)(*(rows[: len(images)] for rows in outputs)))
+
+    return judge
+
+
+class Guess(NamedTuple):
+    """What is said of one image."""
+
+    probabilities: np.ndarray  # float32 [K]
+    unknown: bool | None = None  # unlike anything seen; None where that was not measured
+
+
 def predict(
     trained: run_dir.Workdir, files: list[pathlib.Path], *, checkpoint: str = ""
-) -> Iterator[tuple[pathlib.Path, np.ndarray | str]]:
-    """Yields (file, probabilities float32 [K]) for each file in order, or (file, why it cannot be read)."""
-    classify = make_classifier(trained, checkpoint)
+) -> Iterator[tuple[pathlib.Path, Guess | str]]:
+    """Yields (file, Guess) for each file in order, or (file, why it cannot be read)."""
+    classify, judge = make_classifier(trained, checkpoint), make_judge(trained, checkpoint)
     for group, images in _read_ahead(files, _BATCH, trained):
         readable = [image for image in images if not isinstance(image, str)]
         rows = iter(classify(np.stack(readable)) if readable else ())
+        strange = iter(judge(np.stack(readable)).tolist() if readable and judge else [None] * len(readable))
         for file, image in zip(group, images, strict=True):
-            yield file, image if isinstance(image, str) else next(rows)
+            yield file, image if isinstance(image, str) else Guess(next(rows), next(strange))
 
 
 def read_all(files: list[pathlib.Path], trained: run_dir.Workdir) -> np.ndarray:
@@ -180,12 +215,13 @@ def _said(
 
 
 def _lines(said: dict[str, Any]) -> list[str]:
+    strange = ["  unlike anything seen in training"] if said.get("unknown") else []
     rows = [f"  {entry['probability']:7.2%}  {entry['class']}" for entry in said.get("set", said.get("top"))]
     if "set" in said:
-        return [f"  one of {len(rows)}, for {said['coverage']:g} of images:", *rows]
+        return [*strange, f"  one of {len(rows)}, for {said['coverage']:g} of images:", *rows]
     if said.get("answered") is False:
-        return [f"  no answer: {said['accuracy']:g} right is not promised of an image like this", *rows]
-    return rows
+        return [*strange, f"  no answer: {said['accuracy']:g} right is not promised of an image like this", *rows]
+    return [*strange, *rows]
 
 
 def main(argv: list[str]) -> None:
@@ -208,7 +244,9 @@ def main(argv: list[str]) -> None:
             unreadable += 1
             print(f"{file}: {outcome}", file=sys.stderr)
             continue
-        said = _said(outcome, trained.info.class_names, promise)
+        said = _said(outcome.probabilities, trained.info.class_names, promise)
+        if outcome.unknown is not None:
+            said["unknown"] = outcome.unknown
         if flags.json:
             print(json.dumps({"file": str(file), **said}))
         else:

@@ -43,7 +43,7 @@ def test_an_old_run_evaluates_predicts_and_continues(old, tmp_path, monkeypatch)
     digit = Image.fromarray(np.tri(8, dtype=np.uint8) * 255)
     digit.save(tmp_path / "digit.png")
     opened = run_dir.open_workdir(path)
-    ((_, probabilities),) = predict.predict(opened, [tmp_path / "digit.png"])
+    ((_, (probabilities, _)),) = predict.predict(opened, [tmp_path / "digit.png"])
     assert probabilities.shape == (10,) and probabilities.sum() == pytest.approx(1, abs=1e-5)
     assert evaluate.evaluate(path, split="validation")["checkpoint_step"] == 20
 

@@ -1,0 +1,113 @@
+"""vitcls unknown: images of something else, the threshold that predict keeps to, and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitcls import cli, predict, unknown
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory):
+    """Coloured noise and stripes, as a folder of files without classes and of another size."""
+    path, rng = tmp_path_factory.mktemp("strangers"), np.random.default_rng(0)
+    (path / "below").mkdir()
+    for i in range(12):
+        pixels = rng.integers(0, 256, (10, 12, 3), np.uint8) if i % 2 else np.full((10, 12, 3), 20 * i, np.uint8)
+        Image.fromarray(pixels).save(path / "below" / f"{i}.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def measured(trained, strangers, tmp_path_factory):
+    path = tmp_path_factory.mktemp("measured") / "run"
+    shutil.copytree(trained, path)
+    assert cli.run(unknown.main, [f"--workdir={path}", f"--ood={strangers}", "--ood=digits"]) == 0
+    return path
+
+
+def call(command, arguments, capsys):
+    capsys.readouterr()
+    code = cli.run(command.main, arguments)
+    return code, *capsys.readouterr()
+
+
+def test_four_scores_are_measured_for_each_set(measured, strangers):
+    found = json.loads((measured / "unknown" / "metrics.json").read_text())
+    assert set(found["sets"]) == {str(strangers), "digits"}
+    for figures in found["sets"].values():
+        assert set(figures["scores"]) == {"msp", "energy", "mahalanobis", "knn"}
+        for row in figures["scores"].values():
+            assert all(0 <= row[key]["low"] <= row[key]["value"] <= row[key]["high"] <= 1 for key in ("auroc", "fpr95"))
+    assert found["sets"][str(strangers)]["num_examples"] == 6  # the other half chose the score
+    assert (measured / "unknown" / "scores.png").exists() and (measured / "unknown" / "scores_digits.csv").exists()
+
+
+def test_predict_says_what_is_unlike_anything_seen(measured, tmp_path, capsys):
+    """With a threshold above and below any score."""
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "black.png")
+    copy = shutil.copytree(measured, tmp_path / "copy")
+    made = json.loads((copy / "unknown.json").read_text())
+    for threshold, expected in ((1e30, True), (-1e30, False)):
+        (copy / "unknown.json").write_text(json.dumps(made | {"threshold": threshold}))
+        code, out, _ = call(predict, [f"--workdir={copy}", "--json", str(tmp_path / "black.png")], capsys)
+        assert code == 0 and json.loads(out)["unknown"] is expected
+        _, out, _ = call(predict, [f"--workdir={copy}", str(tmp_path / "black.png")], capsys)
+        assert ("  unlike anything seen in training" in out.splitlines()) is expected
+
+
+@pytest.mark.parametrize("score", ["msp", "energy", "mahalanobis", "knn"])
+def test_every_score_is_kept_and_read_back(measured, strangers, score, tmp_path, capsys):
+    copy = shutil.copytree(measured, tmp_path / "copy")
+    assert cli.run(unknown.main, [f"--workdir={copy}", f"--ood={strangers}", f"--score={score}"]) == 0
+    found = json.loads((copy / "unknown" / "metrics.json").read_text())
+    files = sorted(str(path) for path in (strangers / "below").iterdir())
+    code, out, _ = call(predict, [f"--workdir={copy}", "--json", *files], capsys)
+    called = [json.loads(line)["unknown"] for line in out.splitlines()]
+    half = np.random.default_rng(0).permutation(12) % 2 != 0
+    assert code == 0 and found["score"] == score
+    assert np.mean(np.array(called)[half]) == pytest.approx(found["sets"][str(strangers)]["found"])
+
+
+def test_a_threshold_of_another_checkpoint_is_not_used(measured, tmp_path, capsys):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "black.png")
+    flags = [f"--workdir={measured}", "--json", "--checkpoint=8", str(tmp_path / "black.png")]
+    code, out, err = call(predict, flags, capsys)
+    assert code == 0 and "unknown" not in json.loads(out) and "measured at step 12, not 8" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--ood=nowhere"], "data set 'nowhere' is not known"),
+        (["--ood=nowhere.npz"], "is not a file"),
+        (["--ood={empty}"], "has no images"),
+        ([], "--ood"),
+        (["--ood=digits", "--score=magic"], "--score"),
+    ],
+)
+def test_mistakes_are_one_line(measured, flags, words, tmp_path, capsys):
+    before = (measured / "unknown.json").read_text()
+    code, _, err = call(unknown, [f"--workdir={measured}", *(flag.format(empty=tmp_path) for flag in flags)], capsys)
+    assert code == 2 and words in err and len(err.splitlines()) == 1
+    assert (measured / "unknown.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: (path / "unknown.npz").unlink(),
+        lambda path: (path / "unknown.npz").write_bytes(b"PK"),
+        lambda path: (path / "unknown.json").write_text("{}"),
+        lambda path: (path / "unknown.json").write_text("["),
+    ],
+)
+def test_damage_is_one_line(measured, damage, tmp_path, capsys):
+    copy = shutil.copytree(measured, tmp_path / "copy")
+    damage(copy)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "black.png")
+    code, _, err = call(predict, [f"--workdir={copy}", str(tmp_path / "black.png")], capsys)
+    assert code == 2 and "run vitcls unknown again" in err and len(err.splitlines()) == 1

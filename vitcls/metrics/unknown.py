@@ -1,0 +1,140 @@
+"""Is an image unlike anything seen in training? Scores that are higher for what is known, and how well they separate.
+
+Each score is a frozen dataclass with `fit(Outputs of training images, labels)`, called with Outputs -> float64 [N].
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from vitcls.metrics.resampling import RESAMPLES, bootstrap_interval
+
+_MOST = 10_000  # training images that neighbours are looked for among
+_NEIGHBORS = 50  # Sun et al. 2022, section 4.1, for CIFAR
+_TPR = 0.95
+
+
+class Outputs(NamedTuple):
+    """What a model says of N images."""
+
+    logits: np.ndarray  # float [N, K]
+    features: np.ndarray  # float [N, D], before the classifier
+
+
+@dataclasses.dataclass(frozen=True)
+class MaximumSoftmax:
+    """The largest probability (Hendrycks & Gimpel 2017)."""
+
+    @classmethod
+    def fit(cls, outputs: Outputs, labels: np.ndarray) -> "MaximumSoftmax":
+        return cls()
+
+    def __call__(self, outputs: Outputs) -> np.ndarray:
+        z = outputs.logits.astype(np.float64)
+        return np.exp(z.max(axis=1) - _log_sum_exp(z))
+
+
+@dataclasses.dataclass(frozen=True)
+class Energy:
+    """log sum exp of the logits (Liu et al. 2020)."""
+
+    @classmethod
+    def fit(cls, outputs: Outputs, labels: np.ndarray) -> "Energy":
+        return cls()
+
+    def __call__(self, outputs: Outputs) -> np.ndarray:
+        return _log_sum_exp(outputs.logits.astype(np.float64))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mahalanobis:
+    """Less the squared distance to the nearest class, by the covariance within classes (Lee et al. 2018)."""
+
+    means: np.ndarray  # float64 [K, D]
+    whiten: np.ndarray  # float64 [D, D]; its square is the inverse of the covariance
+
+    @classmethod
+    def fit(cls, outputs: Outputs, labels: np.ndarray) -> "Mahalanobis":
+        features = outputs.features.astype(np.float64)
+        classes = np.unique(labels)
+        means = np.stack([features[labels == k].mean(axis=0) for k in classes])
+        centered = features - means[np.searchsorted(classes, labels)]
+        values, vectors = np.linalg.eigh(centered.T @ centered / len(features))
+        kept = values > 1e-6 * values.max()  # directions without variance say nothing
+        return cls(means, (vectors[:, kept] / np.sqrt(values[kept])) @ vectors[:, kept].T)
+
+    def __call__(self, outputs: Outputs) -> np.ndarray:
+        features, means = outputs.features.astype(np.float64) @ self.whiten, self.means @ self.whiten
+        squared = (features**2).sum(axis=1)[:, None] - 2 * features @ means.T + (means**2).sum(axis=1)[None, :]
+        return -squared.min(axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class NearestNeighbors:
+    """Less the distance to the 50th nearest of up to 10,000 training images, normalised (Sun et al. 2022)."""
+
+    bank: np.ndarray  # float32 [M, D], normalised
+    neighbors: int
+
+    @classmethod
+    def fit(cls, outputs: Outputs, labels: np.ndarray) -> "NearestNeighbors":
+        chosen = np.random.default_rng(0).permutation(len(labels))[:_MOST]
+        return cls(_normalized(outputs.features[chosen]), min(_NEIGHBORS, len(chosen)))
+
+    def __call__(self, outputs: Outputs) -> np.ndarray:
+        distances = []
+        for start in range(0, len(outputs.features), 1024):
+            cosines = _normalized(outputs.features[start : start + 1024]) @ self.bank.T
+            nearest = -np.partition(-cosines, self.neighbors - 1, axis=1)[:, self.neighbors - 1]
+            distances.append(np.sqrt(np.maximum(2 - 2 * nearest.astype(np.float64), 0)))
+        return -np.concatenate(distances)
+
+
+SCORES = {"msp": MaximumSoftmax, "energy": Energy, "mahalanobis": Mahalanobis, "knn": NearestNeighbors}
+
+
+def _log_sum_exp(z: np.ndarray) -> np.ndarray:
+    top = z.max(axis=1)
+    return top + np.log(np.exp(z - top[:, None]).sum(axis=1))
+
+
+def _normalized(features: np.ndarray) -> np.ndarray:
+    features = features.astype(np.float32)
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+def separation(known: np.ndarray, unknown: np.ndarray) -> dict[str, dict[str, float]]:
+    """How well scores [n] and [m] separate what is known from what is not, with 95 % bootstrap intervals.
+
+    auroc; aupr_known and aupr_unknown, of average precision with the one or the other as the positives; fpr95, the
+    share of unknown images above the threshold that 95 % of the known ones pass.
+    """
+    rng = np.random.default_rng(0)
+    found = _separation(known, unknown)
+    drawn = [
+        _separation(rng.choice(known, len(known)), rng.choice(unknown, len(unknown))) for _ in range(RESAMPLES // 5)
+    ]
+    result = {}
+    for name, value in found.items():
+        low, high = bootstrap_interval(np.array([each[name] for each in drawn]))
+        result[name] = {"value": value, "low": low, "high": high}
+    return result
+
+
+def _separation(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]:
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    is_known = np.concatenate([np.ones(len(known)), np.zeros(len(unknown))])
+    scores = np.concatenate([known, unknown])
+    return {
+        "auroc": float(roc_auc_score(is_known, scores)),
+        "aupr_known": float(average_precision_score(is_known, scores)),
+        "aupr_unknown": float(average_precision_score(1 - is_known, -scores)),
+        "fpr95": float(np.mean(unknown >= threshold(known))),
+    }
+
+
+def threshold(known: np.ndarray, share: float = _TPR) -> float:
+    """The score that this share of known images reach."""
+    return float(np.sort(known)[int(np.floor((1 - share) * len(known)))])

@@ -1,0 +1,235 @@
+"""Does a run know when it does not know? Test images against images of something else.
+
+vitcls unknown --workdir=DIR --ood=DATASET|FOLDER|FILE.npz... [--score=auto|msp|energy|mahalanobis|knn]
+    [--checkpoint=last|best|STEP] [--data_dir=DIR] [--ood_data_dir=DIR]
+
+Writes DIR/unknown with the figures of four scores, and keeps the best one's threshold in DIR/unknown.json: `vitcls
+predict` then says which images are unlike anything seen.
+"""
+
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vitcls import cli, data, predict
+from vitcls.core.errors import UserError
+from vitcls.data import images as image_files
+from vitcls.data.pipelines import EvaluationBatches
+from vitcls.metrics.unknown import SCORES, separation, threshold
+from vitcls.report import findings
+from vitcls.report.findings import Plot, Table, Text, interval
+from vitcls.training import novelty, places
+from vitcls.training.files import UNKNOWN_ARRAYS, UNKNOWN_FILE
+from vitcls.training.novelty import Novelty
+from vitcls.training.opened import Opened, open_with_data
+from vitcls.training.outputs import outputs_of
+
+KEPT = 0.95  # of the validation images are known
+PART = "unknown"  # of the workdir
+_MOST = 10_000  # images of each set
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+_LABELS = {
+    "auroc": "AUROC",
+    "fpr95": "FPR at 95 % TPR",
+    "aupr_known": "AUPR, known",
+    "aupr_unknown": "AUPR, unknown",
+}
+
+
+def unknown(
+    path: os.PathLike | str,
+    ood: Sequence[str],
+    *,
+    score: str = "auto",
+    checkpoint: str = "",
+    data_dir: str = "",
+    ood_data_dir: str = "",
+) -> dict[str, Any]:
+    """Measures all scores, keeps one in the workdir, writes unknown/ and returns its metrics.json.
+
+    With 'auto' the score is chosen on one half of the unknown images, and every figure is of the other half. Raises
+    UserError, before anything is written, where a workdir or images are not there.
+    """
+    opened = open_with_data(path, splits=("train", "validation", "test"), checkpoint=checkpoint, data_dir=data_dir)
+    strangers = {name: _strangers(opened, name, ood_data_dir) for name in ood}
+    fitted = _fit(opened)
+    names = list(SCORES)
+    known = _scores(opened, fitted, opened.dataset.test)
+    held = _scores(opened, fitted, opened.dataset.validation)
+    others = {name: _scores(opened, fitted, split) for name, split in strangers.items()}
+    halves = {
+        name: np.random.default_rng(0).permutation(len(split.labels)) % 2 == 0 for name, split in strangers.items()
+    }
+    first = {s: np.mean([separation_of(known[s], others[o][s][halves[o]]) for o in others]) for s in names}
+    chosen = max(first, key=first.get) if score == "auto" else score
+    limit = threshold(held[chosen], KEPT)
+    metrics = {
+        "dataset": opened.trained.info.name,
+        "checkpoint_step": opened.step,
+        "num_examples": len(opened.dataset.test.labels),
+        "score": chosen,
+        "threshold": limit,
+        "kept_on_test": float(np.mean(known[chosen] >= limit)),
+        "sets": {
+            o: {
+                "num_examples": int((~halves[o]).sum()),
+                "found": float(np.mean(others[o][chosen][~halves[o]] < limit)),
+                "scores": {s: separation(known[s], others[o][s][~halves[o]]) for s in names},
+            }
+            for o in others
+        },
+    }
+    where = opened.trained.path
+    pooled = {s: (known[s], np.concatenate([others[o][s][~halves[o]] for o in others])) for s in names}
+    _write(where / PART, metrics, pooled)
+    novelty.write(where, Novelty(opened.step, chosen, fitted[chosen], limit, KEPT))
+    for part in (PART, UNKNOWN_ARRAYS, UNKNOWN_FILE):
+        places.publish(path, where, part)
+    return metrics
+
+
+def separation_of(known: np.ndarray, other: np.ndarray) -> float:
+    """The AUROC alone."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(np.arange(len(known) + len(other)) < len(known), np.concatenate([known, other])))
+
+
+def _batches(opened: Opened, split: data.Split) -> EvaluationBatches:
+    partition, config = opened.partition, opened.trained.config
+    return EvaluationBatches(
+        split,
+        image_shape=opened.trained.info.image_shape,
+        partition=partition,
+        batch_size=partition.round_up(config.batch_size),
+        keep=False,
+    )
+
+
+def _fit(opened: Opened) -> dict[str, Any]:
+    train = opened.dataset.train
+    rows = np.sort(np.random.default_rng(0).permutation(len(train.labels))[: 2 * _MOST])
+    split = train.take(rows)
+    outputs = outputs_of(opened, _batches(opened, split), len(rows))
+    return {name: kind.fit(outputs, split.labels) for name, kind in SCORES.items()}
+
+
+def _scores(opened: Opened, fitted: dict[str, Any], split: data.Split | None) -> dict[str, np.ndarray]:
+    if split is None:
+        raise UserError("the threshold needs validation images; set config.dataset.validation above 0")
+    outputs = outputs_of(opened, _batches(opened, split), len(split.labels))
+    return {name: score(outputs) for name, score in fitted.items()}
+
+
+def _strangers(opened: Opened, name: str, data_dir: str) -> data.Split:
+    """Images of something else, as the model sees images; the labels are not looked at."""
+    place = pathlib.Path(name)
+    if place.is_dir():
+        files = sorted(p for p in place.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+        if not files:
+            raise UserError(f"--ood={name} has no images")
+        chosen = np.random.default_rng(0).permutation(len(files))[:_MOST]
+        images = predict.read_all([files[i] for i in np.sort(chosen)], opened.trained)
+        return data.Split(images, np.zeros(len(images), np.int32))
+    return _take(_test_of(opened, name, data_dir), opened.trained.info.image_shape)
+
+
+def _test_of(opened: Opened, name: str, data_dir: str) -> data.Split:
+    """The test split of a data set by its name, or of an npz file."""
+    config = opened.trained.config.dataset.copy_and_resolve_references()
+    in_file = name.endswith(".npz")
+    config.update(name="npz" if in_file else name, data_dir=os.path.abspath(name) if in_file else data_dir)
+    config.update(fraction=1.0, num_folds=0)
+    with config.ignore_type():  # of a number
+        config.image_size = tuple(opened.trained.info.image_shape[:2])
+    return data.load(config).test
+
+
+def _take(split: data.Split, image_shape: tuple[int, int, int]) -> data.Split:
+    """Up to 10,000 images uint8 [N, H, W, C] of a split, with as many channels as the model takes."""
+    split = split.take(np.sort(np.random.default_rng(0).permutation(len(split.labels))[:_MOST]))
+    *size, channels = image_shape
+    if not isinstance(split.images, np.ndarray):
+        images = image_files.decode_all(split.images, size=tuple(size), channels=channels, decoding=split.decoding)
+    else:
+        images = split.images
+        if images.shape[-1] != channels:
+            gray = np.rint(images @ _LUMA) if images.shape[-1] == 3 else images[..., 0]
+            images = np.repeat(gray[..., None].astype(np.uint8), channels, axis=-1)
+    return data.Split(images, split.labels)
+
+
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of ITU-R 601, as Pillow has it
+
+
+def _write(directory: pathlib.Path, metrics: dict[str, Any], pooled: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    def drawn():
+        from vitcls.report import unknown_plots
+
+        return unknown_plots.histograms(pooled, metrics["score"], metrics["threshold"])
+
+    findings.write(
+        directory,
+        title=f"What {metrics['dataset']} is not",
+        lead=f"{metrics['num_examples']:,} test images against images of something else; step "
+        f"{metrics['checkpoint_step']:,}",
+        metrics=metrics,
+        blocks=[
+            Text(
+                f"'{metrics['score']}' is kept: from {metrics['threshold']:.6g} on an image is known, which "
+                f"{KEPT:.0%} of the validation images are and {metrics['kept_on_test']:.2%} of the test images."
+            ),
+            *(_table(name, found) for name, found in metrics["sets"].items()),
+            Plot("scores", "Scores", "Known and unknown images by each score.", drawn),
+        ],
+    )
+
+
+def _table(name: str, found: dict[str, Any]) -> Table:
+    shown = pathlib.Path(name).name
+    rows = [
+        [score, *(interval(figures[key], "{:.2%}") for key in _LABELS)] for score, figures in found["scores"].items()
+    ]
+    title = f"{shown}: {found['found']:.1%} of {found['num_examples']:,} images are called unknown"
+    values = [["score", *(f"{key}_{end}" for key in _LABELS for end in ("value", "low", "high"))]]
+    values += [
+        [s, *(found["scores"][s][key][end] for key in _LABELS for end in ("value", "low", "high"))] for s in SCORES
+    ]
+    return Table(title, ["Score", *_LABELS.values()], rows, f"scores_{pathlib.Path(shown).stem}", values)
+
+
+def main(argv: list[str]) -> None:
+    parser = cli.Parser(prog=cli.program("unknown"), description=__doc__.splitlines()[0])
+    cli.add_run_arguments(parser)
+    parser.add_argument(
+        "--ood", action="append", required=True, metavar="SET", help="a data set, a folder of images, or an npz file"
+    )
+    parser.add_argument("--score", choices=("auto", *SCORES), default="auto", help="default: the best of all")
+    parser.add_argument("--data_dir", default="", help="where the data of the run are now, if they have moved")
+    parser.add_argument("--ood_data_dir", default="", metavar="DIR", help="where the data sets of --ood are")
+    flags = parser.parse_args(argv)
+    cli.start_jax()
+    metrics = unknown(
+        flags.workdir,
+        flags.ood,
+        score=flags.score,
+        checkpoint=flags.checkpoint,
+        data_dir=flags.data_dir,
+        ood_data_dir=flags.ood_data_dir,
+    )
+    for name, found in metrics["sets"].items():
+        best = found["scores"][metrics["score"]]
+        print(
+            f"{name}: {metrics['score']} AUROC {interval(best['auroc'], '{:.2%}')}, FPR at 95 % TPR "
+            f"{interval(best['fpr95'], '{:.2%}')}; {found['found']:.1%} of {found['num_examples']:,} images are called "
+            f"unknown, and {1 - metrics['kept_on_test']:.1%} of the test images"
+        )
+    print(f"report: {os.path.join(flags.workdir, PART, 'index.html')}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
