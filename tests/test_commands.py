@@ -406,7 +406,7 @@ def test_the_core_loads_no_heavy_library(module):
 def test_groups_are_read_from_a_csv_file_by_place(trained, tmp_path, capsys):
     run_directory = tmp_path / "run"
     shutil.copytree(trained, run_directory)
-    count = len(np.load(run_directory / "report" / "predictions.npz")["labels"])
+    count = json.loads((run_directory / "dataset.json").read_text())["num_examples"]["test"]
     file = tmp_path / "groups.csv"
     file.write_text("index,group\n" + "".join(f"{i},{'ab'[i % 2]}\n" for i in range(count)))
     code, out, _ = run(evaluate.main, [f"--workdir={run_directory}", f"--groups={file}"], capsys)
