@@ -20,6 +20,7 @@ def calibrated(trained, tmp_path_factory):
     groups.write_text("index,group\n" + "".join(f"{i},{'odd' if i % 2 else 'even'}\n" for i in range(24)))
     flags = ["--method=temperature", "--coverage=0.5,0.95", f"--groups={groups}"]
     assert cli.run(calibrate.main, [f"--workdir={path}", *flags]) == 0
+    evaluate.evaluate(path)
     return path
 
 
@@ -38,7 +39,8 @@ def call(command, arguments, capsys):
 def test_the_figures_are_those_of_the_predictions(calibrated):
     """Recomputed from what evaluate keeps, before and after."""
     found = json.loads((calibrated / "calibrate" / "metrics.json").read_text())
-    kept = np.load(calibrated / "report" / "predictions.npz")
+    with np.load(calibrated / "report" / "predictions.npz") as file:
+        kept = dict(file)
     log_p = np.log(kept["probabilities"][np.arange(len(kept["labels"])), kept["labels"]].astype(np.float64))
     assert found["before"]["loss"]["value"] == pytest.approx(-log_p.mean(), rel=1e-4)
     assert found["fitted_on"] + found["held_out"] == 10 and found["num_examples"] == len(kept["labels"])

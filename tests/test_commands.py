@@ -367,6 +367,7 @@ def test_the_installed_script_knows_the_verbs(capsys, monkeypatch):
 
 def test_the_help_of_training_names_every_flag(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vitcls", "train", "--help"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # which python -m pytest has
     assert cli.main() == 0
     out = capsys.readouterr().out
     for action in main.make_parser()._actions:
