@@ -17,6 +17,7 @@ from vitcls.core.errors import UserError
 from vitcls.metrics import METRICS
 
 _NAME = re.compile(r"[\w+.=-]+")
+_SEED = "-seed"  # between a row and its seed in the name of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ def runs_of(
     except re.error as error:
         raise UserError(f"--only='{only}' is no regular expression: {error}") from None
     runs = [
-        Run(row, seed, directory / "runs" / f"{row.name}-seed{seed}", tuple(overrides))
+        Run(row, seed, directory / "runs" / f"{row.name}{_SEED}{seed}", tuple(overrides))
         for seed in seeds or table.seeds
         for row in table.rows
     ]
@@ -118,3 +119,8 @@ def runs_of(
         except UserError as error:
             raise UserError(f"the run '{run.name}': {error}") from None
     return chosen
+
+
+def row_of(run: str) -> str:
+    """The row of a run, by their names."""
+    return run.rpartition(_SEED)[0]
