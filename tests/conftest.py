@@ -103,3 +103,12 @@ def trained(tmp_path_factory):
     path = tmp_path_factory.mktemp("trained") / "run"
     train_and_evaluate(make_tiny_config(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A running PostgreSQL, or the tests that ask for it are skipped."""
+    from tests.postgres import server
+
+    with server() as running:
+        yield running

@@ -20,7 +20,7 @@ FLOORS = (
     ("training",),
     ("cli",),
     ("train",),
-    ("jobs",),
+    ("jobs", "ledger"),
     tuple(name for name in COMMANDS if name not in ROOMS),
     ("experiment", "tune"),
     ("api",),

@@ -17,6 +17,7 @@ from vitcls import cli
 from vitcls import config as configs
 from vitcls.core.errors import Stopped
 from vitcls.train import train_and_evaluate
+from vitcls.training.lock import IN_USE
 
 LOG_FILE = "log.txt"  # in the workdir
 _PERIOD = 0.5  # seconds between two looks at the processes
@@ -30,6 +31,11 @@ class Ended(NamedTuple):
     code: int
     seconds: float
     last_line: str  # of its log
+
+    @property
+    def in_use(self) -> bool:
+        """Whether it did not begin, as another process holds the workdir."""
+        return self.code == 2 and IN_USE in self.last_line
 
 
 class Jobs(contextlib.AbstractContextManager):
@@ -84,10 +90,14 @@ class Jobs(contextlib.AbstractContextManager):
         for _ in range(_LOOKS):
             if any(process.poll() is not None for _, process, _ in self.running.values()):
                 return
-            if self._code:
-                raise Stopped(self._code, "stopped; every run is saved, and the same command goes on")
             meanwhile()
-            time.sleep(_PERIOD)
+            self.pause(_PERIOD)
+
+    def pause(self, seconds: float) -> None:
+        """Sleeps; raises Stopped after a signal."""
+        time.sleep(seconds)
+        if self._code:
+            raise Stopped(self._code, "stopped; every run is saved, and the same command goes on")
 
     def ended(self) -> Iterator[Ended]:
         """The runs that have ended since the last call."""

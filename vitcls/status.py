@@ -16,7 +16,7 @@ from vitcls.core import durations
 from vitcls.core.errors import UserError
 from vitcls.training import places
 from vitcls.training.files import CHECKPOINTS, CONFIG_FILE, DATASET_FILE, LOCK_FILE, METRICS_FILE
-from vitcls.training.lock import HEARTBEAT
+from vitcls.training.lock import HEARTBEAT, died_here
 
 _SILENCE = 3 * HEARTBEAT  # seconds without a heartbeat after which a run is called silent
 _REFRESH = 5.0  # seconds between two looks with --watch
@@ -57,6 +57,12 @@ def status(workdir: pathlib.Path, now: datetime.datetime, name: str = "") -> dic
         **_life(lock, report, now, began=bool(steps)),
         "test_accuracy": report.get("accuracy") if report.get("split") == "test" else None,
     }
+
+
+def is_alive(workdir: pathlib.Path) -> bool:
+    """Whether a run holds a directory."""
+    lock = _read(workdir / LOCK_FILE)
+    return _life(lock, {}, datetime.datetime.now().astimezone(), began=True)["state"] == "alive"
 
 
 def _read(path: pathlib.Path) -> dict:
@@ -112,7 +118,8 @@ def _life(lock: dict, report: dict, now: datetime.datetime, *, began: bool) -> d
         silent = max((now - datetime.datetime.fromisoformat(last)).total_seconds(), 0.0)
     except (TypeError, ValueError):
         return {"state": "silent", "silent_seconds": None}
-    return {"state": "alive" if silent < _SILENCE else "silent", "silent_seconds": silent}
+    alive = silent < _SILENCE and not died_here(lock)
+    return {"state": "alive" if alive else "silent", "silent_seconds": silent}
 
 
 def table(runs: list[dict[str, Any]]) -> list[str]:

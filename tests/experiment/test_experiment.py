@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from vitcls import cli, jobs, models
+from vitcls import cli, ledger, models
 from vitcls.experiment import __main__ as command
 from vitcls.experiment import results, table, work
 from vitcls.models.variables import variable_shapes
@@ -26,10 +27,12 @@ from vitcls.experiment import Row, Table
 
 def get_table(preset="good"):
     rows = []
-    for name, width in (("narrow", 16), ("wide", 32)):
+    for name, width in (("narrow", 16), ("wide", 32), ("thin", 8), ("broad", 48)):
         config = make_tiny_config()
         config.model.mlp_dim = width
         config.report.corruptions = ("gaussian_noise",)
+        if name == "narrow":  # long enough to be killed on the way
+            config.total, config.checkpoint_every, config.eval_every = "300 steps", "20 steps", "300 steps"
         rows.append(Row(name, config, {"accuracy": 0.9}))
     if preset == "bad":
         config = make_tiny_config()
@@ -37,7 +40,7 @@ def get_table(preset="good"):
         rows.insert(1, Row("broken", config))
     facts, equal_time = ("parameters", "train_seconds"), preset == "equal"
     return Table(
-        "Tiny", "Two widths.", rows, seeds=(0, 1), metrics=("accuracy", "loss"), facts=facts, equal_time=equal_time
+        "Tiny", "Four widths.", rows, seeds=(0, 1), metrics=("accuracy", "loss"), facts=facts, equal_time=equal_time
     )
 """
 
@@ -61,47 +64,103 @@ def start(*arguments):
     )
 
 
-def ledger(directory):
-    path = directory / work.LEDGER
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+GOOD = [f"{name}-seed{seed}" for name in ("narrow", "wide", "thin", "broad") for seed in (0, 1)]
+
+
+def starts(directory):
+    """How often a process has begun or gone on with each run."""
+    logs = {path.parent.name: path.read_text() for path in directory.glob("runs/*/log.txt")}
+    return {name: len(re.findall("^devices ", log, re.M)) for name, log in logs.items()}
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+
+
+def ends_of(workers):
+    said = [worker.communicate(timeout=400) for worker in workers]
+    return [(worker.returncode, out, err) for worker, (out, err) in zip(workers, said, strict=True)]
 
 
 @pytest.fixture(scope="module")
 def done(file, tmp_path_factory):
-    """A table with a row that fails, which two workers share; one of them, and its run, is killed on the way."""
+    """A table with a row that fails, which two workers share; before, one was killed with its run on the way."""
     directory = tmp_path_factory.mktemp("done") / "table"
     arguments = (f"--config={file}:bad", f"--workdir={directory}")
     killed = start(*arguments)
-    deadline = time.monotonic() + 120
-    running = directory / "runs" / "narrow-seed0" / "lock.json"
-    while not running.exists():
-        assert time.monotonic() < deadline and killed.poll() is None, killed.communicate()[1]
-        time.sleep(0.05)
+    run = directory / "runs" / "narrow-seed0"
+    wait_for(run / "checkpoints" / "40" / "manifest.json", killed)
     killed.kill()
+    os.kill(json.loads((run / "lock.json").read_text())["process_id"], signal.SIGKILL)
     killed.communicate()
-    os.kill(json.loads(running.read_text())["process_id"], signal.SIGKILL)
-    workers = [start(*arguments), start(*arguments)]
-    ends = [(worker, *worker.communicate(timeout=300)) for worker in workers]
-    return directory, [(worker.returncode, out, err) for worker, out, err in ends]
+    return directory, ends_of([start(*arguments), start(*arguments)])
 
 
 def test_two_workers_share_a_table_and_what_fails_does_not_stop_it(done):
     directory, ends = done
     for code, out, err in ends:
         assert code == 1, err
-        assert "failed: 2 of 6 runs failed; the same command tries them again" in err
+        assert "failed: 2 of 10 runs failed; the same command tries them again" in err
         assert "- broken-seed0 failed: error: config.dataset.data_dir=" in out and "is not a file" in out
-    finished = sorted(entry["run"] for entry in ledger(directory) if entry["code"] == 0)
-    assert finished == ["narrow-seed0", "narrow-seed1", "wide-seed0", "wide-seed1"]  # each of them once
+    assert {name for name, entry in ledger.read("", directory).items() if entry.code == 0} == set(GOOD)
     said = "".join(err for *_, err in ends)
-    assert all(f"{name} finished, accuracy" in said for name in finished)
+    assert all(f"{name} finished, accuracy" in said for name in GOOD)
+    assert said.count("broken-seed0 failed: ") == 1
+    assert {name: count for name, count in starts(directory).items() if "broken" not in name} == dict.fromkeys(
+        GOOD, 1
+    ) | {"narrow-seed0": 2}
+
+
+def test_a_killed_run_loses_nothing_but_the_steps_since_its_last_checkpoint(done):
+    directory, _ = done
+    log = (directory / "runs" / "narrow-seed0" / "log.txt").read_text()
+    (step,) = re.findall(r"^resumed from step (\d+)", log, re.M)
+    assert 40 <= int(step) < 300
+
+
+@pytest.fixture(scope="module")
+def shared(file, postgres, tmp_path_factory):
+    """A table that two workers share by PostgreSQL, which crashes on the way and comes back."""
+    directory = tmp_path_factory.mktemp("shared") / "table"
+    arguments = (f"--config={file}", f"--workdir={directory}", f"--storage={postgres.url}")
+    workers = [start(*arguments), start(*arguments)]
+    wait_for(directory / "runs" / "wide-seed0" / "lock.json", workers[0])
+    postgres.stop()
+    time.sleep(8)
+    postgres.start()
+    return directory, ends_of(workers)
+
+
+def test_two_workers_share_a_table_by_postgresql_though_it_is_away_for_a_while(shared, postgres):
+    directory, ends = shared
+    for code, out, err in ends:
+        assert code == 0, err
+        assert "8 of 8 runs have finished" in out
+        assert err.count(f"{postgres.public} is away (") <= 2
+    assert starts(directory) == dict.fromkeys(GOOD, 1)
+    entries = ledger.read(postgres.url, directory)
+    assert sorted(entries) == sorted(GOOD) and all(entry.code == 0 for entry in entries.values())
+    texts = [text for _, *said in ends for text in said]
+    texts += [path.read_text(errors="replace") for path in directory.rglob("*") if path.is_file()]
+    assert not any("s3cret" in text for text in texts)
+
+
+def test_a_report_needs_the_storage_of_its_table(shared, file, capsys, postgres):
+    directory, _ = shared
+    arguments = [f"--config={file}", f"--workdir={directory}", "--report_only"]
+    assert cli.run(command.main, arguments) == 2
+    assert "does not know the job of" in capsys.readouterr().err
+    assert cli.run(command.main, [*arguments, f"--storage={postgres.url}"]) == 0
 
 
 def test_the_results_hold_every_run_and_the_papers_figures_as_the_papers(done):
     directory, _ = done
     rows = list(csv.DictReader(io.StringIO((directory / "results.csv").read_text())))
     assert list(rows[0]) == list(results.COLUMNS)
-    assert len(rows) == 6 and {row["status"] for row in rows} == {"finished", "failed"}
+    assert len(rows) == 10 and {row["status"] for row in rows} == {"finished", "failed"}
     accuracies = [float(row["accuracy"]) for row in rows if row["run"] == "wide"]
     report = json.loads((directory / "runs" / "wide-seed1" / "report" / "metrics.json").read_text())
     assert accuracies[1] == report["accuracy"]
@@ -109,7 +168,7 @@ def test_the_results_hold_every_run_and_the_papers_figures_as_the_papers(done):
     assert "Accuracy, the paper's" in text and "| 90.00% |" in text
     mean, deviation = np.mean(accuracies), np.std(accuracies, ddof=1)
     assert f"| wide | 2 | a | {mean:.2%} ± {deviation:.2%} |" in text
-    assert "4 of 6 runs have finished" in text and "permutation test" in text
+    assert "8 of 10 runs have finished" in text and "permutation test" in text
     parameters = report["parameters"]
     assert f"| {parameters:,} ± 0 |" in text
     page = (directory / "index.html").read_text()
@@ -146,7 +205,7 @@ def test_rows_run_again_with_equal_time(done, file):
         first = json.loads((directory / "runs" / f"{name}-seed0" / "report" / "metrics.json").read_text())
         assert config["total"] == f"{steps} steps"
         assert steps == round(first["checkpoint_step"] * plan["seconds"] / seconds[name])
-    assert "## As much training time for each" in out and "4 runs" not in out
+    assert "## As much training time for each" in out
 
 
 def test_folds_are_pooled(tmp_path, capsys):
@@ -171,17 +230,17 @@ def test_folds_are_pooled(tmp_path, capsys):
 
 def test_what_is_finished_is_skipped_and_the_list_says_what_is_left(done, file, capsys):
     directory, _ = done
-    before = ledger(directory)
+    before = ledger.read("", directory)
     arguments = [f"--config={file}", f"--workdir={directory}"]
     assert cli.run(command.main, [*arguments, "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["narrow-seed0", "finished"]
-    assert lines[-1] == "4 runs; time left: 0:00:00"
+    assert lines[-1] == "8 runs; time left: 0:00:00"
     assert cli.run(command.main, [*arguments, "--list", "--seeds=0,7"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("narrow-seed7") and "pending, about 0:00:" in lines[2]
+    assert lines[4].startswith("narrow-seed7") and "pending, about 0:00:" in lines[4]
     assert cli.run(command.main, arguments) == 0
-    assert ledger(directory) == before
+    assert ledger.read("", directory) == before
 
 
 @pytest.mark.parametrize(
@@ -210,15 +269,14 @@ def test_mistakes_are_one_line(done, file, flags, words, capsys, monkeypatch):
     assert words in err and len(err.splitlines()) == 1
 
 
-def test_a_run_whose_process_was_killed_has_failed(tmp_path, file):
-    runs = table.runs_of(table.load(file), tmp_path)
-    codes = {"narrow-seed0": [0], "wide-seed0": [2, 0], "narrow-seed1": [-9], "wide-seed1": [143]}
-    for name, ends in codes.items():
-        for code in ends:
-            run = next(run for run in runs if run.name == name)
-            work._note(tmp_path, run, jobs.Ended(name, code, 1.0, ""))
-    assert set(work.failed(runs, tmp_path)) == {"narrow-seed1", "wide-seed1"}
-    assert work.failed(runs, tmp_path)["narrow-seed1"] == "its process ended with exit code -9"
+def test_a_run_whose_process_was_killed_has_failed(tmp_path):
+    queue = ledger.start("", tmp_path)
+    for name, code, said in (("a", 0, ""), ("b", -9, "step 3"), ("c", 143, ""), ("d", 2, "error: no"), ("e", None, "")):
+        queue.claim(name, {})
+        if code is not None:
+            queue.end(name, code, 1.0, said, {})
+    end = "its process ended with exit code"
+    assert work.failed(queue.entries()) == {"b": f"{end} -9", "c": f"{end} 143", "d": "error: no"}
 
 
 def test_rows_have_names_of_their_own(tmp_path):

@@ -1,9 +1,10 @@
 """Run a table of experiments, and write what came of it.
 
 vitcls experiment --config=configs/experiments/TABLE.py[:PRESET] --workdir=DIR [--only=REGEX] [--seeds=0,1,2]
-    [--folds=K] [--workers=N] [--override=KEY=VALUE] [--list] [--report_only]
+    [--folds=K] [--workers=N] [--storage=URL] [--override=KEY=VALUE] [--list] [--report_only]
 
-Started again it goes on; the same command on other machines with the same directory shares the work.
+Started again it goes on; the same command on other machines, with --storage=postgresql://... and a directory that all
+of them see, shares the work.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from vitcls import cli
+from vitcls import cli, ledger
 from vitcls.core.errors import RunError, UserError
 from vitcls.experiment import budget, results, table, work
 from vitcls.experiment.table import Run, Table
@@ -27,16 +28,19 @@ def main(argv: list[str]) -> None:
     directory = pathlib.Path(flags.workdir)
     runs = _runs(what, directory, flags)
     if flags.list:
-        print("\n".join(_listed(runs, _states(runs, directory), directory, flags.workers)))
+        print("\n".join(_listed(runs, ledger.read(flags.storage, directory), flags.workers)))
         return
     if not flags.report_only:
-        _make(directory)
-        work.work(runs, directory, flags.workers)
+        entries = work.work(runs, directory, flags.workers, flags.storage)
         if what.equal_time:
-            budget.plan(runs, _states(runs, directory), directory)
+            budget.plan(runs, _states(runs, entries), directory)
             runs = _runs(what, directory, flags)
-            work.work(runs, directory, flags.workers)
-    _report(what, runs, directory)
+            entries = work.work(runs, directory, flags.workers, flags.storage)
+    elif directory.is_dir():
+        entries = ledger.read(flags.storage, directory)
+    else:
+        raise UserError(f"--workdir={directory} is not there; run the table first")
+    _report(what, runs, directory, entries)
 
 
 def _runs(what: Table, directory: pathlib.Path, flags: argparse.Namespace) -> list[Run]:
@@ -57,6 +61,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", default="", metavar="0,1,2", help="others than the table's")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="for every run's config")
     parser.add_argument("--workers", default="1", metavar="N", help="runs at a time, on this machine")
+    parser.add_argument("--storage", default="", metavar="URL", help=ledger.HELP)
     parser.add_argument("--list", action="store_true", help="say what would run, and how long it may take")
     parser.add_argument("--report_only", action="store_true", help="write the results of what has finished")
     flags = parser.parse_args(argv)
@@ -89,15 +94,8 @@ def _workers(text: str) -> int:
     return int(text)
 
 
-def _make(directory: pathlib.Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir={directory} cannot be made ({error.strerror}); use another") from None
-
-
-def _listed(runs: Sequence[Run], states: dict[str, State], directory: pathlib.Path, workers: int) -> list[str]:
-    known = work.seconds_by_row(directory)
+def _listed(runs: Sequence[Run], entries: work.Entries, workers: int) -> list[str]:
+    known, states = work.seconds_by_row(entries), _states(runs, entries)
     lines, total = [], 0.0
     for run in runs:
         state = states[run.name]
@@ -117,19 +115,17 @@ def _about(seconds: float | None) -> str:
     return "" if seconds is None else f", about {_span(seconds)}"
 
 
-def _states(runs: Sequence[Run], directory: pathlib.Path) -> dict[str, State]:
+def _states(runs: Sequence[Run], entries: work.Entries) -> dict[str, State]:
     states = {run.name: work.state_of(run) for run in runs}
-    for name, error in work.failed(runs, directory).items():
-        if states[name].status in ("pending", "interrupted"):
+    for name, error in work.failed(entries).items():
+        if name in states and states[name].status in ("pending", "interrupted"):
             states[name] = dataclasses.replace(states[name], status="failed", error=error)
     return states
 
 
-def _report(what: Table, runs: Sequence[Run], directory: pathlib.Path) -> None:
+def _report(what: Table, runs: Sequence[Run], directory: pathlib.Path, entries: work.Entries) -> None:
     """Writes the results; raises RunError where runs have failed."""
-    if not directory.is_dir():
-        raise UserError(f"--workdir={directory} is not there; run the table first")
-    states = _states(runs, directory)
+    states = _states(runs, entries)
     print(results.write(what, runs, states, directory), end="")
     print(f"\nresults: {os.path.join(directory, 'index.html')}")
     failures = sum(state.status == "failed" for state in states.values())

@@ -23,6 +23,7 @@ FACTS = {  # of metrics.json that are no metrics: head and format of a column
     "train_seconds": ("Training, s", "{:.0f}"),
 }
 _NAME = re.compile(r"[\w+.=-]+")
+_SEED = "-seed"  # between a row and its seed in the name of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,7 @@ def runs_of(
     except re.error as error:
         raise UserError(f"--only='{only}' is no regular expression: {error}") from None
     runs = [
-        Run(row, seed, directory / "runs" / f"{row.name}-seed{seed}", tuple(overrides))
+        Run(row, seed, directory / "runs" / f"{row.name}{_SEED}{seed}", tuple(overrides))
         for seed in seeds or table.seeds
         for row in table.rows
     ]
@@ -131,3 +132,8 @@ def runs_of(
         except UserError as error:
             raise UserError(f"the run '{run.name}': {error}") from None
     return chosen
+
+
+def row_of(run: str) -> str:
+    """The row of a run, by their names."""
+    return run.rpartition(_SEED)[0]

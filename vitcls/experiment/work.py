@@ -1,8 +1,7 @@
 """Runs what a table still lacks, some at a time, each in a process of its own.
 
-The workdirs are the ledger: a run is finished when its report is there, alive while its lock is, and whoever takes the
-lock has the run. So workers on several machines share a table through the directory it lives in, none takes the run of
-another, and that of a dead one is taken up where its last checkpoint is.
+A run is finished when its report is there. The ledger says which worker has it, and how its last process ended; that of
+a dead worker is taken up where its last checkpoint is.
 """
 
 import contextlib
@@ -12,19 +11,19 @@ import functools
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from vitcls import config as configs
-from vitcls import jobs, status
+from vitcls import jobs, ledger, status
 from vitcls.core.errors import UserError
-from vitcls.experiment.table import Run
+from vitcls.experiment.table import Run, row_of
+from vitcls.ledger import Entry
 from vitcls.training.files import CONFIG_FILE
-from vitcls.training.lock import IN_USE
 
-LEDGER = "ledger.jsonl"
+Entries = Mapping[str, Entry]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,66 +67,52 @@ def check_config(run: Run) -> None:
         )
 
 
-def failed(runs: Sequence[Run], directory: pathlib.Path) -> dict[str, str]:
+def failed(entries: Entries) -> dict[str, str]:
     """The runs whose last process failed, by name, with the last line that it said."""
-    codes = {entry["run"]: entry["code"] for entry in _ledger(directory)}
-    return {run.name: _reason(codes[run.name], jobs.last_line(run.workdir)) for run in runs if codes.get(run.name)}
+    return {name: _reason(entry.code, entry.last_line) for name, entry in entries.items() if entry.code}
 
 
 def _reason(code: int, last_line: str) -> str:
     return last_line if code > 0 and last_line else f"its process ended with exit code {code}"
 
 
-def work(runs: Sequence[Run], directory: pathlib.Path, workers: int) -> None:
+def work(runs: Sequence[Run], directory: pathlib.Path, workers: int, storage: str) -> Entries:
     """Runs all that is not finished, `workers` at a time; what fails is left for the next time.
 
-    Returns when nothing is left, here or with other workers. Raises Stopped once all runs have saved, after a signal.
+    Returns what the ledger holds when nothing is left, here or with other workers. Raises Stopped after a signal, once
+    all runs have saved.
     """
-    failures: dict[str, str] = {}
-    by_name = {run.name: run for run in runs}
-    states = dict.fromkeys(by_name, State("pending"))
-    with jobs.Jobs(workers) as processes, _Display(runs, failures) as display:
+    states = {run.name: State("pending") for run in runs}
+    processes = jobs.Jobs(workers)
+    with ledger.start(storage, directory, processes.pause) as queue, processes, _Display(runs) as display:
         while True:
             states |= {run.name: state_of(run) for run in runs if states[run.name].status != "finished"}
-            left = [run for run in runs if states[run.name].status != "finished" and run.name not in failures]
+            entries = queue.entries()
+            ended = {name for name, entry in entries.items() if entry.code is not None and entry.beat >= queue.began}
+            left = [run for run in runs if states[run.name].status != "finished" and run.name not in ended]
             if not left and not processes.running:
-                return
+                return entries
             for run in left:
-                if states[run.name].status != "alive" and run.name not in processes.running and processes.free:
+                free = processes.free and run.name not in processes.running and states[run.name].status != "alive"
+                held = run.name in entries and entries[run.name].held
+                if free and not held and queue.claim(run.name, {}, again=True) is not None:
                     processes.start(run.name, run.workdir, run.config)
-            processes.wait(functools.partial(display.show, states, processes.running))
+            processes.wait(functools.partial(display.show, states, entries, processes.running))
             for end in processes.ended():
-                if end.code == 2 and IN_USE in end.last_line:
-                    continue  # another worker was faster
-                _note(directory, by_name[end.name], end)
+                if end.in_use:
+                    queue.release(end.name)
+                    continue
+                queue.end(end.name, end.code, end.seconds, end.last_line, {})
                 if end.code:
-                    failures[end.name] = _reason(end.code, end.last_line)
-                    display.say(f"{end.name} failed: {failures[end.name]}; see {jobs.LOG_FILE} in its directory")
+                    display.say(f"{end.name} failed: {_reason(end.code, end.last_line)}; see its {jobs.LOG_FILE}")
 
 
-def _note(directory: pathlib.Path, run: Run, end: jobs.Ended) -> None:
-    entry = {"run": run.name, "row": run.row.name, "seconds": end.seconds, "code": end.code}
-    with open(directory / LEDGER, "a", encoding="utf-8") as ledger:
-        ledger.write(json.dumps(entry) + "\n")
-
-
-def _ledger(directory: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """What has ended, in order; a line that was cut short is left out."""
-    with contextlib.suppress(FileNotFoundError):
-        for line in (directory / LEDGER).read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
-
-
-def seconds_by_row(directory: pathlib.Path) -> dict[str, float]:
+def seconds_by_row(entries: Entries) -> dict[str, float]:
     """How long a run of each row took in all, for those of which one has finished; '' is the mean of all."""
-    spent: dict[tuple[str, str], float] = {}
     finished: dict[str, list[float]] = {}
-    for entry in _ledger(directory):
-        key = entry["row"], entry["run"]
-        spent[key] = spent.get(key, 0.0) + entry["seconds"]
-        if entry["code"] == 0:
-            finished.setdefault(entry["row"], []).append(spent[key])
+    for name, entry in entries.items():
+        if entry.code == 0:
+            finished.setdefault(row_of(name), []).append(entry.seconds)
     means = {row: sum(values) / len(values) for row, values in finished.items()}
     return means | ({"": sum(means.values()) / len(means)} if means else {})
 
@@ -144,9 +129,8 @@ def seconds_left(run: Run, state: State, known: dict[str, float]) -> float | Non
 class _Display(contextlib.AbstractContextManager):
     """One bar for the table, and what each process of this worker is at."""
 
-    def __init__(self, runs: Sequence[Run], failures: dict[str, str]):
-        self._runs, self._failures = runs, failures
-        self._directory = runs[0].workdir.parents[1]
+    def __init__(self, runs: Sequence[Run]):
+        self._runs = runs
         self._bar = tqdm(
             total=len(runs), bar_format="{desc} |{bar:20}| {n:.1f} of {total} runs{postfix}", disable=None, leave=True
         )
@@ -158,8 +142,8 @@ class _Display(contextlib.AbstractContextManager):
     def say(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
-    def show(self, states: dict[str, State], running: dict[str, Any]) -> None:
-        known, share, left = seconds_by_row(self._directory), 0.0, 0.0
+    def show(self, states: dict[str, State], entries: Entries, running: dict[str, Any]) -> None:
+        known, share, left = seconds_by_row(entries), 0.0, 0.0
         for run in self._runs:
             state = state_of(run) if run.name in running else states[run.name]
             if state.status == "finished" and run.name not in self._said:
@@ -170,6 +154,7 @@ class _Display(contextlib.AbstractContextManager):
             left = None if left is None or seconds is None else left + seconds
         self._bar.n = min(share, len(self._runs))
         self._bar.set_description_str(", ".join(running) or "waiting for other workers", refresh=False)
-        failed = f", {len(self._failures)} failed" if self._failures else ""
+        failures = len(failed({name: entry for name, entry in entries.items() if name in states}))
+        failed_so_far = f", {failures} failed" if failures else ""
         time_left = "" if left is None else f", {datetime.timedelta(seconds=round(left / max(len(running), 1)))} left"
-        self._bar.set_postfix_str(failed + time_left)
+        self._bar.set_postfix_str(failed_so_far + time_left)

@@ -37,6 +37,23 @@ def importance(shares: Mapping[str, float]) -> Figure | None:
     return figure
 
 
+def pareto(points: Points, costs: Sequence[float], front: Sequence[int], metric: str, cost: str) -> Figure:
+    """The score of each trial against its cost; `front` are the numbers of those on the front, the cheapest first."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplots()
+    places = {number: (price, score) for (number, _, score, _), price in zip(points, costs, strict=True)}
+    axes.scatter(*zip(*places.values(), strict=True), color=BLUE, s=24, label="a trial")
+    x, y = zip(*(places[number] for number in front), strict=True)
+    axes.step(x, y, where="post", color=ORANGE, marker="o", ms=6, label="Pareto front")
+    for number in front:
+        axes.annotate(f"{number:04d}", places[number], xytext=(5, -11), textcoords="offset points", fontsize=8)
+    if min(costs) > 0 and max(costs) > 10 * min(costs):
+        axes.set_xscale("log")
+    axes.set(xlabel=cost, ylabel=metric)
+    axes.legend(frameon=False)
+    return figure
+
+
 def slices(points: Points, metric: str, logs: Collection[str]) -> Figure:
     """The score against each key."""
     keys = list(dict.fromkeys(key for _, values, *_ in points for key in values))

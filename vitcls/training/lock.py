@@ -81,14 +81,7 @@ class WorkdirLock(contextlib.AbstractContextManager):
 
     def __init__(self, file: LockFile):
         self._file = file
-        self._held = {
-            "host": socket.gethostname(),
-            "machine": _machine(),
-            "process_id": os.getpid(),
-            "process_start": _process_start(os.getpid()),
-            "since": _now(),
-            "token": uuid.uuid4().hex,
-        }
+        self._held = this_process()
         self.lost = False  # another run has taken the workdir
         self._stop = threading.Event()
         self._beats = 0
@@ -125,7 +118,7 @@ class WorkdirLock(contextlib.AbstractContextManager):
 
     def _is_alive(self, holder: dict) -> bool:
         if holder["machine"] == _machine():
-            return _process_start(holder["process_id"]) == holder["process_start"] is not None
+            return not died_here(holder)
         held = f"{_describe(holder)} holds {self._file.workdir}"
         _logger.info("%s; watching for %.0f s whether it lives ...", held, _SILENCE)
         deadline = time.monotonic() + _SILENCE
@@ -147,6 +140,25 @@ class WorkdirLock(contextlib.AbstractContextManager):
                     return
                 self._beats += 1
                 self._file.replace(self._text(), self._held["token"])
+
+
+def this_process() -> dict:
+    """Who holds something: this process, on this machine, from now on."""
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "process_id": os.getpid(),
+        "process_start": _process_start(os.getpid()),
+        "since": _now(),
+        "token": uuid.uuid4().hex,
+    }
+
+
+def died_here(holder: dict) -> bool:
+    """Whether a holder was a process of this machine, and is no more; of another machine nothing is known."""
+    if holder.get("machine") != _machine():
+        return False
+    return holder["process_start"] is None or _process_start(holder["process_id"]) != holder["process_start"]
 
 
 def _parse(text: str) -> dict:

@@ -1,21 +1,22 @@
 """Search a space of config keys by the validation split, and write the best config.
 
 vitcls tune --config=FILE[:PRESET] --space=configs/spaces/NAME.py --workdir=DIR [--method=tpe|random|grid] [--trials=N]
-    [--pruner=none|median|hyperband] [--workers=N] [--seed=0]
+    [--pruner=none|median|hyperband] [--workers=N] [--storage=URL] [--seed=0]
 
-Started again it goes on, with one worker to the same trials. The test split is never read.
+Started again it goes on, with one worker to the same trials; the same command on other machines, with
+--storage=postgresql://... and a directory that all of them see, shares the work. The test split is never read.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import pathlib
 import sys
+from collections.abc import Mapping
 
 from tqdm import tqdm
 
-from vitcls import cli, config_file, jobs
+from vitcls import cli, config_file, jobs, ledger, status
 from vitcls import config as configs
 from vitcls.core.errors import RunError, UserError
 from vitcls.metrics import higher_is_better
@@ -23,70 +24,80 @@ from vitcls.training import metrics_log, run_dir
 from vitcls.tune import results, search, space
 from vitcls.tune.search import Trial
 
-LEDGER = "trials.jsonl"
-
 
 class Search:
-    """A search in its directory: what has ended, and what runs."""
+    """A search in its directory, and what runs."""
 
     def __init__(self, flags: argparse.Namespace, config: configs.ConfigDict, keys: space.Space):
         self.directory = pathlib.Path(flags.workdir)
         self.flags, self.config, self.space = flags, config, keys
         self.metric = config.checkpoint.metric
         self.maximize = higher_is_better(self.metric)
-        self.running: dict[str, dict] = {}  # the values of each trial
+        points = search.grid(keys) if flags.method == "grid" else range(flags.trials)
+        self._names = [f"{number:04d}" for number in range(min(flags.trials, len(points)))]
+        self._processes = jobs.Jobs(flags.workers)
+        self._values: dict[str, dict] = {}  # of what runs
         self._scores: dict[str, dict[str, float]] = {}
         self._pruned: set[str] = set()
 
-    @property
-    def ended(self) -> list[Trial]:
-        return search.read_ledger(self.directory / LEDGER)
-
-    def run(self) -> None:
-        """Runs the trials that are left; raises Stopped after a signal."""
-        with jobs.Jobs(self.flags.workers) as processes, tqdm(total=self.flags.trials, disable=None) as bar:
+    def run(self) -> list[Trial]:
+        """Runs the trials that are left; returns all once they have ended, or raises Stopped after a signal."""
+        queue = ledger.start(self.flags.storage, self.directory, self._processes.pause)
+        _begin(self)
+        with queue, self._processes, tqdm(total=len(self._names), disable=None) as bar:
             while True:
-                ended = self.ended
+                entries = queue.entries()
+                ended = search.ended_of(entries)
                 bar.n = len(ended)
                 bar.refresh()
-                number = self._next(ended) if processes.free else None
-                if number is not None and self._start(processes, number, ended):
+                if {trial.number for trial in ended}.issuperset(map(int, self._names)):
+                    return ended
+                name = self._next(queue, entries)
+                if name and self._start(queue, name, ended):
                     continue
-                if not processes.running:
-                    return
-                processes.wait(functools.partial(self._watch, processes, ended))
-                self._watch(processes, ended)
-                for end in processes.ended():
-                    self._end(end)
+                self._processes.wait(functools.partial(self._watch, ended))
+                self._watch(ended)
+                for end in self._processes.ended():
+                    self._end(queue, end)
 
-    def _next(self, ended: list[Trial]) -> int | None:
-        """The first trial that neither has ended nor runs."""
-        taken = {trial.number for trial in ended} | {int(name) for name in self.running}
-        return next((number for number in range(self.flags.trials) if number not in taken), None)
+    def _next(self, queue: ledger.Ledger, entries: Mapping[str, ledger.Entry]) -> str | None:
+        """The first trial that nobody has; None while it is not sure which that is.
 
-    def _start(self, processes: jobs.Jobs, number: int, ended: list[Trial]) -> bool:
-        """Starts a trial, or notes that its values cannot work; False where there are no more values."""
-        before = [trial for trial in ended if trial.number < number] if self.flags.workers == 1 else ended
-        options = {"maximize": self.maximize}
-        values = search.propose(self.space, self.flags.method, self.flags.seed, number, before, **options)
-        if values is None:
+        A worker that was killed just now looks alive, so each must have given a sign of life since this one began; and
+        its trial, which may live on, must end before others are proposed, which depend on it.
+        """
+        others = [entry for name, entry in entries.items() if entry.held and name not in self._values]
+        if not self._processes.free or any(entry.beat < queue.began for entry in others):
+            return None
+        for name in self._names:
+            entry = entries.get(name)
+            if name not in self._values and (entry is None or (entry.code is None and not entry.held)):
+                return None if status.is_alive(self._workdir(name)) else name
+        return None
+
+    def _start(self, queue: ledger.Ledger, name: str, ended: list[Trial]) -> bool:
+        """Starts a trial, or notes that its values cannot work; False where another worker was faster."""
+        before = [trial for trial in ended if trial.number < int(name)]
+        flags, maximize = self.flags, self.maximize
+        values = search.propose(self.space, flags.method, flags.seed, int(name), before, maximize=maximize)
+        data = queue.claim(name, {"values": values})
+        if data is None:
             return False
-        name = f"{number:04d}"
+        self._values[name], self._scores[name] = data["values"], {}
         try:
-            config = space.apply(self.config, values)
+            config = space.apply(self.config, data["values"], timing=self.space.cost == "latency_ms")
         except UserError as error:  # these values do not go together
-            self._write(Trial(number, values, {}, "failed", error=cli.one_line(error)))
+            self._end(queue, jobs.Ended(name, 2, 0.0, cli.one_line(error)))
             return True
-        self.running[name], self._scores[name] = values, {}
-        processes.start(name, self._workdir(name), config)
+        self._processes.start(name, self._workdir(name), config)
         return True
 
     def _workdir(self, name: str) -> pathlib.Path:
         return self.directory / "trials" / name
 
-    def _watch(self, processes: jobs.Jobs, ended: list[Trial]) -> None:
+    def _watch(self, ended: list[Trial]) -> None:
         """Looks at the validations in their order, so that when a trial is pruned does not depend on when we look."""
-        for name in processes.running:
+        for name in self._processes.running:
             scores = self._scores[name]
             for event in metrics_log.read_history(self._workdir(name)):
                 step = str(event["step"])
@@ -95,17 +106,18 @@ class Search:
                 scores[step] = event[self.metric]
                 if search.should_prune(self.flags.pruner, scores, ended, maximize=self.maximize):
                     self._pruned.add(name)
-                    processes.stop(name)
+                    self._processes.stop(name)
 
-    def _end(self, end: jobs.Ended) -> None:
+    def _end(self, queue: ledger.Ledger, end: jobs.Ended) -> None:
+        values, scores = self._values.pop(end.name), self._scores.pop(end.name)
+        if end.in_use:
+            queue.release(end.name)
+            return
         state = "pruned" if end.name in self._pruned else "failed" if end.code else "finished"
-        values, scores = self.running.pop(end.name), self._scores.pop(end.name)
-        error = end.last_line if state == "failed" else ""
-        self._write(Trial(int(end.name), values, scores, state, round(end.seconds, 1), error))
-
-    def _write(self, trial: Trial) -> None:
-        with open(self.directory / LEDGER, "a", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(trial)) + "\n")
+        data = {"values": values, "scores": scores, "state": state, "cost": None}
+        if state == "finished" and self.space.cost:
+            data["cost"] = results.cost(self._workdir(end.name), self.space.cost)
+        queue.end(end.name, end.code, end.seconds, end.last_line, data)
 
 
 def main(argv: list[str]) -> None:
@@ -116,15 +128,18 @@ def main(argv: list[str]) -> None:
         raise UserError("a search needs a validation split; set config.dataset.validation above 0")
     space.apply(config, {})
     search.optuna()
+    if keys.cost and flags.pruner != "none":
+        raise UserError(f"--pruner={flags.pruner} goes by one objective, and the space has a cost too; leave it out")
     searching = Search(flags, config, keys)
-    _begin(searching)
-    searching.run()
-    best = results.write(searching.directory, searching.ended, keys, searching.metric, config)
+    trials = searching.run()
+    best = results.write(searching.directory, trials, keys, searching.metric, config)
     if best is None:
-        raise RunError(f"no trial has come to a score; see {searching.directory / LEDGER}")
+        raise RunError(f"no trial has come to a score; see {searching.directory / results.TABLE}")
     print(f"best: trial {best.number:04d}, {searching.metric} {best.score:.4f} on the validation split")
     print("\n".join(f"  {key} = {value!r}" for key, value in best.values.items()))
     print(f"config: {searching.directory / results.BEST_CONFIG}")
+    if keys.cost:
+        print(f"Pareto front of {searching.metric} and {keys.cost}: {searching.directory / results.FRONT}")
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -136,6 +151,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=20, metavar="N", help="default: 20")
     parser.add_argument("--pruner", choices=search.PRUNERS, default="none", help="which ends bad trials early")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="trials at a time")
+    parser.add_argument("--storage", default="", metavar="URL", help=ledger.HELP)
     parser.add_argument("--seed", type=int, default=0, help="of the search; the runs have that of the config")
     flags = parser.parse_args(argv)
     for name in ("trials", "workers"):
@@ -145,10 +161,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _begin(searching: Search) -> None:
-    """Makes the directory, or checks that the search in it is this one."""
+    """Notes what is searched; raises UserError where the directory holds another search."""
     keys = {key: repr(what) for key, what in searching.space.keys.items()}
     text = {name: getattr(searching.flags, name) for name in ("method", "pruner", "seed")}
-    text = json.loads(json.dumps(text | {"config": searching.config.to_dict(), "space": keys}))
+    text |= {"config": searching.config.to_dict(), "space": keys, "cost": searching.space.cost}
+    text = json.loads(json.dumps(text))
     file = searching.directory / "search.json"
     if file.exists():
         there, now = (configs.flatten(tree) for tree in (json.loads(file.read_text(encoding="utf-8")), text))
@@ -156,10 +173,6 @@ def _begin(searching: Search) -> None:
         if changed:
             raise UserError(f"{searching.directory} holds another search: {changed[0]} differs; use another --workdir")
         return
-    try:
-        searching.directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir={searching.directory} cannot be made ({error.strerror}); use another") from None
     run_dir.write_atomically(file, json.dumps(text, indent=2) + "\n")
 
 

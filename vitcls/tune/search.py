@@ -5,13 +5,12 @@ as if nothing had happened, with one worker to the bit.
 """
 
 import dataclasses
-import json
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vitcls.core.errors import UserError
+from vitcls.ledger import Entry
 from vitcls.tune.space import Choice, Number, Space
 
 METHODS = ("tpe", "random", "grid")
@@ -27,6 +26,7 @@ class Trial:
     values: Mapping[str, Any]
     scores: Mapping[str, float]  # step -> score
     state: str  # 'finished', 'pruned', 'failed'
+    cost: float | None = None  # of a finished trial, where the space names one
     seconds: float = 0.0
     error: str = ""
 
@@ -47,16 +47,35 @@ def optuna():
     return library
 
 
-def read_ledger(path: pathlib.Path) -> list[Trial]:
-    """The trials that have ended, by number; a line that was cut short is no trial."""
-    trials = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            fields = json.loads(line)
-        except ValueError:
-            continue
-        trials[fields["number"]] = Trial(**fields)
-    return [trials[number] for number in sorted(trials)]
+def ended_of(entries: Mapping[str, Entry]) -> list[Trial]:
+    """The trials that have ended, by number."""
+    return [
+        Trial(int(name), **entry.data, seconds=entry.seconds, error=_error(entry))
+        for name, entry in sorted(entries.items())
+        if entry.code is not None
+    ]
+
+
+def _error(entry: Entry) -> str:
+    return entry.last_line if entry.data["state"] == "failed" else ""
+
+
+def scored(trials: Sequence[Trial], space: Space) -> list[Trial]:
+    """Those with all that a search goes by: a score, and a cost where the space names one."""
+    return [trial for trial in trials if trial.score is not None and (not space.cost or trial.cost is not None)]
+
+
+def front(trials: Sequence[Trial], *, maximize: bool) -> list[Trial]:
+    """The Pareto front of scored trials, the cheapest first.
+
+    No other trial is better than one of these in one objective and at least as good in the other.
+    """
+    points = sorted((trial.cost, -trial.score if maximize else trial.score, trial.number, trial) for trial in trials)
+    kept: list[tuple] = []
+    for point in points:
+        if not kept or point[1] < kept[-1][1] or point[:2] == kept[-1][:2]:
+            kept.append(point)
+    return [trial for *_, trial in kept]
 
 
 def propose(
@@ -69,10 +88,10 @@ def propose(
     library = optuna()
     samplers = {"tpe": library.samplers.TPESampler, "random": library.samplers.RandomSampler}
     sampler = samplers[method](seed=(seed * 1_000_003 + number) % 2**31)
-    study = library.create_study(sampler=sampler, direction="maximize" if maximize else "minimize")
-    for trial in ended:
-        if trial.score is not None:
-            study.add_trial(_frozen(library, space, trial))
+    directions = ["maximize" if maximize else "minimize", *(["minimize"] if space.cost else [])]
+    study = library.create_study(sampler=sampler, directions=directions)
+    for trial in scored(ended, space):
+        study.add_trial(_frozen(library, space, trial))
     trial = study.ask()
     values: dict[str, Any] = {}
     for key, what in space.keys.items():
@@ -83,22 +102,27 @@ def propose(
 
 def _suggest(trial, key: str, what: Choice | Number) -> Any:
     if isinstance(what, Choice):
-        return trial.suggest_categorical(key, list(what.values))
+        return what.values[trial.suggest_categorical(key, range(len(what.values)))]
     suggest = trial.suggest_int if what.whole else trial.suggest_float
     return suggest(key, what.low, what.high, log=what.log)
 
 
 def _frozen(library, space: Space, trial: Trial):
     """A trial as Optuna knows it."""
-    distributions = {key: _distribution(library, space.keys[key]) for key in trial.values}
+    params = {}
+    for key, value in trial.values.items():
+        what = space.keys[key]
+        params[key] = what.index(value) if isinstance(what, Choice) else value
     return library.trial.create_trial(
-        params=dict(trial.values), distributions=distributions, value=trial.score, intermediate_values={}
+        params=params,
+        distributions={key: _distribution(library, space.keys[key]) for key in params},
+        values=[trial.score, *([trial.cost] if space.cost else [])],
     )
 
 
 def _distribution(library, what: Choice | Number):
     if isinstance(what, Choice):
-        return library.distributions.CategoricalDistribution(list(what.values))
+        return library.distributions.CategoricalDistribution(range(len(what.values)))
     kind = library.distributions.IntDistribution if what.whole else library.distributions.FloatDistribution
     return kind(what.low, what.high, log=what.log)
 

@@ -1,6 +1,7 @@
 """What is searched: values for config keys."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,15 +10,22 @@ from ml_collections import ConfigDict
 
 from vitcls import config as configs
 from vitcls import config_file
+from vitcls.core import errors
 from vitcls.core.errors import UserError
+
+COSTS = ("flops_per_image", "latency_ms")  # of which less is better
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One of several values: numbers, words, True or False."""
+    """One of several values: numbers, words, True or False, tuples of them."""
 
     values: Sequence[Any]
     only_if: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # other keys of the space: the value they have
+
+    def index(self, value: Any) -> int:
+        """The place of a value, which may have been through JSON, where a tuple is a list."""
+        return [json.dumps(each) for each in self.values].index(json.dumps(value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +44,13 @@ class Number:
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """Config keys and what they may be, in an order in which each stands after those that its `only_if` names."""
+    """Config keys and what they may be, in an order in which each stands after those that its `only_if` names.
+
+    With a `cost` of the report the search has two objectives, and ends in a Pareto front.
+    """
 
     keys: Mapping[str, Choice | Number]
+    cost: str = ""  # 'flops_per_image', 'latency_ms'
 
 
 def load(file: os.PathLike | str, config: ConfigDict) -> Space:
@@ -46,6 +58,8 @@ def load(file: os.PathLike | str, config: ConfigDict) -> Space:
     space = config_file.call(file, "get_space")
     if not isinstance(space, Space) or not space.keys:
         raise UserError(f"get_space() of {file} does not return a vitcls.tune.Space with keys")
+    if space.cost and space.cost not in COSTS:
+        raise errors.unknown(f"cost of {file}", space.cost, COSTS)
     for key, values in space.keys.items():
         _check(key, values, space, os.fspath(file))
         for value in values.values if isinstance(values, Choice) else (values.low, values.high):
@@ -64,15 +78,15 @@ def _check(key: str, values: Choice | Number, space: Space, file: str) -> None:
         raise UserError(f"{file}: '{key}' goes from {values.low} to {values.high}; with log=True from above 0")
 
 
-def apply(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
-    """A resolved config with other values; its report is of the validation split.
+def apply(config: ConfigDict, values: Mapping[str, Any], *, timing: bool = False) -> ConfigDict:
+    """A resolved config with other values; its report is of the validation split, and measures if `timing`.
 
     Raises UserError where it cannot work.
     """
     config = config.copy_and_resolve_references()
     for key, value in sorted(values.items(), key=lambda item: item[0] not in config_file.NAMES):
         config_file.override(config, key, str(value))
-    config.report.update(split="validation", timing=False)
+    config.report.update(split="validation", timing=timing)
     config = configs.resolve(config)
     configs.validate(config)
     return config
