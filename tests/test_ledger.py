@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import time
 
 import pytest
 
-from vitcls import ledger
+from vitcls import jobs, ledger
 from vitcls.core.errors import RunError, Stopped, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -71,17 +72,18 @@ def test_every_run_has_one_worker_and_those_of_a_killed_one_are_free_at_once(sto
     processes = [claimer(storage, tmp_path, 40) for _ in range(3)]
     for process in processes:
         go(process)
-    shares = [won(process) for process in processes]
-    assert sorted(number for share in shares for number in share) == list(range(40)) and shares[0]
-    processes[0].kill()
-    processes[0].communicate()
+    shares = {process: won(process) for process in processes}
+    assert sorted(number for share in shares.values() for number in share) == list(range(40))
+    killed = max(processes, key=lambda process: len(shares[process]))
+    killed.kill()
+    killed.communicate()
     with ledger.start(storage, tmp_path) as queue:
         taken = {number: queue.claim(str(number), {"by": "me"}) for number in range(40)}
-    assert sorted(number for number, data in taken.items() if data is not None) == sorted(shares[0])
-    assert all(json.loads(taken[number]["by"])["process_id"] == processes[0].pid for number in shares[0])
-    for process in processes[1:]:
-        go(process)
-        process.communicate()
+    assert sorted(number for number, data in taken.items() if data is not None) == shares[killed]
+    assert all(json.loads(taken[number]["by"])["process_id"] == killed.pid for number in shares[killed])
+    for process in processes:
+        if process is not killed:
+            process.communicate("\n")
     assert not any(entry.held for entry in ledger.read(storage, tmp_path).values())
 
 
@@ -169,12 +171,12 @@ def test_a_database_that_is_away_for_a_while_is_waited_for(queue, postgres, capl
 
 
 def test_a_signal_ends_the_waiting(queue):
-    def pause(seconds):
-        raise Stopped(143, "stopped")
-
-    queue.pause = pause
-    with pytest.raises(Stopped):
+    processes = jobs.Jobs(1)
+    queue.pause = processes.pause
+    with processes, pytest.raises(Stopped) as stopped:
+        os.kill(os.getpid(), signal.SIGTERM)
         queue.entries()
+    assert stopped.value.code == 143
 
 
 def test_waiting_has_an_end(queue, monkeypatch):

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from vitcls import cli, status
+from vitcls.training import lock
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOW = datetime.datetime(2026, 3, 1, 12, tzinfo=datetime.UTC)
@@ -63,6 +64,14 @@ def test_a_run_that_is_alive(tmp_path):
 )
 def test_a_run_that_is_not(lock, state, tmp_path):
     assert line(make(tmp_path / "run", lock))[-1].strip() == state
+
+
+def test_a_run_of_this_machine_that_was_killed_just_now(tmp_path):
+    holder = lock.this_process() | beat(2)
+    assert status.is_alive(make(tmp_path / "alive", holder | {"last_beat": lock._now()}))
+    assert line(make(tmp_path / "run", holder))[-1].strip() == "alive"
+    assert line(make(tmp_path / "dead", holder | {"process_start": "1"}))[-1].strip() == "silent for 2 s"
+    assert line(make(tmp_path / "other", holder | {"process_start": "1", "machine": "m"}))[-1].strip() == "alive"
 
 
 def test_a_finished_run_and_its_test_accuracy(trained, tmp_path):
