@@ -9,7 +9,7 @@ from vitcls.cli import VERBS
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMMANDS = tuple(verb.module.split(".")[1] for verb in VERBS.values() if verb.module.count(".") == 1)
-ROOMS = ("models", "experiment", "probe", "tune")  # with a door, `__main__`
+ROOMS = ("models", "experiment", "tune")  # with a door, `__main__`
 # From the ground up. A module may import those of its own floor and below.
 FLOORS = (
     ("core",),
@@ -22,14 +22,11 @@ FLOORS = (
     ("train",),
     ("jobs", "ledger"),
     tuple(name for name in COMMANDS if name not in ROOMS),
-    ("experiment", "probe", "tune"),
+    ("experiment", "tune"),
     ("api",),
     ("__init__",),
 )
-APART = (
-    {"data", "models", "optim", "metrics"},
-    {"experiment", "probe", "tune"},
-)  # rooms of a floor that do not know each other
+APART = ({"data", "models", "optim", "metrics"}, {"experiment", "tune"})  # rooms of a floor that do not know each other
 HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn", "clu")
 HEAVY_ALLOWED = {
     "orbax": ("training/checkpoint.py",),

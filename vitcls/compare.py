@@ -37,7 +37,7 @@ def compare(workdirs: Sequence[os.PathLike | str], out: os.PathLike | str = "") 
     runs = _read(workdirs)
     if out:
         _check_out(pathlib.Path(out))
-    configs = [seed_groups.flat_config(run.run.config, run.run.path) for run in runs]
+    configs = [seed_groups.flat_config(run.run.config) for run in runs]
     members = seed_groups.group_seeds([run.run.path for run in runs], configs)
     labels, scores = runs[0].labels, [_score(run) for run in runs]
     groups = {name: [scores[i] for i in indices] for name, indices in members.items()}

@@ -39,25 +39,6 @@ def load(file: os.PathLike | str, overrides: Mapping[str, Any] | Sequence[tuple[
     return config
 
 
-def split_arguments(argv: list[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
-    """The arguments that are no overrides, and the overrides as (key, text); None for one without a value."""
-    rest, overrides = [], []
-    arguments = iter([*argv, None])
-    argument = next(arguments)
-    while argument is not None:
-        following = next(arguments)
-        if not argument.startswith("--config."):
-            rest.append(argument)
-        elif "=" in argument or following is None or following.startswith("--"):
-            key, equals, text = argument.removeprefix("--config.").partition("=")
-            overrides.append((key, text if equals else None))
-        else:
-            overrides.append((argument.removeprefix("--config."), following))
-            following = next(arguments)
-        argument = following
-    return rest, overrides
-
-
 def call(file: os.PathLike | str, function: str) -> Any:
     """What `function()` or `function(preset)` of the Python file 'PATH' or 'PATH:PRESET' returns.
 

@@ -6,7 +6,6 @@ moved.json       where the data are, once they have moved
 frozen.json      SHA-256 of what the objective keeps fixed, such as a teacher
 init.json        SHA-256 and preprocessing of the weights from which the run began
 calibration.json what vitcls calibrate fitted and what it promises
-probe.json       features and classifier, where vitcls probe made the report
 unknown.json     above which score vitcls unknown calls an image known; its arrays are in unknown.npz
 lock.json        who holds the workdir        report/, profile/    what was asked for
 """
@@ -16,7 +15,6 @@ DATASET_FILE = "dataset.json"
 MOVED_FILE = "moved.json"
 FROZEN_FILE = "frozen.json"
 INIT_FILE = "init.json"
-PROBE_FILE = "probe.json"
 UNKNOWN_FILE = "unknown.json"
 UNKNOWN_ARRAYS = "unknown.npz"
 CALIBRATION_FILE = "calibration.json"

@@ -1,7 +1,6 @@
 """Which runs are seeds of one recipe, and what distinguishes recipes."""
 
 import itertools
-import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -9,7 +8,6 @@ from typing import Any
 
 from vitcls import config as configs
 from vitcls.core.errors import UserError
-from vitcls.training.files import PROBE_FILE
 
 _SEED = re.compile(r"(^|[-_.])s(eed)?[-_=]?\d+$", re.IGNORECASE)  # at the end of a directory's name
 
@@ -67,9 +65,6 @@ def config_differences(values: Sequence[dict[str, Any]]) -> dict[str, list[Any]]
     return {key: row for key, row in rows.items() if any(value != row[0] for value in row)}
 
 
-def flat_config(config, path: pathlib.Path) -> dict[str, Any]:
-    """The keys and values of the config of a workdir, without blocks; of a probe its features and classifier too."""
-    flat = configs.flatten(config.to_dict())
-    if (path / PROBE_FILE).exists():
-        flat |= {f"probe.{key}": value for key, value in json.loads((path / PROBE_FILE).read_text()).items()}
-    return flat
+def flat_config(config) -> dict[str, Any]:
+    """A config's keys and values, without blocks."""
+    return configs.flatten(config.to_dict())
