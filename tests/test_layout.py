@@ -9,7 +9,7 @@ from vitcls.cli import VERBS
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMMANDS = tuple(verb.module.split(".")[1] for verb in VERBS.values() if verb.module.count(".") == 1)
-ROOMS = ("models", "experiment", "tune")  # with a door, `__main__`
+ROOMS = ("models", "probe", "experiment", "tune", "worth")  # with a door, `__main__`
 # From the ground up. A module may import those of its own floor and below.
 FLOORS = (
     ("core",),
@@ -20,14 +20,15 @@ FLOORS = (
     ("training",),
     ("cli",),
     ("train",),
-    ("jobs", "ledger"),
+    ("jobs", "ledger", "probe"),
     tuple(name for name in COMMANDS if name not in ROOMS),
     ("experiment", "tune"),
+    ("worth",),
     ("api",),
     ("__init__",),
 )
 APART = ({"data", "models", "optim", "metrics"}, {"experiment", "tune"})  # rooms of a floor that do not know each other
-HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn", "clu")
+HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn", "skimage", "clu")
 HEAVY_ALLOWED = {
     "orbax": ("training/checkpoint.py",),
     "matplotlib": tuple(
@@ -36,6 +37,7 @@ HEAVY_ALLOWED = {
             "calibration_plots",
             "comparison_plots",
             "group_plots",
+            "learning_curves",
             "plots",
             "search_plots",
             "table_plots",
@@ -44,6 +46,7 @@ HEAVY_ALLOWED = {
     ),
     "clu": (),
     "sklearn": (),
+    "skimage": (),
     "tensorflow": (),
     "tensorflow_datasets": (),
 }

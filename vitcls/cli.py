@@ -33,6 +33,8 @@ VERBS = {
     "evaluate": Verb("vitcls.evaluate", "compare", "evaluate a run on a split and write its report again"),
     "compare": Verb("vitcls.compare", "compare", "test which of several runs is better, and show where they differ"),
     "experiment": Verb("vitcls.experiment", "compare", "run a table of configs and seeds, and say which differ"),
+    "probe": Verb("vitcls.probe", "compare", "fit a classical classifier to features of a network or of the images"),
+    "worth": Verb("vitcls.worth", "compare", "what published weights are worth on your own images, and what to do"),
     "tune": Verb("vitcls.tune", "train", "search config keys by the validation split, and write the best config"),
     "calibrate": Verb(
         "vitcls.calibrate", "trust", "make a run's probabilities honest, and promise what answers are worth"

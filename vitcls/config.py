@@ -142,8 +142,18 @@ class InitSettings:
         check_choice(self.train)
 
 
+@dataclasses.dataclass(frozen=True)
+class ProbeSettings:
+    """What `vitcls probe` has made of the data; training leaves it as it is."""
+
+    features: str = ""  # 'pixels', 'hog', 'color', or 'network', which is that of config.init.weights
+    classifier: str = ""  # 'linear', 'knn', 'svm' or 'centroid'
+    shots: tuple = ()  # images of each class of few-shot classification
+
+
 _SETTINGS = {
     "init": InitSettings,
+    "probe": ProbeSettings,
     "early_stopping": EarlyStopping,
     "partition": PartitionSettings,
     "checkpoint": CheckpointSettings,

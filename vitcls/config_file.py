@@ -110,6 +110,25 @@ def _tasks_with(key: str) -> list[str]:
     return [name for name, entry in TASKS.items() if key in defaults(entry)]
 
 
+def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
+    """The arguments that are no overrides, and the overrides as (key, text); None for one without a value."""
+    rest, overrides = [], []
+    arguments = iter([*argv, None])
+    argument = next(arguments)
+    while argument is not None:
+        following = next(arguments)
+        if not argument.startswith("--config."):
+            rest.append(argument)
+        elif "=" in argument or following is None or following.startswith("--"):
+            key, equals, text = argument.removeprefix("--config.").partition("=")
+            overrides.append((key, text if equals else None))
+        else:
+            overrides.append((argument.removeprefix("--config."), following))
+            following = next(arguments)
+        argument = following
+    return rest, overrides
+
+
 def override(config: ConfigDict, key: str, text: str | None) -> None:
     """Sets `key` to what `text` says by the type of its value; a new name changes the keys of its block.
 

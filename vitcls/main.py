@@ -46,31 +46,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parses the flags and loads the config; raises UserError with one line for whatever is wrong."""
-    rest, overrides = _split(argv)
+    rest, overrides = config_file.split_overrides(argv)
     flags = make_parser().parse_args(rest)
     if not flags.config:
         raise UserError("--config=FILE is missing, such as --config=configs/vit_digits.py")
     flags.config = config_file.load(flags.config, overrides)
     return flags
-
-
-def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
-    """The arguments that are no overrides, and the overrides as (key, text); None for one without a value."""
-    rest, overrides = [], []
-    arguments = iter([*argv, None])
-    argument = next(arguments)
-    while argument is not None:
-        following = next(arguments)
-        if not argument.startswith("--config."):
-            rest.append(argument)
-        elif "=" in argument or following is None or following.startswith("--"):
-            key, equals, text = argument.removeprefix("--config.").partition("=")
-            overrides.append((key, text if equals else None))
-        else:
-            overrides.append((argument.removeprefix("--config."), following))
-            following = next(arguments)
-        argument = following
-    return rest, overrides
 
 
 def main(argv: list[str]) -> None:

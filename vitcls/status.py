@@ -102,6 +102,8 @@ def _checkpoint_age(folder: pathlib.Path, now: datetime.datetime) -> float | Non
 
 
 def _total_steps(config: dict, dataset: dict) -> int | None:
+    if config.get("probe", {}).get("features"):  # a probe takes no steps
+        return None
     with contextlib.suppress(KeyError, TypeError, UserError):
         count = dataset["num_examples"]["train"]
         return durations.to_steps(config["total"], batch_size=config["batch_size"], num_examples=count)

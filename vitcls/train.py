@@ -118,6 +118,8 @@ def prepare(config: configs.ConfigDict, path: pathlib.Path | None, data_dir: str
     """
     config = configs.resolve(config)
     configs.validate(config)
+    if config.probe.features:
+        raise UserError("config.probe is of `vitcls probe`; leave it empty for a training")
     place = run_dir.data_dir(path, config, data_dir)
     max_value = None if path is None else run_dir.max_value(path)
     start = initial.look(config, path)
@@ -146,7 +148,7 @@ def prepare(config: configs.ConfigDict, path: pathlib.Path | None, data_dir: str
         raise UserError("config.report.split='validation' needs one; set config.dataset.validation above 0")
     evaluates = dataset.validation is not None and plan.eval_every > 0
     configs.validate_metrics(config, evaluates=evaluates, sums=training.task.eval_sums)
-    start = initial.read(config, info, training, start)
+    start = initial.read(config, info, training.model, start)
     return Prepared(config, place, dataset, info, plan, partition, training, start)
 
 

@@ -13,6 +13,7 @@ _DETAILS = (  # that are no metrics of predictions
     ("flops_per_image", "Cost of one image, forward", "{:,.0f} FLOPs (2 per multiply-add)"),
     ("latency_ms", "Latency of one image", "{0[median]:.2f} ms median, {0[p95]:.2f} ms p95"),
     ("images_per_second", "Inference on all devices", "{:,.0f} images/s"),
+    ("feature_seconds", "Features of the training and validation images", "{:,.1f} s, once"),
     ("train_seconds", "Training", "{:,.1f} s (without compilation, evaluation and saving)"),
 )
 _HALF_WIDTH = ("roc", "reliability")  # plots that stand side by side

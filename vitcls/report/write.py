@@ -12,6 +12,7 @@ import numpy as np
 from vitcls.core.terminal import printable
 from vitcls.metrics import METRICS, RocCurves
 
+Drawings = dict[str, tuple[str, str, Callable]]  # name of the file -> title, caption and what draws it
 UNITS = {  # of what is no metric of the table
     "num_examples": "images",
     "checkpoint_step": "steps",
@@ -21,6 +22,7 @@ UNITS = {  # of what is no metric of the table
     "learned_weights": "fractions that sum to 1",
     "latency_ms": "milliseconds (batch of 1, from host to host)",
     "images_per_second": "images/s (inference, all devices)",
+    "feature_seconds": "seconds (features of the training and validation images, once)",
     "train_seconds": "seconds (without compilation, evaluation and saving)",
 }
 
@@ -34,9 +36,10 @@ def write(
     roc: RocCurves | None,
     class_names: Sequence[str],
     images: Callable[[np.ndarray], np.ndarray],
-    history: list[dict[str, Any]],
+    history: list[dict[str, Any]] | None,
     facts: dict[str, Any],
     curves: Sequence[str] = ("loss", "accuracy"),
+    first: Drawings | None = None,
 ) -> None:
     """Writes metrics.json, predictions.npz, the plots and index.html; a report that was there is replaced in one move.
 
@@ -44,8 +47,10 @@ def write(
       metrics: what metrics.json will hold; every number finite or None, its unit in UNITS.
       labels: int [N]; probabilities: float32 [N, K]; roc: what metrics.roc_curves makes of them.
       images: gives uint8 [n, H, W, C] for indices [n] of the split.
-      history: the events of metrics.jsonl; facts: rows for the page, see `page.render`.
+      history: the events of metrics.jsonl, None where nothing was trained step by step.
+      facts: rows for the page, see `page.render`.
       curves: names of `history` that are drawn, without 'train/' and 'eval/'.
+      first: plots before all others.
     """
     from vitcls.report import page, plots
 
@@ -63,7 +68,8 @@ def write(
     )
 
     shown = []
-    drawings = _drawings(metrics, labels, probabilities, roc, class_names, images, history, curves)
+    drawings = (first or {}) | _training(history, curves)
+    drawings |= _drawings(metrics, labels, probabilities, roc, class_names, images)
     for name, (title, caption, draw) in drawings.items():
         figure = plots.styled(draw)
         path = new / f"{name}.png" if figure is not None else None
@@ -74,19 +80,12 @@ def write(
     replace(directory, new)
 
 
-def _drawings(
-    metrics: dict[str, Any],
-    labels: np.ndarray,
-    probabilities: np.ndarray,
-    roc: RocCurves | None,
-    class_names: Sequence[str],
-    images: Callable[[np.ndarray], np.ndarray],
-    history: list[dict[str, Any]],
-    curves: Sequence[str],
-) -> dict[str, tuple[str, str, Callable]]:
-    """The plots of a report, in order: name of the file -> title, caption and what draws it."""
+def _training(history: list[dict[str, Any]] | None, curves: Sequence[str]) -> Drawings:
+    """The plots of a training, in order."""
     from vitcls.report import plots
 
+    if history is None:
+        return {}
     return {
         "curves": (
             "Training",
@@ -98,6 +97,21 @@ def _drawings(
             "The rate of the update at each step.",
             lambda: plots.learning_rate(history),
         ),
+    }
+
+
+def _drawings(
+    metrics: dict[str, Any],
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    roc: RocCurves | None,
+    class_names: Sequence[str],
+    images: Callable[[np.ndarray], np.ndarray],
+) -> Drawings:
+    """The plots of predictions, in order."""
+    from vitcls.report import plots
+
+    return {
         "confusion_matrix": (
             "Confusion matrix",
             "Each row shows what became of the images of one class.",

@@ -244,6 +244,15 @@ def make_bank_step(config, model: nn.Module, info: DatasetInfo) -> tuple[Callabl
     return _with_precision(bank_step, config), task.bank_size
 
 
+def make_feature_step(config, model: nn.Module, info: DatasetInfo) -> Callable:
+    """feature_step(variables, batch) -> {'rows': float32 [B, D], what the model gives its classifier, ...}."""
+    task = make_task(config, info)._replace(
+        remember=lambda apply, variables, images: apply(variables, images, sow=True).sown["features"][0]
+    )
+    normalize = steps.make_normalize(info.mean, info.std)
+    return _with_precision(steps.make_bank_step(task, model=model, to_float=to_float, normalize=normalize), config)
+
+
 def _with_precision(step: Callable, config) -> Callable:
     """`step`, whose products of float32 are as precise as the config says where they do not say it themselves."""
 

@@ -5,6 +5,7 @@ import os
 import pathlib
 from typing import NamedTuple
 
+import flax.linen as nn
 import numpy as np
 from flax import traverse_util
 
@@ -86,8 +87,8 @@ def with_preprocessing(config, start: Start | None, channels: int) -> tuple:
     return config.lock(), start._replace(colors_taken=True)
 
 
-def read(config, info: DatasetInfo, training: build.Training, start: Start | None) -> Start | None:
-    """Reads the variables that the run starts with, as its model takes them; no device work.
+def read(config, info: DatasetInfo, model: nn.Module, start: Start | None) -> Start | None:
+    """Reads the variables that the run starts with, as its `model` takes them; no device work.
 
     Raises UserError for all weights that are missing, do not fit or are too many, and for a head that is to be kept but
     is of other classes.
@@ -95,13 +96,13 @@ def read(config, info: DatasetInfo, training: build.Training, start: Start | Non
     if start is None or start.source is None:
         return start
     keep = config.init.head == "keep"
-    if training.task.wrap(training.model) is not training.model:
+    if build.make_task(config, info).wrap(model) is not model:
         raise UserError(
             f"config.init.weights is not for config.task.name='{config.task.name}', whose network has more than a model"
         )
     read_source = _of_run if isinstance(start.source, run_dir.Workdir) else _of_file
     given, channels = read_source(config, info, start.source, keep)
-    shapes = traverse_util.flatten_dict(variable_shapes(training.model, info.image_shape), sep="/")
+    shapes = traverse_util.flatten_dict(variable_shapes(model, info.image_shape), sep="/")
     variables, notes = adapt(config.model.name, given, shapes, (channels, info.image_shape[-1]), head=keep)
     return start._replace(variables=variables, source=None, words="; ".join([start.words, *notes]))
 

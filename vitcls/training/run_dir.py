@@ -41,6 +41,8 @@ class Workdir:
     def find_step(self, which: str) -> int:
         """The step of the checkpoint 'last', 'best' or a number; it is whole. Raises UserError where there is none."""
         folder = self.path / CHECKPOINTS
+        if self.config.probe.features:
+            raise UserError(f"{self.path} holds a probe, which has no network of its own; `vitcls probe` makes it anew")
         if which == "last":
             step = checkpoint.latest_whole(folder, quarantine=False)
         elif which == "best":

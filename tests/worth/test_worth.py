@@ -1,0 +1,96 @@
+"""`vitcls worth`: the whole command on tiny images, and what it advises."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from vitcls import cli, ledger
+from vitcls.worth import __main__ as command
+from vitcls.worth import results
+from vitcls.worth.results import Cell
+
+CONFIG = """
+from tests.conftest import make_tiny_config
+
+def get_config():
+    return make_tiny_config()
+"""
+
+
+@pytest.fixture
+def arguments(trained, tmp_path):
+    (tmp_path / "tiny.py").write_text(CONFIG)
+    return [f"--config={tmp_path / 'tiny.py'}", f"--weights={trained}", f"--workdir={tmp_path / 'out'}"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_table_has_every_method_and_is_not_made_twice(arguments, tmp_path, capsys):
+    arguments += ["--shares=100", "--steps=4"]
+    assert cli.run(command.main, arguments) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    kept = json.loads((tmp_path / "out" / "worth.json").read_text())
+    rows = {row["method"]: row for row in kept["rows"]}
+    assert list(rows) == ["hog_svm", "probe", "from_scratch", "fine_tuned"]
+    for name, row in rows.items():
+        report = json.loads((tmp_path / "out" / "runs" / f"{name}-100" / "report" / "metrics.json").read_text())
+        assert row["accuracy"] == pytest.approx(report["accuracy"])
+        assert row["low"] <= row["accuracy"] <= row["high"] and row["seconds"] > 0 and row["images"] == 86
+    assert kept["advice"][0] in said and kept["advice"][0].startswith("Use ")
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert all(name in page for name in ("HOG + SVM", "From scratch", "Probe", "Fine-tuned"))
+    with open(tmp_path / "out" / "worth.csv") as file:
+        assert [row["method"] for row in csv.DictReader(file)] == list(rows)
+    entries = ledger.read("", tmp_path / "out")
+    assert cli.run(command.main, arguments) == 0
+    assert ledger.read("", tmp_path / "out") == entries
+    capsys.readouterr()
+    assert cli.run(command.main, [*arguments, "--steps=8"]) == 2
+    assert "total was '4 steps', is '8 steps'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--shares=0,50"], "--shares=0,50 must be percentages"),
+        (["--shares=a"], "--shares=a must be percentages"),
+        (["--steps=1"], "--steps=1 is impossible"),
+        (["--workers=0"], "--workers=0 is impossible"),
+        (["--weights=nothing.safetensors"], "nothing.safetensors is not there"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(arguments, more, words, tmp_path, capsys):
+    assert cli.run(command.main, [*arguments, *more]) == 2
+    said = capsys.readouterr().err
+    assert words in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def cell(method, share, right, seconds, seed=0):
+    """A cell of 400 test images, of which the first `right` are right."""
+    correct = np.arange(400) < right
+    draws = np.random.default_rng(seed).integers(400, size=(1_000, 400))
+    return Cell(method, share, int(500 * share), right / 400, 0.0, 1.0, seconds, correct[draws].mean(axis=1))
+
+
+def test_the_quickest_of_those_that_cannot_be_told_from_the_best_is_advised():
+    cells = [cell("probe", 1.0, 320, 20), cell("fine_tuned", 1.0, 321, 900), cell("hog_svm", 1.0, 160, 2)]
+    first, second, *_ = results.advice(cells)
+    assert first.startswith("Use the probe: with 500 training images it gets 80.0% of the test images right")
+    assert second.startswith("Fine-tuned gets 0.2 points more, which these test images do not tell from none")
+    assert second.endswith("and takes 15 min.")
+
+
+def test_the_best_is_advised_where_the_images_tell_or_time_is_no_matter():
+    better = [cell("probe", 1.0, 320, 20), cell("fine_tuned", 1.0, 350, 900)]
+    assert results.advice(better)[0].startswith("Use fine-tuning")
+    assert "The next, the probe, gets 7.5 points less" in results.advice(better)[1]
+    quick = [cell("probe", 1.0, 320, 1), cell("hog_svm", 1.0, 321, 20)]
+    assert results.advice(quick)[0].startswith("Use HOG + SVM")
+
+
+@pytest.mark.parametrize(("right", "words"), [(280, "More images will help"), (319, "will not change much")])
+def test_more_images_are_advised_where_the_last_ones_helped(right, words):
+    cells = [cell("probe", 0.25, 200, 5), cell("probe", 0.5, right, 10), cell("probe", 1.0, 320, 20)]
+    assert words in results.advice(cells)[-1] and "from 250 to 500 images" in results.advice(cells)[-1]

@@ -1,0 +1,87 @@
+"""Say what published weights are worth on your own images: HOG + SVM, from scratch, probe and fine-tuned.
+
+vitcls worth --config=configs/transfer.py:MODEL --weights=FILE --workdir=DIR [--shares=5,10,25,50,100] [--steps=100]
+    [--workers=1] [--config.a.b=value ...]
+
+Started again it goes on: what is finished is not run again.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from vitcls import cli, config_file
+from vitcls.core.errors import RunError, UserError
+from vitcls.experiment import work
+from vitcls.experiment.table import Run
+from vitcls.probe.run import probe
+from vitcls.training import places
+from vitcls.worth import results
+from vitcls.worth.runs import LEARNED, plan
+
+
+def main(argv: list[str]) -> None:
+    flags = _parse(argv)
+    directory = pathlib.Path(flags.workdir)
+    runs = plan(flags.config, flags.weights, flags.shares, flags.steps, directory)
+    for run in runs:
+        work.check_config(run)
+    cli.start_jax()
+    entries = _run(runs, directory, flags.workers)
+    cells, num_test = results.read(runs, {name: entry.seconds for name, entry in entries.items()})
+    name = pathlib.Path(flags.config.dataset.data_dir or flags.config.dataset.name).name
+    title = f"{flags.config.model.name} on {name}"
+    lines = results.write(directory, title, cells, num_test, flags.steps)
+    print(results.markdown_table(*results.table(cells)))
+    print("\n" + "\n".join(lines) + f"\nresults: {directory / 'index.html'}")
+
+
+def _run(runs: list[Run], directory: pathlib.Path, workers: int) -> work.Entries:
+    """Runs all that is not finished, and returns the ledger; raises RunError where a training failed."""
+    for run in runs:
+        if run.row.series not in LEARNED and work.state_of(run).status != "finished":
+            probe(run.config, run.workdir)
+    trained = [run for run in runs if run.row.series in LEARNED]
+    entries = work.work(trained, directory, workers, "")
+    if failed := work.failed(entries):
+        name, reason = next(iter(failed.items()))
+        raise RunError(f"{len(failed)} of {len(trained)} trainings failed, as {name}: {reason}; run it again")
+    return entries
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    rest, overrides = config_file.split_overrides(argv)
+    parser = cli.Parser(prog=cli.program("worth"), description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, metavar="FILE[:PRESET]", help="such as configs/transfer.py:MODEL")
+    parser.add_argument("--weights", required=True, metavar="FILE", help="of the config's model, or a run's workdir")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the runs and the results live")
+    parser.add_argument("--shares", default="5,10,25,50,100", metavar="5,10,...", help="percent of the training images")
+    parser.add_argument("--steps", type=int, default=100, metavar="N", help="of each training; default: 100")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="trainings at a time; default: 1")
+    cli.add_import_argument(parser)
+    flags = parser.parse_args(rest)
+    places.check(flags.workdir)
+    if places.is_url(flags.workdir):
+        raise UserError(f"--workdir={flags.workdir} is a URL; it must be a local directory")
+    flags.shares = _shares(flags.shares)
+    if flags.steps < 4:
+        raise UserError(f"--steps={flags.steps} is impossible; it must be at least 4")
+    if not 1 <= flags.workers <= 256:
+        raise UserError(f"--workers={flags.workers} is impossible; it must be in [1, 256]")
+    flags.config = config_file.load(flags.config, overrides)
+    return flags
+
+
+def _shares(text: str) -> list[float]:
+    """Percent in words to fractions."""
+    try:
+        shares = sorted({float(part) / 100 for part in text.split(",")})
+    except ValueError:
+        shares = [0.0]
+    if not all(0 < share <= 1 for share in shares):
+        raise UserError(f"--shares={text} must be percentages above 0 and up to 100, such as 5,10,25,50,100")
+    return shares
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
