@@ -11,6 +11,8 @@ import numpy as np
 
 CERTAINTY = 0.95  # of every promise, over the examples that happened to be held out
 _TESTS = 20  # of thresholds of confidence
+_PENALTIES = (0.001, 0.01, 0.05, 0.1, 0.3, 1.0)  # among which the sets of RAPS are chosen
+_FREE = (1, 2, 5)
 
 
 class Regularization(NamedTuple):
@@ -65,20 +67,14 @@ def label_sets(probabilities: np.ndarray, threshold: float, regularization: Regu
 
 
 def choose_regularization(labels: np.ndarray, probabilities: np.ndarray, coverage: float) -> Regularization:
-    """That of a grid with the smallest sets on these examples, which must not be those of the thresholds.
-
-    As in the appendix E of Angelopoulos et al.: `free` is the rank below which the truth lies as often as asked.
-    """
-    rows = np.arange(len(labels))
-    true = probabilities[rows, labels][:, None]
-    ranks = np.sort((probabilities > true).sum(axis=1) + 1)
-    free = int(ranks[min(len(ranks) - 1, math.ceil(coverage * len(ranks)))])
-    sizes = {}
-    for penalty in (0.0, 0.001, 0.01, 0.1, 1.0):
-        tried = Regularization(penalty, free)
-        scores = class_scores(probabilities, tried)
-        threshold = np.quantile(scores[rows, labels], coverage, method="higher")
-        sizes[tried] = label_sets(probabilities, float(threshold), tried).sum(axis=1).mean()
+    """That with the smallest sets on these examples, which must not be those of the thresholds; APS for too few."""
+    rows, sizes = np.arange(len(labels)), {}
+    for tried in (Regularization(), *(Regularization(penalty, free) for penalty in _PENALTIES for free in _FREE)):
+        try:
+            threshold = set_threshold(class_scores(probabilities, tried)[rows, labels], coverage)
+        except TooFew:
+            return Regularization()
+        sizes[tried] = label_sets(probabilities, threshold, tried).sum(axis=1).mean()
     return min(sizes, key=sizes.get)
 
 
