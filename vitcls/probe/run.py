@@ -26,7 +26,7 @@ def with_features(config: configs.ConfigDict, name: str) -> configs.ConfigDict:
 
     Of a workdir the model is that of its run. Raises UserError for what is none of them.
     """
-    config = config.copy_and_resolve_references()
+    config, name = config.copy_and_resolve_references(), os.path.expanduser(name)
     config.probe.features = name if name in features.CLASSICAL else "network"
     config.init.weights = "" if name in features.CLASSICAL else name
     if os.path.isdir(name) and name not in features.CLASSICAL:

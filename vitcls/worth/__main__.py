@@ -1,6 +1,6 @@
 """Say what published weights are worth on your own images: HOG + SVM, from scratch, probe and fine-tuned.
 
-vitcls worth --config=configs/transfer.py:MODEL --weights=FILE --workdir=DIR [--shares=5,10,25,50,100] [--steps=100]
+vitcls worth --config=configs/transfer.py:MODEL --weights=FILE --workdir=DIR [--shares=5,10,25,50,100] [--steps=200]
     [--workers=1] [--config.a.b=value ...]
 
 Started again it goes on: what is finished is not run again.
@@ -56,7 +56,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--weights", required=True, metavar="FILE", help="of the config's model, or a run's workdir")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the runs and the results live")
     parser.add_argument("--shares", default="5,10,25,50,100", metavar="5,10,...", help="percent of the training images")
-    parser.add_argument("--steps", type=int, default=100, metavar="N", help="of each training; default: 100")
+    parser.add_argument("--steps", type=int, default=200, metavar="N", help="of each training; default: 200")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="trainings at a time; default: 1")
     cli.add_import_argument(parser)
     flags = parser.parse_args(rest)
