@@ -184,6 +184,7 @@ def _notes(num_test: int, steps: int) -> list[str]:
         "resamples of these images; they are of one run each, without what another seed would change. The images of a "
         "share are drawn for it alone, of every class alike.",
         f"From scratch and fine-tuned take {steps:,} steps whatever the share, and the best of four looks at the "
-        "validation split, which is the same for all. Times are those of this machine: of features of training and "
-        "validation images and the fit, or of the whole process that trained.",
+        "validation split, which is the same for all; what more steps would give is not known from this.",
+        "Times are those of this machine: of the features of training and validation images and the fit, or of the "
+        "whole process that trained.",
     ]
