@@ -2,10 +2,12 @@
 
 import csv
 import json
+import sys
 
 import numpy as np
 import pytest
 
+from tests.models.test_weight_files import safetensors
 from vitcls import cli, ledger
 from vitcls.worth import __main__ as command
 from vitcls.worth import results
@@ -64,6 +66,16 @@ def test_bad_input_is_one_line_and_nothing_is_written(arguments, more, words, tm
     assert cli.run(command.main, [*arguments, *more]) == 2
     said = capsys.readouterr().err
     assert words in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_probes_need_is_looked_for_first(arguments, tmp_path, capsys, monkeypatch):
+    other = safetensors(tmp_path / "w.safetensors", {"conv1.weight": np.zeros((4, 3, 3, 3), np.float32)})
+    assert cli.run(command.main, [*arguments, f"--weights={other}"]) == 2
+    assert "holds no weights of improved_vit_tiny" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "skimage.feature", None)
+    assert cli.run(command.main, arguments) == 2
+    assert "pip install 'vitcls[classical]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

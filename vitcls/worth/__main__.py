@@ -23,10 +23,10 @@ from vitcls.worth.runs import LEARNED, plan
 def main(argv: list[str]) -> None:
     flags = _parse(argv)
     directory = pathlib.Path(flags.workdir)
+    cli.start_jax()
     runs = plan(flags.config, flags.weights, flags.shares, flags.steps, directory)
     for run in runs:
         work.check_config(run)
-    cli.start_jax()
     entries = _run(runs, directory, flags.workers)
     cells, num_test = results.read(runs, {name: entry.seconds for name, entry in entries.items()})
     name = pathlib.Path(flags.config.dataset.data_dir or flags.config.dataset.name).name

@@ -9,14 +9,14 @@ from ml_collections import ConfigDict
 
 from vitcls import config as configs
 from vitcls import data
+from vitcls.core import sharding
 from vitcls.experiment.table import Row, Run
+from vitcls.probe import features
 from vitcls.probe.run import with_features
 from vitcls.training import initial
 
 LEARNED = ("from_scratch", "fine_tuned")  # methods that are trained step by step
 METHODS = {"hog_svm": "HOG + SVM", "from_scratch": "From scratch", "probe": "Probe", "fine_tuned": "Fine-tuned"}
-
-
 _BATCH = 16  # images: of few photos and few steps, small batches learn more
 
 
@@ -32,11 +32,14 @@ def plan(config: ConfigDict, weights: str, shares: Sequence[float], steps: int, 
     config.batch_size = min(config.batch_size, _BATCH)
     start = initial.look(configs.resolve(config), None)
     dataset = data.load(config.dataset)
-    config, _ = initial.with_preprocessing(config, start, dataset.image_shape[-1])
+    config, start = initial.with_preprocessing(config, start, dataset.image_shape[-1])
     config = config.copy_and_resolve_references()
     if not isinstance(dataset.train.images, np.ndarray):
         config.dataset.pipeline = "streaming"
     made = {name: _config(name, config, steps) for name in METHODS}
+    info, partition = data.describe(dataset, config.dataset), sharding.all_devices("data")
+    for name in METHODS.keys() - LEARNED:  # says now what cannot work
+        features.make_extractor(configs.resolve(made[name]), info, start, partition)
     names = sorted(METHODS, key=LEARNED.__contains__)
     return [_run(name, made[name], share, directory) for name in names for share in sorted(shares)]
 
