@@ -361,7 +361,7 @@ def test_a_run_with_fused_attention_trains_evaluates_and_predicts_on_a_cpu(said,
     for key in ("loss", "accuracy"):  # the run evaluates with the convolutions that it trains with
         assert again[key] == pytest.approx(trained[key], rel=1e-3)
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "black.png")
-    ((_, probabilities),) = predict.predict(run_dir.open_workdir(tmp_path / "run"), [tmp_path / "black.png"])
+    ((_, (probabilities, _)),) = predict.predict(run_dir.open_workdir(tmp_path / "run"), [tmp_path / "black.png"])
     np.testing.assert_allclose(probabilities.sum(), 1, rtol=1e-3)
     assert len(said()) == 1
 
