@@ -56,8 +56,8 @@ def calibrate(
         raise UserError("one validation image is too few to calibrate by; set config.dataset.validation higher")
     half = np.random.default_rng(0).permutation(len(labels)) % 2 == 0
     fitting, held = (labels[half], probabilities[half]), (labels[~half], probabilities[~half])
-    losses = scaling.choose(*fitting)[1]
-    chosen = min(losses, key=losses.get) if method == "auto" else method
+    best, losses = scaling.choose(*fitting)
+    chosen = best if method == "auto" else method
     scale = scaling.METHODS[chosen].fit(*fitting)
     fitting, held = ((labels, scale(p)) for labels, p in (fitting, held))
     holding, refused_sets = _promise_sets(fitting, held, coverages, plain=sets == "aps")
@@ -83,7 +83,7 @@ def calibrate(
         "units": MEANINGS | {"coverage": "fraction of images", "aurc": "mean share of wrong answers over coverages"},
     }
     where = opened.trained.path
-    _write(where / PART, metrics, made, before, test, opened.trained.info.class_names)
+    _write(where / PART, metrics, before, test, opened.trained.info.class_names)
     calibration.write(where, made)
     for part in (PART, CALIBRATION_FILE):
         places.publish(path, where, part)
@@ -164,7 +164,6 @@ def _checked_answers(promise: AnswerPromise, labels: np.ndarray, probabilities: 
 def _write(
     directory: pathlib.Path,
     metrics: dict[str, Any],
-    made: Calibration,
     before: np.ndarray,
     test: Predictions,
     class_names: Sequence[str],

@@ -26,7 +26,6 @@ from vitcls.core.errors import RunError, UserError
 from vitcls.data import images as image_files
 from vitcls.training import build, calibration, novelty, run_dir
 from vitcls.training.calibration import AnswerPromise, SetPromise
-from vitcls.training.outputs import make_outputs_step
 
 _BATCH = 32
 _logger = logging.getLogger("vitcls")
@@ -104,12 +103,13 @@ def make_judge(trained: run_dir.Workdir, checkpoint: str = "") -> Callable[[np.n
             "what is unknown was measured at step %d, not %d; run vitcls unknown again", kept.checkpoint_step, step
         )
         return None
-    outputs_step, variables = jax.jit(make_outputs_step(trained, model)), jax.device_put(variables)
+    outputs_step = jax.jit(build.make_outputs_step(trained.config, model, trained.info))
+    variables = jax.device_put(variables)
 
     def judge(images: np.ndarray) -> np.ndarray:
         padded = np.zeros((_BATCH, *trained.info.image_shape), np.uint8)
         padded[: len(images)] = images
-        outputs = jax.device_get(outputs_step(variables, padded))
+        outputs = jax.device_get(outputs_step(variables, {"image": padded}))
         return kept.unknown(type(outputs)(*(rows[: len(images)] for rows in outputs)))
 
     return judge

@@ -18,15 +18,13 @@ import numpy as np
 from vitcls import cli, data, predict
 from vitcls.core.errors import UserError
 from vitcls.data import images as image_files
-from vitcls.data.pipelines import EvaluationBatches
-from vitcls.metrics.unknown import SCORES, separation, threshold
+from vitcls.metrics.unknown import SCORES, auroc, separation, threshold
 from vitcls.report import findings
 from vitcls.report.findings import Plot, Table, Text, interval
 from vitcls.training import novelty, places
 from vitcls.training.files import UNKNOWN_ARRAYS, UNKNOWN_FILE
 from vitcls.training.novelty import Novelty
 from vitcls.training.opened import Opened, open_with_data
-from vitcls.training.outputs import outputs_of
 
 KEPT = 0.95  # of the validation images are known
 PART = "unknown"  # of the workdir
@@ -64,7 +62,7 @@ def unknown(
     halves = {
         name: np.random.default_rng(0).permutation(len(split.labels)) % 2 == 0 for name, split in strangers.items()
     }
-    first = {s: np.mean([separation_of(known[s], others[o][s][halves[o]]) for o in others]) for s in names}
+    first = {s: np.mean([auroc(known[s], others[o][s][halves[o]]) for o in others]) for s in names}
     chosen = max(first, key=first.get) if score == "auto" else score
     limit = threshold(held[chosen], KEPT)
     metrics = {
@@ -92,36 +90,18 @@ def unknown(
     return metrics
 
 
-def separation_of(known: np.ndarray, other: np.ndarray) -> float:
-    """The AUROC alone."""
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(np.arange(len(known) + len(other)) < len(known), np.concatenate([known, other])))
-
-
-def _batches(opened: Opened, split: data.Split) -> EvaluationBatches:
-    partition, config = opened.partition, opened.trained.config
-    return EvaluationBatches(
-        split,
-        image_shape=opened.trained.info.image_shape,
-        partition=partition,
-        batch_size=partition.round_up(config.batch_size),
-        keep=False,
-    )
-
-
 def _fit(opened: Opened) -> dict[str, Any]:
     train = opened.dataset.train
     rows = np.sort(np.random.default_rng(0).permutation(len(train.labels))[: 2 * _MOST])
     split = train.take(rows)
-    outputs = outputs_of(opened, _batches(opened, split), len(rows))
+    outputs = opened.outputs(split)
     return {name: kind.fit(outputs, split.labels) for name, kind in SCORES.items()}
 
 
 def _scores(opened: Opened, fitted: dict[str, Any], split: data.Split | None) -> dict[str, np.ndarray]:
     if split is None:
         raise UserError("the threshold needs validation images; set config.dataset.validation above 0")
-    outputs = outputs_of(opened, _batches(opened, split), len(split.labels))
+    outputs = opened.outputs(split)
     return {name: score(outputs) for name, score in fitted.items()}
 
 

@@ -119,7 +119,7 @@ def _network(config, info: DatasetInfo, start: initial.Start, partition: Partiti
     # The classifier is new and comes after the features.
     flat = {path: given[path] if path in given else np.zeros(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}
     variables = partition.replicate(traverse_util.unflatten_dict(flat, sep="/"))
-    step = partition.compile_evaluation(build.make_feature_step(config, model, info))
+    step = partition.compile_evaluation(build.make_outputs_step(config, model, info))
     made_of = [
         json.dumps(config.model.to_dict()),
         pathlib.Path(inspect.getfile(type(model))).read_bytes(),  # which may be the user's own
@@ -128,7 +128,7 @@ def _network(config, info: DatasetInfo, start: initial.Start, partition: Partiti
         *map(importlib.metadata.version, _LIBRARIES),
         _code(),
     ]
-    return Extractor(lambda batch: partition.to_host(step(variables, batch)["rows"]), _hash(made_of))
+    return Extractor(lambda batch: partition.to_host(step(variables, batch)).features, _hash(made_of))
 
 
 def features_of(

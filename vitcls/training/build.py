@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -19,6 +20,7 @@ from vitcls.core.registry import about
 from vitcls.core.sharding import Partition
 from vitcls.data import DatasetInfo
 from vitcls.data.augment import make_augment, mixes_pairs, to_float, views
+from vitcls.metrics.unknown import Outputs
 from vitcls.models import forms
 from vitcls.models.variables import variable_shapes
 from vitcls.optim import parts
@@ -244,13 +246,18 @@ def make_bank_step(config, model: nn.Module, info: DatasetInfo) -> tuple[Callabl
     return _with_precision(bank_step, config), task.bank_size
 
 
-def make_feature_step(config, model: nn.Module, info: DatasetInfo) -> Callable:
-    """feature_step(variables, batch) -> {'rows': float32 [B, D], what the model gives its classifier, ...}."""
-    task = make_task(config, info)._replace(
-        remember=lambda apply, variables, images: apply(variables, images, sow=True).sown["features"][0]
-    )
-    normalize = steps.make_normalize(info.mean, info.std)
-    return _with_precision(steps.make_bank_step(task, model=model, to_float=to_float, normalize=normalize), config)
+def make_outputs_step(config, model: nn.Module, info: DatasetInfo) -> Callable:
+    """outputs_step(variables, batch) -> Outputs, float32: the logits and what the model gives its classifier.
+
+    Of the images as they are, without test-time augmentation.
+    """
+    apply = steps.make_apply(model, steps.make_normalize(info.mean, info.std))
+
+    def outputs_step(variables: PyTree, batch: dict) -> Outputs:
+        output = apply(variables, to_float(batch["image"]), sow=True)
+        return Outputs(output.logits.astype(jnp.float32), output.sown["features"][0].astype(jnp.float32))
+
+    return _with_precision(outputs_step, config)
 
 
 def _with_precision(step: Callable, config) -> Callable:

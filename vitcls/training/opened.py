@@ -10,10 +10,11 @@ import numpy as np
 
 from vitcls import data
 from vitcls.core import sharding
-from vitcls.core.errors import UserError
+from vitcls.core.errors import RunError, UserError
 from vitcls.core.sharding import Partition
 from vitcls.data import groups
 from vitcls.data.sources.folder import FileImages
+from vitcls.metrics.unknown import Outputs
 from vitcls.training import build, run_dir
 from vitcls.training.evaluator import Evaluator, make_evaluator, split_batches
 
@@ -47,16 +48,38 @@ class Opened:
         images = getattr(self.files, split).images
         return (lambda i: os.fsdecode(images.names[i])) if isinstance(images, FileImages) else None
 
+    def outputs(self, split: data.Split) -> Outputs:
+        """Logits and features of images, of the run's or others; raises UserError for a task without a classifier."""
+        config, info = self.trained.config, self.trained.info
+        if self.evaluator.bank_step is not None:
+            raise UserError(f"a run of config.task.name='{config.task.name}' has no classifier of its own")
+        batches = data.EvaluationBatches(
+            split,
+            image_shape=info.image_shape,
+            partition=self.partition,
+            batch_size=self.partition.round_up(config.batch_size),
+            keep=False,
+        )
+        parts = [self.partition.to_host(self._outputs_step(self.variables, batch)) for batch in batches]
+        return Outputs(*(np.concatenate(part)[: len(split.labels)] for part in zip(*parts, strict=True)))
+
+    @functools.cached_property
+    def _outputs_step(self) -> Callable:
+        step = build.make_outputs_step(self.trained.config, self.model, self.trained.info)
+        return self.partition.compile_evaluation(step)
+
     @functools.cached_property
     def bank(self) -> Any:
         """What the task predicts by, besides the model."""
         return self.evaluator.remember(self.variables)
 
     def predictions(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Labels int32 [N] and probabilities float32 [N, K] of a split."""
+        """Labels int32 [N] and probabilities float32 [N, K] of a split; raises RunError where they are not finite."""
         batches = self.batches(split)
         probabilities = np.empty((len(batches.labels), self.trained.info.num_classes), np.float32)
         self.evaluator(self.variables, batches, probabilities, self.bank)
+        if not np.isfinite(probabilities).all():
+            raise RunError("the model gives probabilities that are not finite; use an earlier --checkpoint")
         return batches.labels, probabilities
 
 
