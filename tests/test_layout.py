@@ -39,6 +39,7 @@ HEAVY_ALLOWED = {
             "group_plots",
             "learning_curves",
             "plots",
+            "robustness_plots",
             "search_plots",
             "table_plots",
             "unknown_plots",

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,16 @@ class Opened:
         """Those of a split in order; raises UserError where the run has no such split."""
         return split_batches(self.dataset, split, self.partition, self.trained.config)
 
+    def batches_of(self, split: data.Split) -> data.EvaluationBatches:
+        """Those of images, of the run's or others, which do not stay on the devices."""
+        return data.EvaluationBatches(
+            split,
+            image_shape=self.trained.info.image_shape,
+            partition=self.partition,
+            batch_size=self.partition.round_up(self.trained.config.batch_size),
+            keep=False,
+        )
+
     def groups(self, said: str, split: str) -> list[str]:
         """The group of each image of a split, by a CSV file or 'coarse'; raises UserError where they are not of it."""
         labels = getattr(self.dataset, split).labels
@@ -50,16 +60,10 @@ class Opened:
 
     def outputs(self, split: data.Split) -> Outputs:
         """Logits and features of images, of the run's or others; raises UserError for a task without a classifier."""
-        config, info = self.trained.config, self.trained.info
+        config = self.trained.config
         if self.evaluator.bank_step is not None:
             raise UserError(f"a run of config.task.name='{config.task.name}' has no classifier of its own")
-        batches = data.EvaluationBatches(
-            split,
-            image_shape=info.image_shape,
-            partition=self.partition,
-            batch_size=self.partition.round_up(config.batch_size),
-            keep=False,
-        )
+        batches = self.batches_of(split)
         parts = [self.partition.to_host(self._outputs_step(self.variables, batch)) for batch in batches]
         return Outputs(*(np.concatenate(part)[: len(split.labels)] for part in zip(*parts, strict=True)))
 
@@ -76,11 +80,18 @@ class Opened:
     def predictions(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Labels int32 [N] and probabilities float32 [N, K] of a split; raises RunError where they are not finite."""
         batches = self.batches(split)
-        probabilities = np.empty((len(batches.labels), self.trained.info.num_classes), np.float32)
+        return batches.labels, self._probabilities(batches, len(batches.labels))
+
+    def classes(self, batches: Iterable[dict], count: int) -> np.ndarray:
+        """The most probable class of the first `count` images of batches, int32 [N]."""
+        return self._probabilities(batches, count).argmax(axis=-1).astype(np.int32)
+
+    def _probabilities(self, batches: Iterable[dict], count: int) -> np.ndarray:
+        probabilities = np.empty((count, self.trained.info.num_classes), np.float32)
         self.evaluator(self.variables, batches, probabilities, self.bank)
         if not np.isfinite(probabilities).all():
             raise RunError("the model gives probabilities that are not finite; use an earlier --checkpoint")
-        return batches.labels, probabilities
+        return probabilities
 
 
 def open_with_data(
