@@ -36,6 +36,7 @@ HEAVY_ALLOWED = {
         for name in (
             "calibration_plots",
             "comparison_plots",
+            "data_plots",
             "group_plots",
             "learning_curves",
             "plots",

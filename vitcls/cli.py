@@ -47,6 +47,9 @@ VERBS = {
     ),
     "predict": Verb("vitcls.predict", "use", "label image files with a run"),
     "prepare": Verb("vitcls.prepare", "data", "download and prepare a data set of TensorFlow Datasets"),
+    "inspect": Verb(
+        "vitcls.inspect", "data", "say what a data set is: balance, duplicates, leakage, probable label errors"
+    ),
     "adopt": Verb("vitcls.adopt", "train", "say what a file of published weights is, and how it wants its images"),
     "status": Verb("vitcls.status", "train", "one line for each run: step, loss, accuracy, speed, alive or not"),
     "models": Verb("vitcls.models", "help", "the table of models: parameters, FLOPs, memory, paper"),

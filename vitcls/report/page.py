@@ -17,7 +17,14 @@ _DETAILS = (  # that are no metrics of predictions
     ("train_seconds", "Training", "{:,.1f} s (without compilation, evaluation and saving)"),
 )
 _HALF_WIDTH = ("roc", "reliability")  # plots that stand side by side
-_PHOTOS = ("mistakes", "disagreements")  # pictures whose colours a dark page must not turn around
+_PHOTOS = (
+    "mistakes",
+    "disagreements",
+    "examples",
+    "contact_sheet",
+    "duplicates",
+    "label_errors",
+)  # pictures whose colours a dark page must not turn around
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2937; --soft: #5b6472; --line: #e5e7eb; --paper: #f6f7f9; --card: #fff;
   --accent: #0072b2; }
