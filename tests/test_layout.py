@@ -28,7 +28,7 @@ FLOORS = (
     ("__init__",),
 )
 APART = ({"data", "models", "optim", "metrics"}, {"experiment", "tune"})  # rooms of a floor that do not know each other
-HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn", "skimage", "clu")
+HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn", "skimage", "clu", "huggingface_hub")
 HEAVY_ALLOWED = {
     "orbax": ("training/checkpoint.py",),
     "matplotlib": tuple(
@@ -49,6 +49,7 @@ HEAVY_ALLOWED = {
     "clu": (),
     "sklearn": (),
     "skimage": (),
+    "huggingface_hub": (),
     "tensorflow": (),
     "tensorflow_datasets": (),
 }

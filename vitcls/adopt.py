@@ -23,7 +23,7 @@ from vitcls.core.errors import UserError
 from vitcls.data import images as image_files
 from vitcls.data.sources import SOURCES
 from vitcls.models.variables import variable_shapes
-from vitcls.models.weights import load
+from vitcls.models.weights import hub, load
 from vitcls.models.weights.adapt import adapt
 from vitcls.models.weights.preprocessing import KNOWN, Preprocessing
 
@@ -172,7 +172,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data_dir", default="", metavar="DIR", help="labelled images, one directory per class")
     flags = parser.parse_args(argv)
     cli.use_cache()
-    file = load.open_weights(os.path.expanduser(flags.file))
+    file = load.open_weights(hub.located(os.path.expanduser(flags.file)))
     found = identify(file)
     print(f"{flags.file}")
     print(*describe(file, found[0]), sep="\n")

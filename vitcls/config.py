@@ -37,6 +37,7 @@ from vitcls.data.corruptions import CORRUPTIONS
 from vitcls.data.order import MAX_BATCH_SIZE
 from vitcls.data.sources import SOURCES, source_of
 from vitcls.metrics.table import ALWAYS_LOGGED, metric_of, metrics_of
+from vitcls.models.weights import hub
 from vitcls.optim import OPTIMIZERS, SCHEDULES
 from vitcls.optim.parts import check_choice
 from vitcls.tasks import TASKS
@@ -130,7 +131,8 @@ class ReportSettings:
 class InitSettings:
     """What a network starts from, and which part of it is trained."""
 
-    weights: str = local_path()  # a file of published weights (.safetensors, .npz, .weights.h5, .keras) or a workdir
+    # A file of published weights (.safetensors, .npz, .weights.h5, .keras), timm/MODEL.TAG of the Hub, or a workdir.
+    weights: str = local_path()
     head: str = "new"  # 'keep': the classifier too, for the same classes
     train: str = "all"  # 'head', 'last N blocks', or a regex of parameter paths; a new head always
     layer_decay: float = 1.0  # the learning rate falls by this factor per block, towards the input; 1 for none
@@ -214,7 +216,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
         for key in paths(entry):
             path = resolved[block][key]
             check_local(path, f"config.{block}.{key}")
-            resolved[block][key] = os.path.abspath(os.path.expanduser(path)) if path else ""
+            if path and not (block == "init" and hub.is_name(path)):
+                resolved[block][key] = os.path.abspath(os.path.expanduser(path))
     return resolved.lock()
 
 

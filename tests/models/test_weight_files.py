@@ -95,7 +95,7 @@ def test_pickled_weights_are_refused_unopened_with_the_way_out(tmp_path, name):
 
 
 def test_other_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"is of no known kind; weights are a workdir or end in \.safetensors"):
+    with pytest.raises(UserError, match=r"is of no known kind; weights are a workdir, end in \.safetensors"):
         load.open_weights(str(tmp_path / "weights.txt"))
     with pytest.raises(UserError, match="is not there, or is no file"):
         load.open_weights(str(tmp_path / "w.safetensors"))

@@ -13,6 +13,7 @@ from vitcls import data, metrics, report
 from vitcls.core import errors, sharding
 from vitcls.core.errors import UserError
 from vitcls.core.progress import show_progress
+from vitcls.models.weights import hub
 from vitcls.probe import classifiers, features, few_shot
 from vitcls.probe.classifiers import CLASSIFIERS, Examples
 from vitcls.training import facts, initial, places, run_dir
@@ -32,8 +33,9 @@ def with_features(config: configs.ConfigDict, name: str) -> configs.ConfigDict:
     if os.path.isdir(name) and name not in features.CLASSICAL:
         with config.unlocked():
             config.model = run_dir.open_workdir(name).config.model
-    elif config.init.weights and not os.path.exists(name):
-        raise errors.unknown("--features", name, [*features.CLASSICAL, "a workdir", "a file of weights"])
+    elif config.init.weights and not os.path.exists(name) and not hub.is_name(name):
+        known = [*features.CLASSICAL, "a workdir", "a file of weights", "timm/MODEL.TAG"]
+        raise errors.unknown("--features", name, known)
     return config
 
 

@@ -12,7 +12,7 @@ from flax import traverse_util
 from vitcls.core.errors import UserError
 from vitcls.data import DatasetInfo
 from vitcls.models.variables import variable_shapes
-from vitcls.models.weights import load
+from vitcls.models.weights import hub, load
 from vitcls.models.weights.adapt import adapt
 from vitcls.models.weights.preprocessing import Preprocessing, preprocessing_of
 from vitcls.training import build, checkpoint, run_dir
@@ -66,14 +66,15 @@ def _recorded(path: pathlib.Path | None) -> dict | None:
 def _open(config, weights: str) -> tuple[load.WeightsFile | run_dir.Workdir, str, Preprocessing]:
     """The opened file or run, what identifies it, and how its images were prepared."""
     if not os.path.isdir(weights):
-        file = load.open_weights(weights)
-        return file, load.sha256_of(weights), preprocessing_of(config.model.name, file.source)
+        path = hub.located(weights)
+        file = load.open_weights(path)
+        return file, hub.sha256_of(path), preprocessing_of(config.model.name, file.source)
     trained = run_dir.open_workdir(weights)
     step = trained.find_step(trained.config.report.checkpoint)
     manifest = trained.path / CHECKPOINTS / str(step) / checkpoint.MANIFEST
     info, dataset = trained.info, trained.config.dataset
     found = Preprocessing(info.mean, info.std, info.image_shape[0], dataset.eval_crop, dataset.interpolation)
-    return trained, load.sha256_of(str(manifest)), found
+    return trained, hub.sha256_of(manifest), found
 
 
 def with_preprocessing(config, start: Start | None, channels: int) -> tuple:

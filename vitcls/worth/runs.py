@@ -11,6 +11,7 @@ from vitcls import config as configs
 from vitcls import data
 from vitcls.core import sharding
 from vitcls.experiment.table import Row, Run
+from vitcls.models.weights import hub
 from vitcls.probe import features
 from vitcls.probe.run import with_features
 from vitcls.training import initial
@@ -27,7 +28,7 @@ def plan(config: ConfigDict, weights: str, shares: Sequence[float], steps: int, 
     compiled program serves them all. Raises UserError for weights and data that cannot be used.
     """
     config = config.copy_and_resolve_references()
-    config.init.weights = os.path.abspath(os.path.expanduser(weights))
+    config.init.weights = weights if hub.is_name(weights) else os.path.abspath(os.path.expanduser(weights))
     config.report.timing = False
     config.batch_size = min(config.batch_size, _BATCH)
     start = initial.look(configs.resolve(config), None)

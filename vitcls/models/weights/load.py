@@ -1,6 +1,5 @@
 """A file of published weights -> the variables of a model, whoever has named them."""
 
-import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -57,7 +56,10 @@ def open_weights(path: str) -> WeightsFile:
         )
     reader = next((reader for ending, reader in READERS.items() if path.lower().endswith(ending)), None)
     if reader is None:
-        raise UserError(f"{path} is of no known kind; weights are a workdir or end in {', '.join(READERS)}")
+        raise UserError(
+            f"{path} is of no known kind; weights are a workdir, end in {', '.join(READERS)}, or are timm/MODEL.TAG "
+            "of the Hub"
+        )
     source, read = reader
     try:
         if not os.path.isfile(path):
@@ -66,11 +68,6 @@ def open_weights(path: str) -> WeightsFile:
     except (OSError, MemoryError) as error:
         raise unusable(path, str(error)[:80] or "it is too large") from None
     return WeightsFile(path, source, arrays, metadata)
-
-
-def sha256_of(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def convert(name: str, file: WeightsFile, *, head: bool, **fields: Any) -> Given:
