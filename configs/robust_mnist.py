@@ -1,0 +1,32 @@
+"""A small CNN on MNIST, trained on attacked images (Madry et al. 2018), or plainly to compare.
+
+vitcls train --config=configs/robust_mnist.py --workdir=runs/robust_mnist
+vitcls attack --workdir=runs/robust_mnist --eps=0.3
+"""
+
+from vitcls.config import default_config
+from vitcls.core import errors
+
+PRESETS = ("pgd", "fgsm", "trades", "plain")
+
+
+def get_config(preset="pgd"):
+    if preset not in PRESETS:
+        raise errors.unknown("preset of configs/robust_mnist.py", preset, PRESETS)
+    config = default_config("mnist_cnn", "classify" if preset == "plain" else "adversarial")
+    config.batch_size = 128
+    config.total = "10 epochs"
+    config.log_every = "100 steps"
+    config.eval_every = "1 epochs"
+    config.dataset.name = "mnist"
+    config.dataset.validation = 0.05
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 1e-3
+    config.schedule.warmup = "2%"
+    if preset != "plain":
+        config.task.method = preset
+        config.task.eps = 0.3
+        config.task.steps = 5
+        if preset != "fgsm":
+            config.task.step_size = 0.1
+    return config
