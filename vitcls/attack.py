@@ -1,7 +1,7 @@
 """What is left of a run's accuracy when its images are changed so as to be misclassified.
 
 vitcls attack --workdir=DIR [--attack=fgsm,pgd,apgd,square] [--norm=linf|l2] [--eps=8/255] [--images=1000]
-    [--steps=40] [--queries=1000] [--checkpoint=last|best|STEP] [--data_dir=DIR]
+    [--steps=40] [--queries=500] [--checkpoint=last|best|STEP] [--data_dir=DIR]
 
 Images may move by eps, of values in [0, 1], before they are normalised. Checks come first; where one says that attacks
 fail on this model, no robust accuracy is given, and the exit code is 1. Writes DIR/attack.
@@ -11,7 +11,7 @@ import dataclasses
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -33,7 +33,7 @@ PART = "attack"  # of the workdir
 ATTACKS = ("fgsm", "pgd", "apgd", "square")
 _MULTIPLES = (0.25, 0.5, 1, 2)  # of eps, on the curve
 _CHECKED = 100  # images
-_BATCH = 250  # images at a time, at most
+_BATCH = 100  # images at a time, at most
 _LABELS = {"fgsm": "FGSM", "pgd": "PGD", "apgd": "APGD", "square": "Square"}
 
 
@@ -43,7 +43,7 @@ class Budget:
 
     norm: str = "linf"
     steps: int = 40  # of PGD and APGD
-    queries: int = 1_000  # of Square
+    queries: int = 500  # of Square
 
     def attack(self, name: str) -> Any:
         return {
@@ -79,7 +79,7 @@ def attack(
     opened = open_with_data(path, splits=("test",), checkpoint=checkpoint, data_dir=data_dir)
     forward = opened.forward
     images, labels, which = _test_images(opened, num_images)
-    runner = _runner(opened, forward)
+    runner = _runner(opened, forward, len(images))
     right = runner.logits(images).argmax(axis=1) == labels
     if not right.any():
         raise RunError("the model classifies none of the images right, so there is nothing to attack")
@@ -125,9 +125,9 @@ def _test_images(opened: Opened, count: int) -> tuple[np.ndarray, np.ndarray, np
     return pixels.astype(np.float32) / 255, split.labels, chosen
 
 
-def _runner(opened: Opened, forward) -> attacks.Runner:
+def _runner(opened: Opened, forward: Callable, count: int) -> attacks.Runner:
     partition = opened.partition
-    batch_size = partition.round_up(min(opened.trained.config.batch_size, _BATCH))
+    batch_size = partition.round_up(min(opened.trained.config.batch_size, _BATCH, count))
     spread = partition.sharding(AXIS)
     return attacks.Runner(
         forward, opened.variables, batch_size=batch_size, put=lambda rows: jax.device_put(rows, spread)
@@ -234,7 +234,7 @@ def main(argv: list[str]) -> None:
         "--images", type=int, default=1_000, metavar="N", help="of the test split; 0 for all; default: 1000"
     )
     parser.add_argument("--steps", type=int, default=40, metavar="N", help="of PGD and APGD; default: 40")
-    parser.add_argument("--queries", type=int, default=1_000, metavar="N", help="of Square; default: 1000")
+    parser.add_argument("--queries", type=int, default=500, metavar="N", help="of Square; default: 500")
     parser.add_argument("--data_dir", default="", help="where the data are now, if they have moved")
     flags = parser.parse_args(argv)
     names, tried = _names(flags.attack), _numbers(flags.eps)

@@ -1,7 +1,8 @@
 """Attacks: images within a ball around their own that a classifier gets wrong.
 
 An attack is a frozen dataclass of two pure functions, `start` and `step`, that many `steps` apart, so that its caller
-either compiles one step and calls it from Python or has all of them in one program: `perturb`.
+either compiles one step and calls it from Python (`Runner`) or has all of them in one program (`perturb`). `broken`
+says which images need no more steps.
 """
 
 from vitcls.attacks.apgd import APGD

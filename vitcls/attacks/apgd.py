@@ -91,6 +91,10 @@ class APGD:
         window = jnp.asarray(checkpoints(self.steps))[i]
         return jax.tree.map(lambda new, old: jnp.where(window > 0, new, old), _check(state, window), state)
 
+    def broken(self, state: State) -> jax.Array:
+        """Which images have a misclassified point, bool [B]."""
+        return state.broken
+
     def _move(self, i: jax.Array, state: State) -> jax.Array:
         size = state.step_size[:, None, None, None]
         ahead = state.at + size * ball.steepest(state.gradients, self.norm)

@@ -48,6 +48,9 @@ class PGD:
         moved = state.images + self._size * state.eps * ball.steepest(gradients, self.norm)
         return state._replace(images=ball.project(moved, state.clean, state.eps, self.norm))
 
+    def broken(self, state: State) -> None:
+        """Not known before the end: the last point counts, which need not be the worst."""
+
     @property
     def _size(self) -> float:
         return self.step_size or 2.5 / self.steps

@@ -1,6 +1,6 @@
 """Attacks on images: all steps in one program, or one step at a time from Python."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,7 +11,8 @@ from vitcls.attacks import ball
 from vitcls.attacks.ball import Forward
 
 PyTree = Any
-_GLANCE = 25  # steps between two looks at whether all images are misclassified
+_GLANCE = 25  # steps between two looks at which images are misclassified
+_GROUP = 4  # batches that are attacked together, so that few images do not keep a batch busy
 
 
 def perturb(
@@ -46,7 +47,7 @@ class Runner:
     """Attacks any number of images of one model, a batch at a time; a program is compiled once for each attack.
 
     One step is a program that Python calls again and again: XLA's CPU backend is slow with convolutions inside a loop,
-    and a batch whose images are all misclassified needs no further steps.
+    and images that are misclassified already make room for others.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Runner:
             return attack.step(lambda x: forward(variables, x), i, state)
 
         self._start = jax.jit(start, static_argnums=0)
-        self._step = jax.jit(step, static_argnums=0, donate_argnums=3)
+        self._step = jax.jit(step, static_argnums=0)
         self._forward = jax.jit(forward)
 
         def slopes(variables, images, labels):
@@ -100,32 +101,51 @@ class Runner:
           images: float32 [N, H, W, C] in [0, 1]; labels: int32 [N].
           places: int32 [N], of which the random draws of each image are a function.
         """
-        if not len(images):
-            return np.zeros(0, bool)
-        right = [
-            self._attacked(attack, *rows, eps)
-            for rows in zip(*(self._batches(x) for x in (images, labels, places)), strict=True)
-        ]
-        return np.concatenate(right)[: len(images)]
+        size = _GROUP * self._batch_size
+        groups = [slice(start, start + size) for start in range(0, len(images), size)]
+        parts = [self._survives(attack, images[rows], labels[rows], places[rows], eps) for rows in groups]
+        return np.concatenate([np.zeros(0, bool), *parts])
 
-    def _attacked(self, attack: Any, images: np.ndarray, labels: np.ndarray, places: np.ndarray, eps: float):
-        places, images, labels = self._put((places, images, labels))
-        state = self._start(attack, self._variables, places, images, labels, np.float32(eps))
-        for i in range(attack.steps):
+    def _survives(self, attack: Any, images: np.ndarray, labels: np.ndarray, places: np.ndarray, eps: float):
+        """The same of so few images that the states of all fit the memory."""
+        rows = self._batches(np.arange(len(images)))
+        inputs = zip(*(self._batches(x) for x in (places, images, labels)), strict=True)
+        states = [self._start(attack, self._variables, *self._put(part), np.float32(eps)) for part in inputs]
+        open_batches = list(zip(rows, states, strict=True))
+        for first in range(0, attack.steps, _GLANCE):
+            last = min(first + _GLANCE, attack.steps)
+            open_batches = [(rows, self._advance(attack, state, first, last)) for rows, state in open_batches]
+            open_batches = self._without_broken(attack, open_batches)
+        right = np.zeros(len(images), bool)
+        for rows, state in open_batches:
+            right[rows] = np.argmax(self._forward(self._variables, state.images), axis=-1) == labels[rows]
+        return right
+
+    def _advance(self, attack: Any, state: PyTree, first: int, last: int) -> PyTree:
+        for i in range(first, last):
             state = self._step(attack, self._variables, np.int32(i), state)
-            if self._is_over(state, i):
-                break
-        return np.argmax(self._forward(self._variables, state.images), axis=-1) == labels
+        return state
 
-    def _is_over(self, state: Any, i: int) -> bool:
-        """Whether an attack that gives a misclassified image once it has one has one of each."""
-        if i % _GLANCE != _GLANCE - 1:
-            return False
-        if hasattr(state, "margins"):
-            return bool((state.margins < 0).all())
-        return bool(state.broken.all()) if hasattr(state, "broken") else False
+    def _without_broken(self, attack: Any, batches: list[tuple[np.ndarray, PyTree]]) -> list[tuple[np.ndarray, PyTree]]:
+        """As few batches as hold the images that are still classified right; the same ones where that saves none."""
+        broken = [attack.broken(state) for _, state in batches]
+        if not batches or broken[0] is None:
+            return batches
+        rows = np.concatenate([rows for rows, _ in batches])
+        first = np.zeros(len(rows), bool)
+        first[np.unique(rows, return_index=True)[1]] = True  # what fills a batch up is there already
+        left = np.flatnonzero(first & ~np.concatenate([np.asarray(each) for each in broken]))
+        if -(-len(left) // self._batch_size) == len(batches):
+            return batches
+        states = [state for _, state in batches]
+        whole = jax.tree.map(lambda *leaves: jnp.concatenate(leaves) if leaves[0].ndim else leaves[0], *states)
 
-    def _batches(self, rows: np.ndarray):
+        def take(chosen: np.ndarray) -> PyTree:
+            return jax.tree.map(lambda leaf: self._put(leaf[chosen]) if leaf.ndim else leaf, whole)
+
+        return [(rows[chosen], take(chosen)) for chosen in self._batches(left)]
+
+    def _batches(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Rows in batches, the last filled up with its own last row."""
         for start in range(0, len(rows), self._batch_size):
             part = rows[start : start + self._batch_size]

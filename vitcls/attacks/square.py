@@ -55,6 +55,10 @@ class Square:
         images = jnp.where(better[:, None, None, None], tried, state.images)
         return state._replace(images=images, margins=jnp.where(better, found, state.margins))
 
+    def broken(self, state: State) -> jax.Array:
+        """Which images are misclassified, bool [B]."""
+        return state.margins < 0
+
 
 def margins(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """The logit of the truth less the largest of the others, [B]."""
