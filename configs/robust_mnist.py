@@ -15,7 +15,7 @@ def get_config(preset="pgd"):
         raise errors.unknown("preset of configs/robust_mnist.py", preset, PRESETS)
     config = default_config("mnist_cnn", "classify" if preset == "plain" else "adversarial")
     config.batch_size = 128
-    config.total = "10 epochs"
+    config.total = "3 epochs"
     config.log_every = "100 steps"
     config.eval_every = "1 epochs"
     config.dataset.name = "mnist"
@@ -23,9 +23,11 @@ def get_config(preset="pgd"):
     config.dataset.mean, config.dataset.std = (0.0,), (1.0,)  # with a larger scale the loss does not leave log(10)
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 1e-3
-    config.schedule.warmup = "5%"
+    config.schedule.warmup = "10%"
     if preset != "plain":
         config.task.method = preset
         config.task.eps = 0.3
-        config.task.steps = 4
+        config.task.steps = 6
+        # Larger steps go from corner to corner of the ball, and the network forgets the images between them.
+        config.task.step_size = 0.375 if preset == "fgsm" else 0.1
     return config

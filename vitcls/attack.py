@@ -179,20 +179,18 @@ def _write(directory: pathlib.Path, metrics: dict[str, Any]) -> None:
 
         return attack_plots.accuracy_by_eps(metrics["curve"])
 
-    failed = not all(each["passed"] for each in metrics["checks"])
-    caption = "Each image is counted as the worst attack leaves it; what one eps has broken no larger one mends."
-    results = [
-        _curve_table(metrics),
-        Plot("accuracy", "Accuracy against eps", caption, drawn),
-    ]
-    refused = [Text("A check fails: attacks cannot be trusted on this model, and no robust accuracy is given.")]
+    if "curve" in metrics:
+        caption = "Each image is counted as the worst attack leaves it; what one eps has broken no larger one mends."
+        found = [_curve_table(metrics), Plot("accuracy", "Accuracy against eps", caption, drawn)]
+    else:
+        found = [Text("A check fails: attacks cannot be trusted on this model, and no robust accuracy is given.")]
     findings.write(
         directory,
         title=f"Attacks on {metrics['dataset']}",
         lead=f"Step {metrics['checkpoint_step']:,}; {metrics['num_examples']:,} test images, {metrics['norm']} balls "
         f"of {metrics['eps']:.4g}; accuracy as they are {interval(metrics['clean_accuracy'], '{:.2%}')}.",
         metrics=metrics,
-        blocks=[*(refused if failed else results), _checks_table(metrics)],
+        blocks=[*found, _checks_table(metrics)],
     )
 
 
