@@ -22,5 +22,5 @@ def accuracy_by_eps(curve: Sequence[Mapping[str, Any]]) -> Figure:
     axes.fill_between(places, worst["low"], worst["high"], color=RED, alpha=0.15, lw=0)
     axes.plot(places, worst["value"], color=RED, lw=2, marker="o", ms=4, label="worst of all, 95 % interval")
     axes.set(xlabel="eps, of images in [0, 1]", ylabel="accuracy [%]", ylim=(0, 102), xlim=(0, None))
-    axes.legend(loc="upper right")
+    axes.legend(loc="best")
     return figure
