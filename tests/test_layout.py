@@ -13,7 +13,7 @@ ROOMS = ("models", "probe", "experiment", "tune", "worth")  # with a door, `__ma
 # From the ground up. A module may import those of its own floor and below.
 FLOORS = (
     ("core",),
-    ("data", "models", "optim", "metrics"),
+    ("attacks", "data", "models", "optim", "metrics"),
     ("report",),
     ("tasks",),
     ("config", "config_file"),
@@ -27,13 +27,15 @@ FLOORS = (
     ("api",),
     ("__init__",),
 )
-APART = ({"data", "models", "optim", "metrics"}, {"experiment", "tune"})  # rooms of a floor that do not know each other
+# Rooms of a floor that do not know each other.
+APART = ({"attacks", "data", "models", "optim", "metrics"}, {"experiment", "tune"})
 HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn", "skimage", "clu", "huggingface_hub")
 HEAVY_ALLOWED = {
     "orbax": ("training/checkpoint.py",),
     "matplotlib": tuple(
         f"report/{name}.py"
         for name in (
+            "attack_plots",
             "calibration_plots",
             "comparison_plots",
             "data_plots",

@@ -45,6 +45,7 @@ VERBS = {
     "robustness": Verb(
         "vitcls.robustness", "trust", "measure what breaks a run: corruptions, occlusion, shifts, rotations, JPEG"
     ),
+    "attack": Verb("vitcls.attack", "trust", "measure accuracy on images that are changed to be misclassified"),
     "predict": Verb("vitcls.predict", "use", "label image files with a run"),
     "prepare": Verb("vitcls.prepare", "data", "download and prepare a data set of TensorFlow Datasets"),
     "inspect": Verb(

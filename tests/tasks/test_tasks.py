@@ -54,7 +54,7 @@ def test_distillation_is_that_of_hinton_or_of_deit(hard):
     context = Context(run.class_names, run.image_shape, lambda logits, targets: jnp.asarray(own), lambda path: run)
     task = Distill(teacher="there", temperature=3.0, weight=0.7, hard=hard).build(context)
     forward = lambda params, stats, images, key: Output(jnp.asarray(student), stats, {})  # noqa: E731
-    tools = Tools(forward, None, None, lambda params: params, None, None, K)
+    tools = Tools(forward, None, None, lambda params: params, None, None, K, None)
     inputs = {"image": None, "lesson": None, "target": jnp.eye(K)[np.arange(B) % K]}
     losses, aux = task.loss(tools, {}, {}, inputs, None, task.frozen(), None)
 
@@ -359,7 +359,7 @@ def test_a_config_without_a_task_is_of_classification(tiny_config):
     values = json.loads(configs.to_json(configs.resolve(tiny_config)))
     del values["task"]
     assert configs.from_json(json.dumps(values)).task.to_dict() == {"name": "classify"}
-    assert set(TASKS) == {"classify", "distill", "simclr"}
+    assert set(TASKS) == {"adversarial", "classify", "distill", "simclr"}
 
 
 def test_features_without_labels_have_no_classifier_to_predict_with(tiny_config, trained, tmp_path):

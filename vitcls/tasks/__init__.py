@@ -11,6 +11,7 @@ __all__ = ["TASKS", "Aux", "Context", "Output", "Task", "Tools", "TrainedRun", "
 TASKS = Registry(
     "config.task",
     {
+        "adversarial": "vitcls.tasks.adversarial:Adversarial",
         "classify": "vitcls.tasks.classify:Classify",
         "distill": "vitcls.tasks.distill:Distill",
         "simclr": "vitcls.tasks.simclr:SimCLR",

@@ -34,6 +34,8 @@ class Tools(NamedTuple):
     gather_batch: Callable[[PyTree], PyTree]  # rows of this device [b, ...] -> of the global batch [B, ...]
     positions: Callable[[int], jax.Array]  # b -> int32 [b], the places of this device's examples in the global batch
     num_classes: int
+    # (params, batch_stats, images) -> logits of a pass in evaluation: no dropout, statistics as they are
+    evaluate: Callable[..., jax.Array]
 
 
 class Aux(NamedTuple):

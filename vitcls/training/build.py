@@ -260,6 +260,15 @@ def make_outputs_step(config, model: nn.Module, info: DatasetInfo) -> Callable:
     return _with_precision(outputs_step, config)
 
 
+def make_forward(config, model: nn.Module, info: DatasetInfo) -> Callable:
+    """forward(variables, images float32 [B, H, W, C] in [0, 1]) -> logits float32 [B, K], in evaluation.
+
+    Differentiable by the images, and without test-time augmentation.
+    """
+    apply = steps.make_apply(model, steps.make_normalize(info.mean, info.std))
+    return _with_precision(lambda variables, images: apply(variables, images).logits.astype(jnp.float32), config)
+
+
 def _with_precision(step: Callable, config) -> Callable:
     """`step`, whose products of float32 are as precise as the config says where they do not say it themselves."""
 

@@ -60,12 +60,24 @@ class Opened:
 
     def outputs(self, split: data.Split) -> Outputs:
         """Logits and features of images, of the run's or others; raises UserError for a task without a classifier."""
-        config = self.trained.config
-        if self.evaluator.bank_step is not None:
-            raise UserError(f"a run of config.task.name='{config.task.name}' has no classifier of its own")
+        self._require_classifier()
         batches = self.batches_of(split)
         parts = [self.partition.to_host(self._outputs_step(self.variables, batch)) for batch in batches]
         return Outputs(*(np.concatenate(part)[: len(split.labels)] for part in zip(*parts, strict=True)))
+
+    @functools.cached_property
+    def forward(self) -> Callable:
+        """forward(variables, images float32 [B, H, W, C] in [0, 1]) -> logits float32 [B, K], pure and not compiled.
+
+        Raises UserError for a task without a classifier.
+        """
+        self._require_classifier()
+        return build.make_forward(self.trained.config, self.model, self.trained.info)
+
+    def _require_classifier(self) -> None:
+        if self.evaluator.bank_step is not None:
+            name = self.trained.config.task.name
+            raise UserError(f"a run of config.task.name='{name}' has no classifier of its own")
 
     @functools.cached_property
     def _outputs_step(self) -> Callable:

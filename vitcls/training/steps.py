@@ -60,7 +60,12 @@ def make_tools(
             )
         return Output(logits, updated.get("batch_stats", batch_stats), updated.get("intermediates", {}))
 
-    return Tools(forward, augment, normalize, gather_params, _gather_batch, rng.example_positions, num_classes)
+    def evaluate(params, batch_stats, images) -> jax.Array:
+        return model.apply({"params": gather_params(params), "batch_stats": batch_stats}, images, train=False)
+
+    return Tools(
+        forward, augment, normalize, gather_params, _gather_batch, rng.example_positions, num_classes, evaluate
+    )
 
 
 def _global_sum(tree: PyTree) -> PyTree:

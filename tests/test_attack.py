@@ -1,0 +1,102 @@
+"""vitcls attack: the figures and the page, what is refused, and a model on which attacks cannot be trusted."""
+
+import csv
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from vitcls import attack, cli
+from vitcls.training import opened
+
+FAST = ["--steps=4", "--queries=8", "--images=20"]
+
+
+def call(arguments, capsys):
+    capsys.readouterr()
+    code = cli.run(attack.main, arguments)
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def attacked(trained, tmp_path_factory):
+    path = shutil.copytree(trained, tmp_path_factory.mktemp("attacked") / "run")
+    assert cli.run(attack.main, [f"--workdir={path}", "--eps=0.1,0.4", *FAST]) == 0
+    return path
+
+
+def test_accuracy_falls_with_eps_and_the_worst_is_no_better_than_any(attacked):
+    found = json.loads((attacked / "attack" / "metrics.json").read_text())
+    assert [point["eps"] for point in found["curve"]] == [0, 0.1, 0.4]
+    assert all(each["passed"] for each in found["checks"]) and len(found["checks"]) == 6
+    for name in attack.ATTACKS:
+        values = [point["attacks"][name]["value"] for point in found["curve"]]
+        assert values == sorted(values, reverse=True) and values[0] == found["clean_accuracy"]["value"]
+    for point in found["curve"]:
+        assert point["worst"]["low"] <= point["worst"]["value"] <= min(a["value"] for a in point["attacks"].values())
+    assert found["robust_accuracy"] == found["curve"][-1]["worst"]
+    assert (attacked / "attack" / "accuracy.png").exists() and (attacked / "attack" / "index.html").exists()
+    with open(attacked / "attack" / "accuracy.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[-1]["worst_value"]) == found["robust_accuracy"]["value"]
+
+
+def test_where_a_check_fails_there_is_no_robust_accuracy(trained, tmp_path, capsys, monkeypatch):
+    """The model sees its images rounded, so that nothing has a slope."""
+    forward = opened.build.make_forward
+    rounded = lambda *run: lambda v, images: forward(*run)(v, jax.numpy.round(4 * images) / 4)  # noqa: E731
+    monkeypatch.setattr(opened.build, "make_forward", rounded)
+    path = shutil.copytree(trained, tmp_path / "run")
+    code, out, err = call([f"--workdir={path}", *FAST], capsys)
+    assert code == 1 and not out and len(err.splitlines()) == 1
+    assert "no robust accuracy is given" in err and "'slopes'" in err
+    found = json.loads((path / "attack" / "metrics.json").read_text())
+    assert "curve" not in found and "robust_accuracy" not in found
+    assert not (path / "attack" / "accuracy.csv").exists() and (path / "attack" / "checks.csv").exists()
+    assert "no robust accuracy" in (path / "attack" / "index.html").read_text()
+
+
+def test_the_forward_pass_of_an_opened_run_is_that_of_its_predictions(trained):
+    run = opened.open_with_data(trained, splits=("test",))
+    images = run.dataset.test.images.astype(np.float32) / 255
+    logits = np.asarray(jax.jit(run.forward)(run.variables, images))
+    np.testing.assert_allclose(logits, run.outputs(run.dataset.test).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--attack=pdg"], "attack 'pdg' is not known; did you mean 'pgd'?"),
+        (["--norm=l1"], "--norm"),
+        (["--eps=0"], "--eps=0 must be numbers above 0"),
+        (["--eps=8/0"], "--eps=8/0 must be numbers above 0"),
+        (["--eps=much"], "--eps=much must be numbers above 0"),
+        (["--eps=0.1,-0.2"], "must be numbers above 0"),
+        (["--images=-1"], "--images=-1 must be at least 0"),
+        (["--steps=0"], "--steps=0 must be at least 1"),
+        (["--queries=none"], "--queries"),
+        (["--checkpoint=7"], "7"),
+        (["--epsilon=1"], "--epsilon"),
+    ],
+)
+def test_mistakes_are_one_line(trained, flags, words, capsys):
+    code, out, err = call([f"--workdir={trained}", *flags], capsys)
+    assert code == 2 and not out and words in err and len(err.splitlines()) == 1
+    assert not (trained / "attack").exists()
+
+
+def test_a_workdir_that_is_none_is_one_line(tmp_path, capsys):
+    code, _, err = call([f"--workdir={tmp_path}"], capsys)
+    assert code == 2 and len(err.splitlines()) == 1
+
+
+def test_features_without_a_classifier_are_refused(trained, capsys, monkeypatch):
+    run = opened.open_with_data(trained, splits=("test",))
+    evaluator = dataclasses.replace(run.evaluator, bank_step=lambda variables, batch: batch)
+    remembering = dataclasses.replace(run, evaluator=evaluator)
+    monkeypatch.setattr(attack, "open_with_data", lambda *a, **k: remembering)
+    code, _, err = call([f"--workdir={trained}"], capsys)
+    assert code == 2 and "has no classifier of its own" in err and len(err.splitlines()) == 1

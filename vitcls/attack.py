@@ -1,0 +1,289 @@
+"""What is left of a run's accuracy when its images are changed so as to be misclassified.
+
+vitcls attack --workdir=DIR [--attack=fgsm,pgd,apgd,square] [--norm=linf|l2] [--eps=8/255] [--images=1000]
+    [--steps=40] [--queries=500] [--checkpoint=last|best|STEP] [--data_dir=DIR]
+
+Images may move by eps, of values in [0, 1], before they are normalised. Checks come first; where one says that attacks
+fail on this model, no robust accuracy is given, and the exit code is 1. Writes DIR/attack.
+"""
+
+import dataclasses
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import jax
+import numpy as np
+
+from vitcls import attacks, cli
+from vitcls.attacks.checks import Check, check
+from vitcls.core.errors import RunError, UserError, unknown
+from vitcls.core.sharding import AXIS
+from vitcls.data import images as image_files
+from vitcls.metrics.promises import proportion
+from vitcls.report import findings
+from vitcls.report.findings import Plot, Table, Text, interval
+from vitcls.training import places
+from vitcls.training.opened import Opened, open_with_data
+
+PART = "attack"  # of the workdir
+ATTACKS = ("fgsm", "pgd", "apgd", "square")
+_MULTIPLES = (0.25, 0.5, 1, 2)  # of eps, on the curve
+_CHECKED = 100  # images
+_BATCH = 100  # images at a time, at most
+_LABELS = {"fgsm": "FGSM", "pgd": "PGD", "apgd": "APGD", "square": "Square"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How hard attacks try."""
+
+    norm: str = "linf"
+    steps: int = 40  # of PGD and APGD
+    queries: int = 500  # of Square
+
+    def attack(self, name: str) -> Any:
+        return {
+            "fgsm": lambda: attacks.fgsm(self.norm),
+            "pgd": lambda: attacks.PGD(self.norm, self.steps),
+            "apgd": lambda: attacks.APGD(self.norm, self.steps),
+            "square": lambda: attacks.Square(self.norm, self.queries),
+        }[name]()
+
+
+def attack(
+    path: os.PathLike | str,
+    *,
+    names: Sequence[str] = ATTACKS,
+    eps: float = 8 / 255,
+    curve: Sequence[float] = (),
+    budget: Budget = Budget(),
+    num_images: int = 1_000,
+    checkpoint: str = "",
+    data_dir: str = "",
+) -> dict[str, Any]:
+    """Checks, attacks test images, writes attack/ in the workdir, and returns its metrics.json.
+
+    Args:
+      eps: of the checks and of the accuracy that is printed.
+      curve: all eps that are tried, `eps` among them; by default multiples of it.
+      num_images: of the test split, chosen by a fixed seed; 0 for all.
+
+    Raises:
+      UserError: before anything is written, where there is no such workdir, checkpoint or classifier.
+      RunError: after the checks are written, where one fails; robust accuracies are then not even measured.
+    """
+    opened = open_with_data(path, splits=("test",), checkpoint=checkpoint, data_dir=data_dir)
+    forward = opened.forward
+    images, labels, which = _test_images(opened, num_images)
+    runner = _runner(opened, forward, len(images))
+    right = runner.logits(images).argmax(axis=1) == labels
+    if not right.any():
+        raise RunError("the model classifies none of the images right, so there is nothing to attack")
+    first = np.flatnonzero(right)[:_CHECKED]
+    checks = check(
+        runner, images[first], labels[first], which[first],
+        norm=budget.norm, eps=eps, steps=budget.steps, queries=budget.queries,
+    )  # fmt: skip
+    metrics = {
+        "dataset": opened.trained.info.name,
+        "checkpoint_step": opened.step,
+        "num_examples": len(labels),
+        "norm": budget.norm,
+        "eps": eps,
+        "steps": {name: budget.attack(name).steps for name in names},
+        "clean_accuracy": proportion(right),
+        "checked_images": len(first),
+        "checks": [each._asdict() for each in checks],
+    }
+    failed = [each for each in checks if not each.passed]
+    if not failed:
+        eps_tried = sorted(set(curve) or {eps * multiple for multiple in _MULTIPLES})
+        metrics["curve"] = _curve(runner, images, labels, which, right, names, eps_tried, budget)
+        metrics["robust_accuracy"] = next(point["worst"] for point in metrics["curve"] if point["eps"] == eps)
+    where = opened.trained.path
+    _write(where / PART, metrics)
+    places.publish(path, where, PART)
+    if failed:
+        raise RunError(_refusal(failed))
+    return metrics
+
+
+def _test_images(opened: Opened, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images float32 [N, H, W, C] in [0, 1] of the test split, their labels int32 [N] and places in the split [N]."""
+    split = opened.dataset.test
+    chosen = np.random.default_rng(0).permutation(len(split.labels))
+    chosen = np.sort(chosen[:count] if count else chosen).astype(np.int32)
+    split = split.take(chosen)
+    pixels = split.images
+    if not isinstance(pixels, np.ndarray):
+        *size, channels = opened.trained.info.image_shape
+        pixels = image_files.decode_all(pixels, size=tuple(size), channels=channels, decoding=split.decoding)
+    return pixels.astype(np.float32) / 255, split.labels, chosen
+
+
+def _runner(opened: Opened, forward: Callable, count: int) -> attacks.Runner:
+    partition = opened.partition
+    batch_size = partition.round_up(min(opened.trained.config.batch_size, _BATCH, count))
+    spread = partition.sharding(AXIS)
+    return attacks.Runner(
+        forward, opened.variables, batch_size=batch_size, put=lambda rows: jax.device_put(rows, spread)
+    )
+
+
+def _curve(
+    runner: attacks.Runner,
+    images: np.ndarray,
+    labels: np.ndarray,
+    which: np.ndarray,
+    right: np.ndarray,
+    names: Sequence[str],
+    eps_tried: Sequence[float],
+    budget: Budget,
+) -> list[dict[str, Any]]:
+    """Accuracies by eps, from 0 on.
+
+    What an attack has broken stays broken for all larger eps, in whose balls it lies, and is not attacked again; what
+    another attack has broken is, so that each has a curve of its own.
+    """
+    left = {name: right.copy() for name in names}
+    points = [_point(0.0, left)]
+    for eps in eps_tried:
+        for name in names:
+            rows = np.flatnonzero(left[name])
+            left[name][rows] = runner.survives(budget.attack(name), images[rows], labels[rows], which[rows], eps)
+        points.append(_point(eps, left))
+    return points
+
+
+def _point(eps: float, left: dict[str, np.ndarray]) -> dict[str, Any]:
+    worst = np.all(list(left.values()), axis=0)
+    return {"eps": eps, "worst": proportion(worst), "attacks": {name: proportion(own) for name, own in left.items()}}
+
+
+def _refusal(failed: Sequence[Check]) -> str:
+    names = ", ".join(f"'{each.name}'" for each in failed)
+    many = "checks fail" if len(failed) > 1 else "check fails"
+    return (
+        f"no robust accuracy is given, because attacks cannot be trusted on this model: {names} {many}: "
+        + "; ".join(each.words for each in failed)
+    )
+
+
+def _write(directory: pathlib.Path, metrics: dict[str, Any]) -> None:
+    def drawn():
+        from vitcls.report import attack_plots
+
+        return attack_plots.accuracy_by_eps(metrics["curve"])
+
+    if "curve" in metrics:
+        caption = "Each image is counted as the worst attack leaves it; what one eps has broken no larger one mends."
+        found = [_curve_table(metrics), Plot("accuracy", "Accuracy against eps", caption, drawn)]
+    else:
+        found = [Text("A check fails: attacks cannot be trusted on this model, and no robust accuracy is given.")]
+    findings.write(
+        directory,
+        title=f"Attacks on {metrics['dataset']}",
+        lead=f"Step {metrics['checkpoint_step']:,}; {metrics['num_examples']:,} test images, {metrics['norm']} balls "
+        f"of {metrics['eps']:.4g}; accuracy as they are {interval(metrics['clean_accuracy'], '{:.2%}')}.",
+        metrics=metrics,
+        blocks=[*found, _checks_table(metrics)],
+    )
+
+
+def _curve_table(metrics: dict[str, Any]) -> Table:
+    names = list(metrics["steps"])
+    rows = [
+        [
+            f"{point['eps']:.4g}",
+            interval(point["worst"], "{:.2%}"),
+            *(interval(point["attacks"][name], "{:.2%}") for name in names),
+        ]
+        for point in metrics["curve"]
+    ]
+    ends = ("value", "low", "high")
+    columns = ["eps", *(f"{name}_{end}" for name in ("worst", *names) for end in ends)]
+    values = [
+        [point["eps"], *(found[end] for found in (point["worst"], *point["attacks"].values()) for end in ends)]
+        for point in metrics["curve"]
+    ]
+    head = ["eps", "Worst of all [95 % interval]", *(f"{_LABELS[name]}, {n:,}" for name, n in metrics["steps"].items())]
+    return Table("Accuracy under attack, and the steps of each", head, rows, "accuracy", [columns, *values])
+
+
+def _checks_table(metrics: dict[str, Any]) -> Table:
+    rows = [[each["name"], "yes" if each["passed"] else "NO", each["words"]] for each in metrics["checks"]]
+    title = f"Can the attacks be trusted? On {metrics['checked_images']:,} images that are classified right"
+    return Table(title, ["Check", "Passed", "What was found"], rows, "checks")
+
+
+def main(argv: list[str]) -> None:
+    parser = cli.Parser(prog=cli.program("attack"), description=__doc__.splitlines()[0])
+    cli.add_run_arguments(parser)
+    parser.add_argument("--attack", default=",".join(ATTACKS), metavar="A,A", help=f"default: {','.join(ATTACKS)}")
+    parser.add_argument("--norm", choices=attacks.NORMS, default="linf", help="default: linf")
+    parser.add_argument(
+        "--eps", default="8/255", metavar="E", help="how far values in [0, 1] may move; or E,E,... for a curve"
+    )
+    parser.add_argument(
+        "--images", type=int, default=1_000, metavar="N", help="of the test split; 0 for all; default: 1000"
+    )
+    parser.add_argument("--steps", type=int, default=40, metavar="N", help="of PGD and APGD; default: 40")
+    parser.add_argument("--queries", type=int, default=500, metavar="N", help="of Square; default: 500")
+    parser.add_argument("--data_dir", default="", help="where the data are now, if they have moved")
+    flags = parser.parse_args(argv)
+    names, tried = _names(flags.attack), _numbers(flags.eps)
+    for flag, least in (("images", 0), ("steps", 1), ("queries", 1)):
+        if getattr(flags, flag) < least:
+            raise UserError(f"--{flag}={getattr(flags, flag)} must be at least {least}")
+    cli.start_jax()
+    metrics = attack(
+        flags.workdir,
+        names=names,
+        eps=tried[-1],
+        curve=tried if len(tried) > 1 else (),
+        budget=Budget(flags.norm, flags.steps, flags.queries),
+        num_images=flags.images,
+        checkpoint=flags.checkpoint,
+        data_dir=flags.data_dir,
+    )
+    print("\n".join(_lines(metrics)))
+    print(f"report: {os.path.join(flags.workdir, PART, 'index.html')}")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in ATTACKS:
+            raise unknown("attack", name, ATTACKS)
+    return names
+
+
+def _numbers(text: str) -> list[float]:
+    """'8/255' or '0.1,0.2', in ascending order."""
+    try:
+        numbers = sorted({float(Fraction(part.strip())) for part in text.split(",")})
+    except (ValueError, ZeroDivisionError):
+        numbers = [0.0]
+    if not 0 < numbers[0] <= numbers[-1] < np.inf:
+        raise UserError(f"--eps={text} must be numbers above 0, such as 8/255 or 0.1,0.2,0.3")
+    return numbers
+
+
+def _lines(metrics: dict[str, Any]) -> list[str]:
+    """What it came to, a line for each eps."""
+    lines = [f"{len(metrics['checks'])} checks passed on {metrics['checked_images']:,} images"]
+    for point in metrics["curve"]:
+        each = ", ".join(f"{_LABELS[name]} {own['value']:.2%}" for name, own in point["attacks"].items())
+        lines.append(
+            f"{metrics['norm']} eps {point['eps']:.4g}: accuracy {interval(point['worst'], '{:.2%}')}"
+            + (f" ({each})" if point["eps"] else f" on {metrics['num_examples']:,} test images")
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
