@@ -32,6 +32,9 @@ _SURE = 1.96  # standard deviations: 95 % to both sides
 _BETTER_THAN_CHANCE = 2.0
 
 
+_OF_PYTORCH: dict[str, dict] = {"inception_v3": {"count_padding": True}, "mobilenet_v2": {"padding": "even"}}
+
+
 class Adopted(NamedTuple):
     """What a file is."""
 
@@ -47,7 +50,7 @@ def identify(file: load.WeightsFile) -> list[Adopted]:
     """
     found, nearest = [], ""
     for name in models.names():
-        fields = {"count_padding": True} if name == "inception_v3" and file.source == "safetensors" else {}
+        fields = _OF_PYTORCH.get(name, {}).copy() if file.source == "safetensors" else {}
         if file.source == "keras" and "stride_on" in models.fields(name):
             fields["stride_on"] = "1x1"
         try:

@@ -92,6 +92,10 @@ def relu(x):
     return np.maximum(x, 0)
 
 
+def relu6(x):
+    return np.clip(x, 0, 6)
+
+
 def gelu(x):
     return x * scipy.special.ndtr(x)
 
@@ -353,6 +357,41 @@ def _inverted_residual(w, name, x, size, expanded, features, stride, act, gate=N
     last, number = ("conv_pw", 2) if first else ("conv_pwl", 3)
     y = _unit(w, f"{name}.{last}", number, y, features, 1, lambda y: y)
     return x + y if x.shape == y.shape else y
+
+
+def mobilenet_v2(w, x, classes, timm):
+    """Sandler et al. 2018, table 2, with the names of timm's mobilenetv2_100 or of torchvision's mobilenet_v2."""
+    stages = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+
+    def unit(conv_name, norm_name, x, features, size, act, stride=1, groups=1):
+        x = conv(w, conv_name, x, features, size, stride, padding=size // 2, groups=groups)
+        return act(batch_norm(w, norm_name, x, epsilon=1e-5))
+
+    def block(stage, i, n, x, expanded, features, stride):
+        theirs = f"blocks.{stage}.{i}" if timm else f"features.{n}.conv"
+        expand, depthwise, project = (
+            (f"{theirs}.conv_{conv}", f"{theirs}.bn{number}") for conv, number in (("pw", 1), ("dw", 2), ("pwl", 3))
+        )
+        if timm and stage == 0:
+            depthwise, project = (f"{theirs}.conv_dw", f"{theirs}.bn1"), (f"{theirs}.conv_pw", f"{theirs}.bn2")
+        if not timm:
+            first = 0 if stage == 0 else 1
+            expand = f"{theirs}.0.0", f"{theirs}.0.1"
+            depthwise = f"{theirs}.{first}.0", f"{theirs}.{first}.1"
+            project = f"{theirs}.{first + 1}", f"{theirs}.{first + 2}"
+        y = unit(*expand, x, expanded, 1, relu6) if stage else x
+        y = unit(*depthwise, y, expanded, 3, relu6, stride, groups=expanded)
+        y = unit(*project, y, features, 1, lambda y: y)
+        return x + y if x.shape == y.shape else y
+
+    x = unit(*(("conv_stem", "bn1") if timm else ("features.0.0", "features.0.1")), x, 32, 3, relu6, stride=2)
+    n = 1
+    for stage, (expansion, features, depth, stride) in enumerate(stages):
+        for i in range(depth):
+            x = block(stage, i, n, x, expansion * x.shape[1], features, 1 if i else stride)
+            n += 1
+    x = unit(*(("conv_head", "bn2") if timm else (f"features.{n}.0", f"features.{n}.1")), x, 1280, 1, relu6)
+    return linear(w, "classifier" if timm else "classifier.1", x.mean(axis=(2, 3)), classes)
 
 
 def mobilenet_v3_small(w, x, classes):

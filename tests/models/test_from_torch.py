@@ -29,6 +29,8 @@ CASES = {
     "vgg13_bn": ("vgg13_bn", (224, 255), _VGG, "vgg", _VGG | {"depths": (2, 2, 2, 2, 2), "norm": True}),
     "densenet": ("densenet121", (48, 72), _DENSENET, "densenet", _DENSENET),
     "convnext": ("convnext_tiny", (40, 24), _CONVNEXT, "convnext", _CONVNEXT),
+    "mobilenet_v2": ("mobilenet_v2", (64, 45), {"padding": "even"}, "mobilenet_v2", {"timm": False}),
+    "mobilenet_v2_timm": ("mobilenet_v2", (64, 45), {"padding": "even"}, "mobilenet_v2", {"timm": True}),
     "mobilenet_v3": ("mobilenet_v3_small", (64, 45), {}, "mobilenet_v3_small", {}),
     "efficientnet": (
         "efficientnet_b0",
@@ -174,7 +176,8 @@ def test_what_does_not_fit_is_said_in_one_line(fields, change, message):
     ("name", "message"),
     [
         ("lenet5", "lenet5 cannot take weights of PyTorch"),
-        ("mobilenet_v2", "mobilenet_v2 cannot take weights of PyTorch"),
+        ("mobilenet_v2", "mobilenet_v2 can take weights of PyTorch with padding='even' only"),
+        ("mobilenet_v1", "mobilenet_v1 cannot take weights of PyTorch"),
         ("inception_v3", "inception_v3 can take weights of PyTorch with count_padding=True only"),
         ("improved_resnext50", "improved_resnext50 .* no name is known for '.*/fusion/"),
         ("resnext51", "config.model.name 'resnext51' is not known; did you mean"),

@@ -17,7 +17,8 @@ class _MobileNet(nn.Module):
     """What the versions share: images float [B, H, W, C], normalised -> logits float32 [B, num_classes].
 
     Parameters, statistics of norms and logits are float32 whatever `dtype`, the type of the rest. Padding is 'SAME', as
-    the authors' code has it. Sown into 'intermediates': 'stem_map', 'stage_1_map' ... [B, H', W', C'], 'features'.
+    the authors' code has it, and the epsilon of norms 1e-3; PyTorch's networks pad evenly and have 1e-5. Sown into
+    'intermediates': 'stem_map', 'stage_1_map' ... [B, H', W', C'], 'features'.
 
     Raises ValueError for a field that cannot work and for images smaller than the total stride.
     """
@@ -25,6 +26,7 @@ class _MobileNet(nn.Module):
     num_classes: int
     width_multiplier: float = 1.0  # alpha
     stem: str = "standard"  # 3x3 with stride 2; 'small': stride 1, and the first stage that halves the map does not
+    padding: str = "same"  # 'even': that and the epsilon of PyTorch's networks
     norm: str = "batch"
     activation: str = "relu6"
     dropout: float = 0.0  # before the classifier
@@ -35,16 +37,16 @@ class _MobileNet(nn.Module):
     def _unit(self):
         return functools.partial(
             layers.ConvNorm,
-            padding="SAME",
+            padding="SAME" if self.padding == "same" else None,
             norm=self.norm,
-            epsilon=1e-3,
+            epsilon=1e-3 if self.padding == "same" else 1e-5,
             activation=self.activation,
             grouped_conv=self.grouped_conv,
             dtype=self.dtype,
         )
 
     def _stem(self, images: jax.Array, features: int, train: bool) -> jax.Array:
-        checks.check_fields(self)
+        checks.check_fields(self, {"padding": ("same", "even")})
         checks.check_stem(self, images.shape, _SMALLEST)
         stride = 1 if self.stem == "small" else 2
         x = self._unit()(features, 3, stride, name="stem")(images.astype(self.dtype), train=train)

@@ -2,7 +2,7 @@
 
 The names are torchvision's and timm's, which agree for ResNet, ResNeXt, DenseNet and Inception v3. EfficientNet and
 MobileNet v3 have timm's alone: the networks here are those of its 'tf_' models, which pad and normalise as the authors
-do and torchvision does not.
+do and torchvision does not; with padding='even' MobileNet v3 is that of timm's other models.
 """
 
 import functools
@@ -71,6 +71,8 @@ def names_for(name: str, model: nn.Module, weights: Container[str] = (), publish
         raise UserError(f"{name} cannot take weights of PyTorch: no names are known for it")
     if isinstance(model, inception.InceptionV3) and not model.count_padding:
         raise UserError(f"{name} can take weights of PyTorch with count_padding=True only")
+    if isinstance(model, mobilenet.MobileNetV2) and model.padding == "same":
+        raise UserError(f"{name} can take weights of PyTorch with padding='even' only")
     families = _FAMILIES[type(model)]
     if publisher:
         if publisher not in families:
@@ -256,7 +258,7 @@ def _convnext_timm(model: convnext.ConvNeXt) -> _Names:
     yield "head", "head.fc"
 
 
-def _inverted_residuals(model: efficientnet.EfficientNet | mobilenet.MobileNetV3) -> _Names:
+def _inverted_residuals(model: efficientnet.EfficientNet | mobilenet.MobileNetV2 | mobilenet.MobileNetV3) -> _Names:
     yield "stem/conv", "conv_stem"
     yield "stem/norm", "bn1"
     for stage, i in itertools.product(range(7), range(20)):  # more than any of these networks has
@@ -271,7 +273,7 @@ def _inverted_residuals(model: efficientnet.EfficientNet | mobilenet.MobileNetV3
             yield f"{ours}/{unit}/norm", f"{theirs}.bn{n}"
         for part in ("reduce", "expand"):
             yield f"{ours}/squeeze_excite/{part}", f"{theirs}.se.conv_{part}"
-    if isinstance(model, efficientnet.EfficientNet):
+    if isinstance(model, efficientnet.EfficientNet | mobilenet.MobileNetV2):
         yield "last/conv", "conv_head"
         yield "last/norm", "bn2"
     else:
@@ -280,6 +282,25 @@ def _inverted_residuals(model: efficientnet.EfficientNet | mobilenet.MobileNetV3
         yield "last/norm", f"blocks.{stages}.0.bn1"
         yield "hidden", "conv_head"
     yield "head", "classifier"
+
+
+def _mobilenet_v2(model: mobilenet.MobileNetV2) -> _Names:
+    yield "stem/conv", "features.0.0"
+    yield "stem/norm", "features.0.1"
+    n = 1
+    for stage, depth in enumerate(model.depths, start=1):
+        for i in range(1, depth + 1):
+            ours, theirs = f"stage_{stage}_block_{i}", f"features.{n}.conv"
+            units = ("depthwise",) if stage == 1 else ("expand", "depthwise")
+            for m, unit in enumerate(units):
+                yield f"{ours}/{unit}/conv", f"{theirs}.{m}.0"
+                yield f"{ours}/{unit}/norm", f"{theirs}.{m}.1"
+            yield f"{ours}/project/conv", f"{theirs}.{len(units)}"
+            yield f"{ours}/project/norm", f"{theirs}.{len(units) + 1}"
+            n += 1
+    yield "last/conv", f"features.{n}.0"
+    yield "last/norm", f"features.{n}.1"
+    yield "head", "classifier.1"
 
 
 def _vit(model: vit.VisionTransformer) -> _Names:
@@ -328,6 +349,7 @@ _FAMILIES: dict[type[nn.Module], dict[str, Callable[[Any], _Names]]] = {
     densenet.DenseNet: {"torchvision": _densenet},
     convnext.ConvNeXt: {"torchvision": _convnext, "timm": _convnext_timm},
     efficientnet.EfficientNet: {"timm": _inverted_residuals},
+    mobilenet.MobileNetV2: {"torchvision": _mobilenet_v2, "timm": _inverted_residuals},
     mobilenet.MobileNetV3: {"timm": _inverted_residuals},
     vit.VisionTransformer: {"timm": _vit, "torchvision": _vit_torchvision},
 }

@@ -38,6 +38,7 @@ _PYTORCH = {
     "EfficientNet": (_IMAGENET, 0.875, "bicubic"),
     "GoogLeNet": (_HALF, 0.875, "bilinear"),
     "InceptionV3": (_HALF, 0.875, "bicubic"),
+    "MobileNetV2": (_IMAGENET, 0.875, "bicubic"),
     "MobileNetV3": (_IMAGENET, 0.875, "bicubic"),
     "ResNeXt": (_IMAGENET, 0.875, "bilinear"),
     "ResNet": (_IMAGENET, 0.875, "bilinear"),
