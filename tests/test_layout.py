@@ -13,7 +13,7 @@ ROOMS = ("models", "probe", "experiment", "tune", "worth")  # with a door, `__ma
 # From the ground up. A module may import those of its own floor and below.
 FLOORS = (
     ("core",),
-    ("data", "models", "optim", "metrics"),
+    ("data", "models", "optim", "metrics", "attribution"),
     ("report",),
     ("tasks",),
     ("config", "config_file"),
@@ -27,7 +27,10 @@ FLOORS = (
     ("api",),
     ("__init__",),
 )
-APART = ({"data", "models", "optim", "metrics"}, {"experiment", "tune"})  # rooms of a floor that do not know each other
+APART = (
+    {"data", "models", "optim", "metrics", "attribution"},
+    {"experiment", "tune"},
+)  # rooms of a floor that do not know each other
 HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn", "skimage", "clu")
 HEAVY_ALLOWED = {
     "orbax": ("training/checkpoint.py",),
