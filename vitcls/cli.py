@@ -42,6 +42,7 @@ VERBS = {
     "unknown": Verb(
         "vitcls.unknown", "trust", "measure whether a run knows what it has not seen, and keep a threshold"
     ),
+    "explain": Verb("vitcls.explain", "trust", "show where a run looks, and whether that is true"),
     "predict": Verb("vitcls.predict", "use", "label image files with a run"),
     "prepare": Verb("vitcls.prepare", "data", "download and prepare a data set of TensorFlow Datasets"),
     "adopt": Verb("vitcls.adopt", "train", "say what a file of published weights is, and how it wants its images"),

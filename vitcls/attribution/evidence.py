@@ -61,31 +61,19 @@ def random_maps(heat: np.ndarray, count: int, rng: np.random.Generator) -> np.nd
 
 
 def curves(
-    forward: Callable,
-    variables: PyTree,
-    images: jax.Array,
-    classes: jax.Array,
-    order: jax.Array,
-    baseline: jax.Array,
-    steps: int = STEPS,
+    probability: Callable, images: jax.Array, order: jax.Array, baseline: jax.Array, steps: int = STEPS
 ) -> tuple[jax.Array, jax.Array]:
     """The deletion and the insertion curve of each image (Petsiuk et al. 2018, section 4.1), [B, steps + 1] each.
 
     At step i the first i / steps of the pixels by `order` int [B, H, W] are removed, or are all that is there; what is
-    not there is `baseline`. Probabilities of `classes` int [B].
+    not there is `baseline` [1, 1, 1, C]. `probability` is that of the class asked about: images -> [B].
     """
-    pixels = order[0].size
-
-    def probabilities(some: jax.Array) -> jax.Array:
-        chosen = jax.nn.softmax(forward(variables, some), axis=-1)
-        return jnp.take_along_axis(chosen, classes[:, None], axis=1)[:, 0]
-
-    def at(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        first = (order * steps < i * pixels)[..., None]
-        deleted, inserted = jnp.where(first, baseline, images), jnp.where(first, images, baseline)
-        return probabilities(deleted), probabilities(inserted)
-
-    return jax.tree.map(lambda rows: rows.T, jax.lax.map(at, jnp.arange(steps + 1)))
+    deletion, insertion = [], []
+    for i in range(steps + 1):
+        first = (order * steps < i * order[0].size)[..., None]
+        deletion.append(probability(jnp.where(first, baseline, images)))
+        insertion.append(probability(jnp.where(first, images, baseline)))
+    return jnp.stack(deletion, axis=1), jnp.stack(insertion, axis=1)
 
 
 def area(curve: np.ndarray) -> np.ndarray:
@@ -163,7 +151,7 @@ def tiles(size: tuple[int, int]) -> list[tuple[slice, slice]]:
 
 
 def pointed(heat: np.ndarray, tile: tuple[slice, slice], rng: np.random.Generator) -> tuple[bool, float]:
-    """Whether the highest place of a map [H, W] is in the tile, by lot among equals; and its share of what is above 0."""
+    """Whether the highest place of a map [H, W] is in the tile, and the tile's share of all above 0; equals by lot."""
     inside = np.zeros(heat.shape, bool)
     inside[tile] = True
     highest = np.flatnonzero(heat.ravel() == heat.max())

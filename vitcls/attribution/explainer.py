@@ -82,22 +82,43 @@ class Explainer:
         variables = self.variables if variables is None else variables
         if method == "integrated_gradients":
             return self._integrated(variables, images, classes)
-        compute = self._compiled(method)
-        return Heat(*_in_batches(lambda *some: (compute(variables, *some),), images, classes))
+        return Heat(*_in_batches(lambda *some: (self._map(method, variables, *some),), images, classes))
+
+    def _map(self, method: str, variables: PyTree, images: np.ndarray, classes: np.ndarray) -> jax.Array:
+        """[B, H, W] of a batch."""
+        gradient, score = self._bound(variables, classes)
+        if method == "smoothgrad":  # the largest magnitude over the colours, as in the paper
+            found = gradients.smoothgrad(gradient, images, jax.random.key(0))
+            return jnp.max(jnp.abs(found), axis=-1)
+        if method == "occlusion":  # by windows of a quarter of each side, which overlap by half
+            window = tuple(max(1, side // 4) for side in images.shape[1:3])
+            stride = tuple(max(1, side // 2) for side in window)
+            return gradients.occlusion(score, images, self._baseline, window=window, stride=stride)
+        return self._shown(method)(variables, images, classes)
+
+    def _bound(self, variables: PyTree, classes: np.ndarray) -> tuple[Callable, Callable]:
+        """images -> gradients of the logits of `classes`, and images -> the logits."""
+        return functools.partial(self._gradient, variables, classes), functools.partial(self._logit, variables, classes)
 
     def _integrated(self, variables: PyTree, images: np.ndarray, classes: np.ndarray) -> Heat:
         """Doubles the steps of those images that are not complete yet."""
-        compute = self._compiled("integrated_gradients")
         maps = np.zeros(images.shape[:3], np.float32)
         error, used = np.full(len(images), np.inf), np.zeros(len(images), int)
         steps, left = _FIRST_STEPS, np.arange(len(images))
         while len(left):
-            run = functools.partial(compute, variables, steps=steps)
-            maps[left], error[left] = _in_batches(lambda *some, run=run: run(*some), images[left], classes[left])
+            run = functools.partial(self._complete, variables, steps)
+            maps[left], error[left] = _in_batches(run, images[left], classes[left])
             used[left] = steps
             left = np.flatnonzero(~(error <= TOLERANCE)) if steps < _MOST_STEPS else []
             steps *= 2
         return Heat(maps, error, used)
+
+    def _complete(self, variables: PyTree, steps: int, images: np.ndarray, classes: np.ndarray):
+        """Maps [B, H, W], summed over the colours, and the error of their completeness [B]."""
+        gradient, score = self._bound(variables, classes)
+        found = gradients.integrated_gradients(gradient, images, self._baseline, steps)
+        nothing = np.broadcast_to(self._baseline, images.shape)
+        return jnp.sum(found, axis=-1), gradients.completeness_error(found, score(images) - score(nothing))
 
     def evidence(
         self,
@@ -112,7 +133,7 @@ class Explainer:
         everyone = [np.concatenate([heat[None], evidence.random_maps(heat, count, rng)]) for heat in maps]
         order = np.concatenate([evidence.ranks(some, rng) for some in everyone])
         same = (np.repeat(array, count + 1, axis=0) for array in (images, classes))
-        rows = _in_batches(lambda *some: self._curves(self.variables, *some), *same, order)
+        rows = _in_batches(self._curves, *same, order)
         areas = (evidence.area(curve).reshape(len(maps), count + 1) for curve in rows)
         return [Evidence(float(d[0]), float(i[0]), d[1:], i[1:]) for d, i in zip(*areas, strict=True)]
 
@@ -146,18 +167,25 @@ class Explainer:
     def _probabilities(self) -> Callable:
         return jax.jit(lambda variables, images: jax.nn.softmax(self.network.forward(variables, images), axis=-1))
 
-    @functools.cached_property
-    def _curves(self) -> Callable:
-        baseline = self._baseline
-        return jax.jit(
-            lambda variables, images, classes, order: evidence.curves(
-                self.network.forward, variables, images, classes, order, baseline
-            )
-        )
+    def _curves(self, images: np.ndarray, classes: np.ndarray, order: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        def probability(some: jax.Array) -> jax.Array:
+            return self._probabilities(self.variables, some)[np.arange(len(classes)), classes]
+
+        return evidence.curves(probability, images, order, self._baseline)
 
     @functools.cached_property
-    def _compiled(self) -> Callable[[str], Callable]:
-        return functools.cache(lambda method: jax.jit(_program(method, self.network, self._baseline)))
+    def _gradient(self) -> Callable:
+        forward = self.network.forward
+        return jax.jit(lambda variables, classes, images: gradients.gradient_of(forward, variables, images, classes))
+
+    @functools.cached_property
+    def _logit(self) -> Callable:
+        forward = self.network.forward
+        return jax.jit(lambda variables, classes, images: gradients.logits_of(forward, variables, images, classes))
+
+    @functools.cached_property
+    def _shown(self) -> Callable[[str], Callable]:
+        return functools.cache(lambda method: jax.jit(_program(method, self.network)))
 
     @property
     def _baseline(self) -> np.ndarray:
@@ -165,67 +193,25 @@ class Explainer:
         return np.asarray(self.network.baseline, np.float32)[None, None, None]
 
 
-def _program(method: str, network: Network, baseline: np.ndarray) -> Callable:
-    """(variables, images, classes) -> maps [B, H, W]; for integrated gradients see `_complete`."""
-    if method == "integrated_gradients":
-        return functools.partial(_complete, network.forward, baseline)
+def _program(method: str, network: Network) -> Callable:
+    """(variables, images, classes) -> maps [B, H, W], of a method that looks inside."""
 
     def program(variables: PyTree, images: jax.Array, classes: jax.Array) -> jax.Array:
-        return _resized(_PROGRAMS[method](network, variables, images, classes, baseline), images.shape)
+        size = images.shape[1:3]
+        match method:
+            case "gradcam":
+                maps = cam.gradcam(*cam.maps_and_gradients(network, variables, images, classes))
+            case "gradcam++":
+                maps = cam.gradcam_plus_plus(*cam.maps_and_gradients(network, variables, images, classes))
+            case "feature_maps":
+                maps = cam.activity(features(network, variables, images).maps)
+            case "rollout":
+                maps = attention.rollout(attention_weights(network.read(variables, images)[1]), size)
+            case "attention":
+                maps = attention.last_attention(attention_weights(network.read(variables, images)[1]), size)
+        return _resized(maps, images.shape)
 
     return program
-
-
-def _complete(forward: Callable, baseline, variables: PyTree, images: jax.Array, classes: jax.Array, steps: jax.Array):
-    """Maps [B, H, W], summed over the colours, and the error of their completeness [B]."""
-    origin = jnp.broadcast_to(baseline, images.shape)
-    found = gradients.integrated_gradients(forward, variables, images, classes, origin, steps)
-    ends = [gradients.logits_of(forward, variables, some, classes) for some in (images, origin)]
-    return jnp.sum(found, axis=-1), gradients.completeness_error(found, ends[0] - ends[1])
-
-
-def _gradcam(network, variables, images, classes, baseline):
-    return cam.gradcam(*cam.maps_and_gradients(network, variables, images, classes))
-
-
-def _gradcam_plus_plus(network, variables, images, classes, baseline):
-    return cam.gradcam_plus_plus(*cam.maps_and_gradients(network, variables, images, classes))
-
-
-def _feature_maps(network, variables, images, classes, baseline):
-    return cam.activity(features(network, variables, images).maps)
-
-
-def _rollout(network, variables, images, classes, baseline):
-    return attention.rollout(attention_weights(network.read(variables, images)[1]), images.shape[1:3])
-
-
-def _attention(network, variables, images, classes, baseline):
-    return attention.last_attention(attention_weights(network.read(variables, images)[1]), images.shape[1:3])
-
-
-def _smoothgrad(network, variables, images, classes, baseline):
-    """The largest magnitude over the colours, as in the paper."""
-    found = gradients.smoothgrad(network.forward, variables, images, classes, jax.random.key(0))
-    return jnp.max(jnp.abs(found), axis=-1)
-
-
-def _occlusion(network, variables, images, classes, baseline):
-    """Windows of a quarter of each side, which overlap by half."""
-    window = tuple(max(1, side // 4) for side in images.shape[1:3])
-    stride = tuple(max(1, side // 2) for side in window)
-    return gradients.occlusion(network.forward, variables, images, classes, baseline, window=window, stride=stride)
-
-
-_PROGRAMS = {
-    "gradcam": _gradcam,
-    "gradcam++": _gradcam_plus_plus,
-    "rollout": _rollout,
-    "attention": _attention,
-    "smoothgrad": _smoothgrad,
-    "occlusion": _occlusion,
-    "feature_maps": _feature_maps,
-}
 
 
 def _resized(maps: jax.Array, shape: tuple[int, ...]) -> jax.Array:

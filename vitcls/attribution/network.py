@@ -1,7 +1,7 @@
 """What a classifier shows of itself, for any Linen model that sows its maps as those of vitcls do.
 
-No model is changed for it. Its program is traced once with what it sows, and cut in two at its last map of features: the
-second half is the function of which Grad-CAM wants the gradient.
+No model is changed for it. Its program is traced once with what it sows, and cut in two at its last map of features:
+the second half is the function of which Grad-CAM wants the gradient.
 """
 
 import math
