@@ -16,14 +16,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vitcls import cli, predict
+from vitcls import cli, models, predict
 from vitcls.attribution import evidence
 from vitcls.attribution.evidence import Evidence
 from vitcls.attribution.explainer import METHODS, TOLERANCE, Explainer, Heat
+from vitcls.attribution.network import make_network
 from vitcls.core.errors import UserError
 from vitcls.data import images as image_files
 from vitcls.metrics.promises import proportion
 from vitcls.metrics.resampling import RESAMPLES, bootstrap_interval, draw_weights
+from vitcls.models.variables import variable_shapes
 from vitcls.report import findings, overlays
 from vitcls.report.findings import Picture, Table, Text, interval
 from vitcls.report.overlays import Drawn
@@ -33,7 +35,7 @@ from vitcls.training.opened import Opened, open_with_data
 PART = "explain"  # of the workdir
 _SAMPLE = 512  # test images from which those that are shown and those of the tests are drawn
 _RANDOMISED = 16  # images of the randomisation test
-_MOSAICS = 64
+_MOSAICS = 64  # at most, of twice as many
 _STAYS = 0.5  # a rank correlation that a map of a network without its weights should not have
 
 
@@ -104,7 +106,7 @@ _UNITS = {
     "deletion": "area under the probability of the class while the map's places are removed, 0 to 1; low is good",
     "insertion": "the same while they are put into an empty image; high is good",
     "better": "fraction of the images, with the most probable class, whose map beats its random maps (p <= 0.05)",
-    "pointing": "fraction of mosaics of four classes where the map is highest in the tile of its class",
+    "pointing": "fraction of mosaics of four images, of which the network sees one, where the map is highest there",
     "pointing_mass": "mean share of a map in that tile",
     "randomisation": "mean Spearman correlation with the map of the network with weights dealt anew from the top down",
     "completeness": "|sum of the map - difference of logits| / |difference|, of the worst map",
@@ -190,18 +192,20 @@ def _tests(explainer: Explainer, method: str, sample: Shown, tested: Shown) -> d
 
 
 def _pointing(explainer: Explainer, method: str, sample: Shown) -> tuple[list[bool], list[float]]:
-    """For the class that the network sees the most of, among those of the tiles."""
+    """Of mosaics in which the network sees the class of a tile: without that, a map has nothing to point at."""
     rng = np.random.default_rng(0)
-    made = evidence.mosaics(_floats(sample.pixels), sample.labels, _MOSAICS, rng)
+    made = evidence.mosaics(_floats(sample.pixels), sample.labels, 2 * _MOSAICS, rng)
     if not made:
         return [], []
-    images = np.stack([mosaic.image for mosaic in made])
-    probabilities = explainer.probabilities(images)
-    tiles = [int(np.argmax(row[mosaic.classes])) for row, mosaic in zip(probabilities, made, strict=True)]
-    labels = np.array([mosaic.classes[tile] for mosaic, tile in zip(made, tiles, strict=True)], np.int32)
-    maps = explainer.maps(method, images, labels).maps
-    places = evidence.tiles(images.shape[1:3])
-    found = [evidence.pointed(heat, places[tile], rng) for heat, tile in zip(maps, tiles, strict=True)]
+    seen = explainer.probabilities(np.stack([mosaic.image for mosaic in made])).argmax(axis=1)
+    pairs = [(one, label) for one, label in zip(made, seen, strict=True) if label in one.classes][:_MOSAICS]
+    if not pairs:
+        return [], []
+    labels = np.array([label for _, label in pairs], np.int32)
+    maps = explainer.maps(method, np.stack([one.image for one, _ in pairs]), labels).maps
+    places = evidence.tiles(maps.shape[1:])
+    tiles = [places[list(one.classes).index(label)] for one, label in pairs]
+    found = [evidence.pointed(heat, tile, rng) for heat, tile in zip(maps, tiles, strict=True)]
     return [hit for hit, _ in found], [share for _, share in found]
 
 
@@ -322,7 +326,27 @@ def _overlays_table(rows: Sequence[dict[str, Any]]) -> Table:
     return Table("All maps", head, cells, "overlays", values)
 
 
+def table() -> str:
+    """Markdown: which family of models can do which methods, each by its first model at its native size."""
+    families: dict[str, list[str]] = {}
+    for name in models.names():
+        families.setdefault(models.preset(name).module.__name__, []).append(name)
+    lines = [f"| models | {' | '.join(METHODS)} |", "| --- |" + " --- |" * len(METHODS)]
+    for names in families.values():
+        preset = models.preset(names[0])
+        model = models.create(names[0], preset.num_classes)
+        network = make_network(model, lambda images: images, (0.0,) * preset.image_shape[2])
+        explainer = Explainer(network, variable_shapes(model, preset.image_shape), preset.image_shape)
+        marks = ("yes" if method in explainer.methods else "" for method in METHODS)
+        shown = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+        lines.append(f"| {shown} | {' | '.join(marks)} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str]) -> None:
+    if argv == ["--table"]:
+        print(table())
+        return
     parser = cli.Parser(prog=cli.program("explain"), description=__doc__.splitlines()[0])
     cli.add_run_arguments(parser)
     parser.add_argument("--method", default="", metavar="M,M", help=f"of {', '.join(METHODS)}; default: some of them")

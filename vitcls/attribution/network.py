@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.extend import core
@@ -20,8 +21,31 @@ class Network(NamedTuple):
     """A classifier and what fills the place of removed pixels."""
 
     forward: Callable  # (variables, images float32 [B, H, W, C] in [0, 1]) -> logits float32 [B, K]
-    read: Callable  # the same, and all that is sown or `captured`: -> (logits, intermediates)
+    read: Callable  # the same, and all that is sown or captured: -> (logits, intermediates)
     baseline: tuple[float, ...]  # the colour of 'nothing', [C]; the mean of the training images
+
+
+def make_network(model: nn.Module, normalize: Callable, baseline: tuple[float, ...]) -> Network:
+    """That of a model in evaluation; `normalize` takes images in [0, 1] to what the model was trained on."""
+
+    def forward(variables: PyTree, images: jax.Array) -> jax.Array:
+        return model.apply(variables, normalize(images), train=False).astype(jnp.float32)
+
+    def read(variables: PyTree, images: jax.Array) -> tuple[jax.Array, PyTree]:
+        logits, shown = model.apply(
+            variables, normalize(images), train=False, mutable=["intermediates"], capture_intermediates=_captured
+        )
+        return logits.astype(jnp.float32), shown["intermediates"]
+
+    return Network(forward, read, baseline)
+
+
+def _captured(module: nn.Module, method: str) -> bool:
+    """What the attention of a block sees, besides what models sow.
+
+    Behind the last attention the patches no longer reach a class token, so its gradient has to be taken before it.
+    """
+    return module.name == "attention_norm" and method == "__call__"
 
 
 class Features(NamedTuple):
@@ -29,14 +53,6 @@ class Features(NamedTuple):
 
     maps: jax.Array  # [B, h, w, D]
     head: Callable[[jax.Array], jax.Array]  # maps -> logits [B, K]
-
-
-def captured(module: Any, method: str) -> bool:
-    """The filter for `capture_intermediates`: what the attention of a block sees, besides what models sow.
-
-    Behind the last attention the patches no longer reach a class token, so its gradient has to be taken before it.
-    """
-    return module.name == "attention_norm" and method == "__call__"
 
 
 def features(network: Network, variables: PyTree, images: jax.Array) -> Features:

@@ -83,7 +83,9 @@ def sheet(pixels: np.ndarray, title: str, rows: Sequence[tuple[str, Sequence[Dra
     first = photo(pixels)
     width, height = first.size
     lines = max(len(drawn.lines) for _, row in rows for drawn in row)
-    column, row_height = max(width, _SIDE) + _GAP, height + _LINE * (lines + 2) + _GAP
+    texts = [line for _, row in rows for drawn in row for line in drawn.lines]
+    column = int(max(width, _SIDE, *map(ImageFont.load_default(_FONT).getlength, texts))) + _GAP
+    row_height = height + _LINE * (lines + 2) + _GAP
     columns = 1 + max(len(row) for _, row in rows)
     whole = Image.new("RGB", (columns * column + _GAP, _LINE + 2 * _GAP + len(rows) * row_height), "white")
     draw, font = ImageDraw.Draw(whole), ImageFont.load_default(_FONT)

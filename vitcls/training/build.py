@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from vitcls import models, optim
-from vitcls.attribution.network import Network, captured
+from vitcls.attribution.network import Network, make_network
 from vitcls.core import durations
 from vitcls.core.errors import UserError
 from vitcls.core.registry import about
@@ -261,25 +261,14 @@ def make_outputs_step(config, model: nn.Module, info: DatasetInfo) -> Callable:
     return _with_precision(outputs_step, config)
 
 
-def make_network(config, model: nn.Module, info: DatasetInfo) -> Network:
+def make_explained(config, model: nn.Module, info: DatasetInfo) -> Network:
     """The classifier of a run for `attribution`: it takes images as they are, without test-time augmentation.
 
     In the forms that train the fastest on the first device, as most maps want gradients.
     """
     model = forms.for_device(model, jax.local_devices()[0], training=True)
-    normalize = steps.make_normalize(info.mean, info.std)
-    apply = steps.make_apply(model, normalize)
-
-    def forward(variables: PyTree, images: jax.Array) -> jax.Array:
-        return apply(variables, images).logits.astype(jnp.float32)
-
-    def read(variables: PyTree, images: jax.Array) -> tuple[jax.Array, PyTree]:
-        logits, shown = model.apply(
-            variables, normalize(images), train=False, mutable=["intermediates"], capture_intermediates=captured
-        )
-        return logits.astype(jnp.float32), shown["intermediates"]
-
-    return Network(_with_precision(forward, config), _with_precision(read, config), tuple(info.mean))
+    network = make_network(model, steps.make_normalize(info.mean, info.std), tuple(info.mean))
+    return Network(_with_precision(network.forward, config), _with_precision(network.read, config), network.baseline)
 
 
 def _with_precision(step: Callable, config) -> Callable:

@@ -72,14 +72,14 @@ class Opened:
     @functools.cached_property
     def forward(self) -> Callable:
         """forward(variables, images float32 [B, H, W, C] in [0, 1]) -> logits float32 [B, K], in evaluation."""
-        return build.make_network(self.trained.config, self.model, self.trained.info).forward
+        return build.make_explained(self.trained.config, self.model, self.trained.info).forward
 
     @functools.cached_property
     def explainer(self) -> Explainer:
         """For the images of this run; raises UserError for a task without a classifier."""
         if self.evaluator.bank_step is not None:
             raise UserError(f"a run of config.task.name='{self.trained.config.task.name}' has no classifier of its own")
-        network = build.make_network(self.trained.config, self.model, self.trained.info)
+        network = build.make_explained(self.trained.config, self.model, self.trained.info)
         return make_explainer(network, self.variables, self.trained.info.image_shape)
 
     @functools.cached_property
