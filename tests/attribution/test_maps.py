@@ -9,6 +9,7 @@ import pytest
 from vitcls.attribution import attention, cam, gradients
 from vitcls.attribution.explainer import make_explainer
 from vitcls.attribution.network import attention_weights, features, grid, make_network
+from vitcls.core.errors import UserError
 from vitcls.models.vit import VisionTransformer
 
 SHAPE = (6, 9, 2)
@@ -189,3 +190,11 @@ def test_a_vit_shows_the_place_that_its_class_looks_at(aggregation):
     assert len(weights) == 11  # in the order of the blocks, not of the alphabet
     shown = network.read(variables, images)[1]
     np.testing.assert_array_equal(weights[2], shown["block_2"]["attention"]["attention_weights"][0])
+
+
+def test_a_method_that_a_network_cannot_do_is_refused(small):
+    explainer = make_explainer(*small, SHAPE)
+    assert "rollout" not in explainer.methods
+    with pytest.raises(UserError, match="--method=rollout needs a model with attention weights; this one can gradcam"):
+        explainer.choose(["rollout"])
+    assert explainer.choose([]) == ("gradcam", "integrated_gradients", "occlusion")

@@ -17,7 +17,7 @@ from vitcls.core.errors import UserError
 
 BATCH = 32
 TOLERANCE = 0.01  # of the completeness of integrated gradients
-_FIRST_STEPS, _MOST_STEPS = 32, 2048
+_FIRST_STEPS, _MOST_STEPS = 32, 1024
 
 
 class Method(NamedTuple):
@@ -69,8 +69,8 @@ class Explainer:
             if name not in METHODS:
                 raise errors.unknown("method", name, METHODS)
             if name not in self.methods:
-                what = {"map": "map of features", "attention": "attention weights"}[METHODS[name].needs]
-                raise UserError(f"--method={name} needs a model with a {what}; this one can {', '.join(self.methods)}")
+                what = {"map": "a map of features", "attention": "attention weights"}[METHODS[name].needs]
+                raise UserError(f"--method={name} needs a model with {what}; this one can {', '.join(self.methods)}")
         return tuple(dict.fromkeys(names)) or tuple(name for name in _DEFAULT if name in self.methods)
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
@@ -79,9 +79,9 @@ class Explainer:
 
     def maps(self, method: str, images: np.ndarray, classes: np.ndarray, variables: PyTree = None) -> Heat:
         """The maps of a method; `variables` replace the network's own."""
-        variables = self.variables if variables is None else variables
         if method == "integrated_gradients":
-            return self._integrated(variables, images, classes)
+            return self._integrated(images, classes, variables)
+        variables = self.variables if variables is None else variables
         return Heat(*_in_batches(lambda *some: (self._map(method, variables, *some),), images, classes))
 
     def _map(self, method: str, variables: PyTree, images: np.ndarray, classes: np.ndarray) -> jax.Array:
@@ -100,8 +100,9 @@ class Explainer:
         """images -> gradients of the logits of `classes`, and images -> the logits."""
         return functools.partial(self._gradient, variables, classes), functools.partial(self._logit, variables, classes)
 
-    def _integrated(self, variables: PyTree, images: np.ndarray, classes: np.ndarray) -> Heat:
-        """Doubles the steps of those images that are not complete yet."""
+    def _integrated(self, images: np.ndarray, classes: np.ndarray, others: PyTree) -> Heat:
+        """Doubles the steps of those images that are not complete yet; of other variables nobody asks for that."""
+        variables, most = (self.variables, _MOST_STEPS) if others is None else (others, _FIRST_STEPS)
         maps = np.zeros(images.shape[:3], np.float32)
         error, used = np.full(len(images), np.inf), np.zeros(len(images), int)
         steps, left = _FIRST_STEPS, np.arange(len(images))
@@ -109,7 +110,7 @@ class Explainer:
             run = functools.partial(self._complete, variables, steps)
             maps[left], error[left] = _in_batches(run, images[left], classes[left])
             used[left] = steps
-            left = np.flatnonzero(~(error <= TOLERANCE)) if steps < _MOST_STEPS else []
+            left = np.flatnonzero(~(error <= TOLERANCE)) if steps < most else []
             steps *= 2
         return Heat(maps, error, used)
 

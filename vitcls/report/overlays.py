@@ -62,7 +62,7 @@ def overlay(pixels: np.ndarray, drawn: Drawn) -> Image.Image:
     heat = np.asarray(heat.resize(under.size, Image.Resampling.BILINEAR), np.float64) / 255
     gray = np.asarray(under.convert("L"), np.float64)[..., None]
     over = colours(heat).astype(np.float64) if drawn.true else np.full((*heat.shape, 3), 160.0) + 60 * heat[..., None]
-    share = 0.35 + 0.35 * heat[..., None] if drawn.true else 0.75
+    share = 0.2 + 0.5 * heat[..., None] if drawn.true else 0.75
     picture = Image.fromarray(((1 - share) * gray + share * over).round().astype(np.uint8))
     if not drawn.true:
         draw, font = ImageDraw.Draw(picture), ImageFont.load_default(_FONT + 2)
