@@ -30,7 +30,8 @@ def test_every_overlay_has_its_evidence_and_every_number_an_interval(explained):
     for row in found["overlays"]:
         assert 0 <= row["random_deletion"]["low"] <= row["random_deletion"]["high"] <= 1
         assert row["better_than_random"] == (row["p_value"] <= 0.05)
-        assert Image.open(explained / "explain" / row["file"]).width > 300
+        with Image.open(explained / "explain" / row["file"]) as picture:
+            assert picture.width > 300
     for figures in found["methods"].values():
         for key in ("deletion", "insertion", "deletion_gain", "insertion_gain", "better"):
             assert figures[key]["low"] <= figures[key]["value"] <= figures[key]["high"]

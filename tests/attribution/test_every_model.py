@@ -17,6 +17,7 @@ from vitcls.models.variables import variable_shapes
 
 ROOT = pathlib.Path(__file__).parents[2]
 EACH = [name for name in KNOWN if name not in SIBLINGS]
+QUICK = ("airbench94", "lenet5", "vit_base_patch16", "convnext_base")
 
 
 def network_of(name):
@@ -41,7 +42,9 @@ def test_every_method_of_a_model_can_run(name):
     assert maps.shape == slopes.shape and min(maps.shape[1:3]) >= 2
 
 
-@pytest.mark.parametrize("name", [name for name in EACH if name not in HEAVY])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in EACH if name not in HEAVY]
+)
 def test_the_cut_of_a_model_gives_its_own_logits(name):
     network, shape = network_of(name)
     made = start(tiny(name), shape)

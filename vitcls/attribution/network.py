@@ -26,7 +26,12 @@ class Network(NamedTuple):
 
 
 def make_network(model: nn.Module, normalize: Callable, baseline: tuple[float, ...]) -> Network:
-    """That of a model in evaluation; `normalize` takes images in [0, 1] to what the model was trained on."""
+    """That of a model in evaluation; `normalize` takes images in [0, 1] to what the model was trained on.
+
+    Without recomputing: what is sown inside a block that is computed again cannot be cut out of it.
+    """
+    if hasattr(model, "remat"):
+        model = model.clone(remat="none")
 
     def forward(variables: PyTree, images: jax.Array) -> jax.Array:
         return model.apply(variables, normalize(images), train=False).astype(jnp.float32)
@@ -64,11 +69,11 @@ def features(network: Network, variables: PyTree, images: jax.Array) -> Features
     program, inputs = traced.jaxpr, jax.tree.leaves((variables, images))
     outputs = dict(zip(_names(shapes), program.outvars[1:], strict=True))  # after the logits
     made = {variable: i for i, equation in enumerate(program.eqns) for variable in equation.outvars}
-    places = [made[outputs[name]] for name in _maps(shapes, images.shape) if outputs[name] in made]
-    if not places:
+    candidates = [outputs[name] for name in _maps(shapes, images.shape) if outputs[name] in made]
+    if not candidates:
         raise ValueError("the model sows no map of features")
-    place, wanted = max(places), set(outputs.values())
-    (target,) = (variable for variable in program.eqns[place].outvars if variable in wanted)
+    target = max(candidates, key=made.get)
+    place = made[target]
     before, after = program.eqns[: place + 1], program.eqns[place + 1 :]
     used = {one for equation in after for one in equation.invars if not isinstance(one, core.Literal)}
     known = [one for one in (*program.constvars, *program.invars, *made) if one in used and made.get(one, -1) <= place]
