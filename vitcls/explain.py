@@ -374,7 +374,9 @@ def main(argv: list[str]) -> None:
 
 def _said(name: str, found: dict[str, Any]) -> str:
     """What a method came to, in a line."""
-    completeness = f", complete within {found['completeness']['value']:.2%}" if found["completeness"] else ""
+    complete = found["completeness"]
+    completeness = f", complete within {complete['value']:.2%}" if complete else ""
+    completeness += ", NOT KEPT" if complete and not complete["kept"] else ""
     return (
         f"{name}: better than random in {interval(found['better'], '{:.0%}')} of the images, points at the class in "
         f"{interval(found['pointing'], '{:.0%}')} (chance 25 %), correlation without the weights "
