@@ -13,7 +13,7 @@ ROOMS = ("models", "probe", "experiment", "tune", "worth")  # with a door, `__ma
 # From the ground up. A module may import those of its own floor and below.
 FLOORS = (
     ("core",),
-    ("attacks", "data", "models", "optim", "metrics"),
+    ("attacks", "attribution", "data", "models", "optim", "metrics"),
     ("report",),
     ("tasks",),
     ("config", "config_file"),
@@ -28,7 +28,7 @@ FLOORS = (
     ("__init__",),
 )
 # Rooms of a floor that do not know each other.
-APART = ({"attacks", "data", "models", "optim", "metrics"}, {"experiment", "tune"})
+APART = ({"attacks", "attribution", "data", "models", "optim", "metrics"}, {"experiment", "tune"})
 HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn", "skimage", "clu", "huggingface_hub")
 HEAVY_ALLOWED = {
     "orbax": ("training/checkpoint.py",),

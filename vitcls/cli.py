@@ -46,6 +46,7 @@ VERBS = {
         "vitcls.robustness", "trust", "measure what breaks a run: corruptions, occlusion, shifts, rotations, JPEG"
     ),
     "attack": Verb("vitcls.attack", "trust", "measure accuracy on images that are changed to be misclassified"),
+    "explain": Verb("vitcls.explain", "trust", "show where a run looks, and whether that is true"),
     "predict": Verb("vitcls.predict", "use", "label image files with a run"),
     "prepare": Verb("vitcls.prepare", "data", "download and prepare a data set of TensorFlow Datasets"),
     "inspect": Verb(

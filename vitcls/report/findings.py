@@ -41,7 +41,18 @@ class Plot:
     draw: Callable[[], Any]
 
 
-Block = Text | Table | Plot
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A photo of the page and its PNG, or with shown=False the PNG alone; `image` is one of Pillow."""
+
+    name: str
+    title: str
+    caption: str
+    image: Any
+    shown: bool = True
+
+
+Block = Text | Table | Plot | Picture
 
 
 def write(
@@ -69,6 +80,10 @@ def _html(block: Block, new: pathlib.Path) -> str:
         return f"<p>{escape(block.text)}</p>"
     if isinstance(block, Table):
         return f"<h2>{escape(block.title)}</h2>\n{page.table(block.head, block.rows)}"
+    if isinstance(block, Picture):
+        path = new / f"{block.name}.png"
+        block.image.save(path, optimize=True)
+        return page.figures([(block.title, block.caption, path)]) if block.shown else ""
     figure = plots.styled(block.draw)
     path = new / f"{block.name}.png" if figure is not None else None
     if figure is not None:

@@ -17,14 +17,8 @@ _DETAILS = (  # that are no metrics of predictions
     ("train_seconds", "Training", "{:,.1f} s (without compilation, evaluation and saving)"),
 )
 _HALF_WIDTH = ("roc", "reliability")  # plots that stand side by side
-_PHOTOS = (
-    "mistakes",
-    "disagreements",
-    "examples",
-    "contact_sheet",
-    "duplicates",
-    "label_errors",
-)  # pictures whose colours a dark page must not turn around
+# Pictures whose colours a dark page must not turn around.
+_PHOTOS = ("mistakes", "disagreements", "examples", "explained", "contact_sheet", "duplicates", "label_errors")
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2937; --soft: #5b6472; --line: #e5e7eb; --paper: #f6f7f9; --card: #fff;
   --accent: #0072b2; }
@@ -137,7 +131,7 @@ def figures(plots: Sequence[tuple[str, str, pathlib.Path | None]]) -> str:
 def _figure(title: str, caption: str, path: pathlib.Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     width = ' class="half"' if path.stem in _HALF_WIDTH else ""
-    kind = "photo" if path.stem in _PHOTOS else "drawing"
+    kind = "photo" if path.stem.partition("-")[0] in _PHOTOS else "drawing"
     return (
         f'<figure{width}><div class="frame"><img class="{kind}" src="data:image/png;base64,{data}" '
         f'alt="{escape(title)}: {escape(caption)}"></div><figcaption>{escape(caption)}</figcaption></figure>'

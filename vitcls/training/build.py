@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from vitcls import models, optim
+from vitcls.attribution.network import Network, make_network
 from vitcls.core import durations
 from vitcls.core.errors import UserError
 from vitcls.core.registry import about
@@ -267,6 +268,16 @@ def make_forward(config, model: nn.Module, info: DatasetInfo) -> Callable:
     """
     apply = steps.make_apply(model, steps.make_normalize(info.mean, info.std))
     return _with_precision(lambda variables, images: apply(variables, images).logits.astype(jnp.float32), config)
+
+
+def make_explained(config, model: nn.Module, info: DatasetInfo) -> Network:
+    """The classifier of a run for `attribution`: it takes images as they are, without test-time augmentation.
+
+    In the forms that train the fastest on the first device, as most maps want gradients.
+    """
+    model = forms.for_device(model, jax.local_devices()[0], training=True)
+    network = make_network(model, steps.make_normalize(info.mean, info.std), tuple(info.mean))
+    return Network(_with_precision(network.forward, config), _with_precision(network.read, config), network.baseline)
 
 
 def _with_precision(step: Callable, config) -> Callable:

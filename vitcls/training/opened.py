@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vitcls import data
+from vitcls.attribution.explainer import Explainer, make_explainer
 from vitcls.core import sharding
 from vitcls.core.errors import RunError, UserError
 from vitcls.core.sharding import Partition
@@ -83,6 +84,13 @@ class Opened:
     def _outputs_step(self) -> Callable:
         step = build.make_outputs_step(self.trained.config, self.model, self.trained.info)
         return self.partition.compile_evaluation(step)
+
+    @functools.cached_property
+    def explainer(self) -> Explainer:
+        """For the images of this run; raises UserError for a task without a classifier."""
+        self._require_classifier()
+        network = build.make_explained(self.trained.config, self.model, self.trained.info)
+        return make_explainer(network, self.variables, self.trained.info.image_shape)
 
     @functools.cached_property
     def bank(self) -> Any:

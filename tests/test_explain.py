@@ -1,0 +1,94 @@
+"""vitcls explain: what it writes, that grey is what does no better than random, and what is refused."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitcls import cli, explain
+from vitcls.attribution.explainer import METHODS
+from vitcls.report import overlays
+from vitcls.training.opened import open_with_data
+
+CHEAP = "--method=gradcam,rollout"
+
+
+@pytest.fixture(scope="module")
+def explained(trained, tmp_path_factory):
+    path = tmp_path_factory.mktemp("explained") / "run"
+    shutil.copytree(trained, path)
+    assert cli.run(explain.main, [f"--workdir={path}", "--images=4", CHEAP]) == 0
+    return path
+
+
+def test_every_overlay_has_its_evidence_and_every_number_an_interval(explained):
+    found = json.loads((explained / "explain" / "metrics.json").read_text())
+    assert set(found["methods"]) == {"gradcam", "rollout"} and len(found["overlays"]) == 4 * 2 * 2
+    for row in found["overlays"]:
+        assert 0 <= row["random_deletion"]["low"] <= row["random_deletion"]["high"] <= 1
+        assert row["better_than_random"] == (row["p_value"] <= 0.05)
+        with Image.open(explained / "explain" / row["file"]) as picture:
+            assert picture.width > 300
+    for figures in found["methods"].values():
+        for key in ("deletion", "insertion", "deletion_gain", "insertion_gain", "better"):
+            assert figures[key]["low"] <= figures[key]["value"] <= figures[key]["high"]
+        assert figures["pointing"]["value"] is None  # three classes make no mosaic of four
+    assert found["methods"]["rollout"]["randomisation"]["head"]["value"] == pytest.approx(1)
+    with open(explained / "explain" / "overlays.csv", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 16
+    page = (explained / "explain" / "index.html").read_text(encoding="utf-8")
+    assert page.count("<img") == 4 and "http" not in page.partition("</style>")[2]
+
+
+def test_a_file_is_explained_by_all_methods(explained, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "odd <name>.png")
+    copy = shutil.copytree(explained, tmp_path / "copy")
+    flags = [f"--workdir={copy}", f"--method={','.join(METHODS)}", "--classes=1", str(tmp_path / "odd <name>.png")]
+    assert cli.run(explain.main, flags) == 0
+    found = json.loads((copy / "explain" / "metrics.json").read_text())
+    assert [row["method"] for row in found["overlays"]] == list(METHODS)
+    assert found["methods"]["integrated_gradients"]["completeness"]["kept"]
+    assert found["methods"]["gradcam"]["deletion"]["low"] is None  # of one image
+    assert "odd &lt;name&gt;.png" in (copy / "explain" / "index.html").read_text(encoding="utf-8")
+
+
+def test_what_is_no_better_than_random_is_grey():
+    pixels, heat = np.full((8, 8, 3), 200, np.uint8), np.eye(8)
+    true, untrue = (np.asarray(overlays.overlay(pixels, overlays.Drawn(heat, [], good))) for good in (True, False))
+    assert np.ptp(true.astype(int), axis=-1).max() > 60
+    plain = np.ptp(untrue.astype(int), axis=-1)
+    rows = slice(0, 60)  # above the word
+    assert plain[rows].max() == 0 and plain.max() > 0
+
+
+def test_the_forward_of_a_run_is_what_its_report_says(trained):
+    opened = open_with_data(trained, splits=("test",))
+    _, probabilities = opened.predictions("test")
+    images = opened.dataset.test.images[:5].astype(np.float32) / 255
+    logits = np.asarray(opened.forward(opened.variables, images), np.float64)
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    np.testing.assert_allclose(odds / odds.sum(axis=1, keepdims=True), probabilities[:5], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["nowhere.png"], "nowhere.png"),
+        (["--method=gradcan"], "did you mean 'gradcam'?"),
+        (["--classes=0"], "--classes=0 must be 1 or more"),
+        (["--images=none"], "--images"),
+        (["--checkpoint=99"], "checkpoint '99' is not there"),
+        (["--workdir=nowhere"], "nowhere is not the workdir of a run"),
+    ],
+)
+def test_mistakes_are_one_line(explained, flags, words, capsys):
+    before = (explained / "explain" / "metrics.json").read_text()
+    capsys.readouterr()
+    code = cli.run(explain.main, [f"--workdir={explained}", *flags])
+    err = capsys.readouterr().err
+    assert code == 2 and words in err and len(err.splitlines()) == 1
+    assert (explained / "explain" / "metrics.json").read_text() == before

@@ -1,0 +1,111 @@
+"""Pictures of maps of evidence over photos, by Pillow alone: a server can draw them too."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_SIDE = 168  # pixels of the longer side of a panel; larger photos are made smaller
+_GAP, _LINE, _FONT = 10, 15, 11
+_INK, _SOFT, _WARN = (31, 41, 55), (91, 100, 114), (213, 94, 0)
+WORD = "no better than random"
+# Cividis (Nunez et al. 2018), which looks the same to people of any colour vision, at nine places.
+_CIVIDIS = np.array(
+    [
+        [0, 34, 78],
+        [18, 53, 112],
+        [59, 73, 108],
+        [87, 93, 109],
+        [112, 113, 115],
+        [138, 134, 120],
+        [165, 156, 116],
+        [195, 179, 105],
+        [254, 232, 56],
+    ],
+    np.float64,
+)
+
+
+class Drawn(NamedTuple):
+    """A map and the lines below it."""
+
+    heat: np.ndarray  # float [H, W]
+    lines: Sequence[str]
+    true: bool  # better than random; else it is greyed out
+
+
+def colours(heat: np.ndarray) -> np.ndarray:
+    """float [...] in [0, 1] -> uint8 [..., 3]."""
+    places = np.linspace(0, 1, len(_CIVIDIS))
+    return np.stack([np.interp(heat, places, channel) for channel in _CIVIDIS.T], axis=-1).round().astype(np.uint8)
+
+
+def scaled(heat: np.ndarray) -> np.ndarray:
+    """What is above 0 in a map, against its 99th percentile: [H, W] in [0, 1]."""
+    positive = np.maximum(heat, 0)
+    top = np.quantile(positive, 0.99) or positive.max()
+    return np.clip(positive / top, 0, 1) if top > 0 else positive
+
+
+def photo(pixels: np.ndarray) -> Image.Image:
+    """uint8 [H, W, C] as it is, its pixels enlarged without smoothing."""
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3]).convert("RGB")
+    shrinks = max(picture.size) > _SIDE
+    return picture.resize(_size(picture.size), Image.Resampling.BOX if shrinks else Image.Resampling.NEAREST)
+
+
+def overlay(pixels: np.ndarray, drawn: Drawn) -> Image.Image:
+    """A map in colours over the grey photo; in greys alone, crossed out with a word, where it is not true."""
+    under = photo(pixels)
+    heat = Image.fromarray((255 * scaled(drawn.heat)).astype(np.uint8))
+    heat = np.asarray(heat.resize(under.size, Image.Resampling.BILINEAR), np.float64) / 255
+    gray = np.asarray(under.convert("L"), np.float64)[..., None]
+    over = colours(heat).astype(np.float64) if drawn.true else np.full((*heat.shape, 3), 160.0) + 60 * heat[..., None]
+    share = 0.2 + 0.5 * heat[..., None] if drawn.true else 0.75
+    picture = Image.fromarray(((1 - share) * gray + share * over).round().astype(np.uint8))
+    if not drawn.true:
+        draw, font = ImageDraw.Draw(picture), ImageFont.load_default(_FONT + 2)
+        middle = (picture.width // 2, picture.height // 2)
+        box = draw.textbbox(middle, WORD, font=font, anchor="mm")
+        draw.rectangle([box[0] - 4, box[1] - 3, box[2] + 4, box[3] + 3], fill="white")
+        draw.text(middle, WORD, fill=_WARN, font=font, anchor="mm")
+    return picture
+
+
+def beside(pixels: np.ndarray, title: str, drawn: Drawn) -> Image.Image:
+    """The photo, the map over it, and its evidence."""
+    return sheet(pixels, title, [("", [drawn])])
+
+
+def sheet(pixels: np.ndarray, title: str, rows: Sequence[tuple[str, Sequence[Drawn]]]) -> Image.Image:
+    """The photo on the left, and a row of maps for each class with its name."""
+    first = photo(pixels)
+    width, height = first.size
+    lines = max(len(drawn.lines) for _, row in rows for drawn in row)
+    texts = [line for _, row in rows for drawn in row for line in drawn.lines]
+    column = int(max(width, _SIDE, *map(ImageFont.load_default(_FONT).getlength, texts))) + _GAP
+    row_height = height + _LINE * (lines + 2) + _GAP
+    columns = 1 + max(len(row) for _, row in rows)
+    whole = Image.new("RGB", (columns * column + _GAP, _LINE + 2 * _GAP + len(rows) * row_height), "white")
+    draw, font = ImageDraw.Draw(whole), ImageFont.load_default(_FONT)
+    draw.text((_GAP, _GAP), title, fill=_INK, font=ImageFont.load_default(_FONT + 2))
+    for i, (name, row) in enumerate(rows):
+        top = 2 * _GAP + _LINE + i * row_height
+        draw.text((_GAP, top), name, fill=_INK, font=font)
+        if not i:
+            whole.paste(first, (_GAP, top + _LINE))
+        for j, drawn in enumerate(row, start=1):
+            left = _GAP + j * column
+            whole.paste(overlay(pixels, drawn), (left, top + _LINE))
+            for k, line in enumerate(drawn.lines):
+                at = (left, top + _LINE + height + 3 + k * _LINE)
+                draw.text(at, line, fill=_INK if not k else _SOFT, font=font)
+    return whole
+
+
+def _size(size: tuple[int, int]) -> tuple[int, int]:
+    """Of a panel, whole multiples of small photos."""
+    factor = _SIDE / max(size)
+    factor = int(factor) if factor >= 1 else factor
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
