@@ -17,7 +17,7 @@ from vitcls.core.errors import UserError
 
 BATCH = 32
 TOLERANCE = 0.01  # of the completeness of integrated gradients
-_FIRST_STEPS, _MOST_STEPS = 32, 1024
+_FIRST_STEPS, _MOST_STEPS = 32, 4096
 
 
 class Method(NamedTuple):
