@@ -48,6 +48,7 @@ VERBS = {
     "attack": Verb("vitcls.attack", "trust", "measure accuracy on images that are changed to be misclassified"),
     "explain": Verb("vitcls.explain", "trust", "show where a run looks, and whether that is true"),
     "predict": Verb("vitcls.predict", "use", "label image files with a run"),
+    "export": Verb("vitcls.export", "use", "write a run as one file that needs no vitcls, checked before it is kept"),
     "prepare": Verb("vitcls.prepare", "data", "download and prepare a data set of TensorFlow Datasets"),
     "inspect": Verb(
         "vitcls.inspect", "data", "say what a data set is: balance, duplicates, leakage, probable label errors"

@@ -226,15 +226,22 @@ def _parts(config, shapes: PyTree) -> tuple[Trained | None, PyTree | None]:
     return trained, parts.split(rates, trained and trained.params)[0]
 
 
+def make_predict(config, model: nn.Module, info: DatasetInfo) -> Callable:
+    """predict(variables, images uint8 [B, H, W, C], bank=None) -> logits [B, K], as evaluation has them."""
+    return _with_precision(steps.make_predict(make_task(config, info), model=model, **_seen(config, info)), config)
+
+
+def _seen(config, info: DatasetInfo) -> dict[str, Callable]:
+    """What evaluation makes of images before the model sees them."""
+    return {
+        "views": lambda images: views(config.test_time_augmentation, to_float(images)),
+        "normalize": steps.make_normalize(info.mean, info.std),
+    }
+
+
 def make_eval_step(config, model: nn.Module, info: DatasetInfo) -> Callable:
     """eval_step(variables, batch, bank=None) of a model on its data's own normalisation."""
-    eval_step = steps.make_eval_step(
-        make_task(config, info),
-        model=model,
-        views=lambda images: views(config.test_time_augmentation, to_float(images)),
-        normalize=steps.make_normalize(info.mean, info.std),
-    )
-    return _with_precision(eval_step, config)
+    return _with_precision(steps.make_eval_step(make_task(config, info), model=model, **_seen(config, info)), config)
 
 
 def make_bank_step(config, model: nn.Module, info: DatasetInfo) -> tuple[Callable | None, int]:

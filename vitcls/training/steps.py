@@ -287,6 +287,18 @@ def make_apply(model: nn.Module, normalize: Callable) -> Callable[..., Output]:
     return apply
 
 
+def make_predict(
+    task: Task, *, model: nn.Module, views: Callable, normalize: Callable
+) -> Callable[[PyTree, jax.Array, PyTree], jax.Array]:
+    """predict(variables, images uint8 [B, H, W, C], bank=None) -> logits [B, K], the sum of those of all views."""
+    apply = make_apply(model, normalize)
+
+    def predict(variables: PyTree, images: jax.Array, bank: PyTree = None) -> jax.Array:
+        return sum(weight * task.predict(apply, variables, seen, bank) for weight, seen in views(images))
+
+    return predict
+
+
 def make_eval_step(
     task: Task, *, model: nn.Module, views: Callable, normalize: Callable
 ) -> Callable[..., tuple[Sums, jax.Array]]:
@@ -296,13 +308,14 @@ def make_eval_step(
     `views(images uint8)` are pairs of a weight and images float32 in [0, 1]; the logits are the sum of theirs.
     """
     apply = make_apply(model, normalize)
+    predict = make_predict(task, model=model, views=views, normalize=normalize)
 
     def eval_step(variables: dict, batch: Batch, bank: PyTree = None) -> tuple[Sums, jax.Array]:
-        labels, mask, weighted = batch["label"], batch["mask"], list(views(batch["image"]))
-        logits = sum(weight * task.predict(apply, variables, images, bank) for weight, images in weighted)
+        images, labels, mask = batch["image"], batch["label"], batch["mask"]
+        logits = predict(variables, images, bank)
         sums = metrics.evaluation_sums(logits, labels, mask)
         for name, function in task.eval_sums.items():
-            values = sum(weight * function(apply, variables, images, labels, bank) for weight, images in weighted)
+            values = sum(weight * function(apply, variables, seen, labels, bank) for weight, seen in views(images))
             sums[name] = jnp.sum(jnp.where(mask > 0, values, 0.0))
         return _global_sum(sums), _gather_batch(jax.nn.softmax(logits, axis=-1))
 

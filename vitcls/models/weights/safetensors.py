@@ -25,7 +25,7 @@ _DTYPES = {
     "U8": "u1",
     "BOOL": "?",
 }
-_DEEPEST = 4  # brackets of a real header
+_DEEPEST = 32  # brackets of a real header, whose metadata may be JSON too
 
 
 def read_safetensors(path: str) -> tuple[dict[str, LazyArray], dict[str, str]]:

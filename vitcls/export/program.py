@@ -1,0 +1,67 @@
+"""The whole of a run as one program: bytes in, probabilities out."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from vitcls.core.errors import UserError
+from vitcls.metrics.scaling import Identity, Isotonic, Scaling, Temperature, Vector
+from vitcls.training import build, run_dir
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+_TINY = 1e-38
+
+
+def make_answer(trained: run_dir.Workdir, which: str, scale: Scaling | None) -> tuple[int, Callable]:
+    """(The step of the checkpoint, answer(images uint8 [B, H, W, C]) -> probabilities float32 [B, K]).
+
+    Everything is inside: normalisation, the averaged weights, test-time augmentation, and what calibration makes of
+    the probabilities. The model is in its plain forms, which every platform has.
+
+    Raises UserError where there is no such checkpoint, or the task's run has no classifier of its own.
+    """
+    config, info = trained.config, trained.info
+    if build.make_task(config, info).remember is not None:
+        raise UserError(f"a run of config.task.name='{config.task.name}' has no classifier of its own to export")
+    model = build.make_model(config, info, device=jax.devices("cpu")[0])
+    step, variables = trained.restore(model, which or config.report.checkpoint)
+    predict, calibrate = build.make_predict(config, model, info), _calibrate(scale)
+
+    def answer(images: jax.Array) -> jax.Array:
+        return calibrate(jax.nn.softmax(predict(variables, images).astype(jnp.float32), axis=-1))
+
+    return step, answer
+
+
+def compiled(answer: Callable, image_shape: tuple[int, int, int]) -> bytes:
+    """A StableHLO program for all platforms and batches of any size, as jax.export writes it."""
+    (batch,) = export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
+    return bytes(export.export(jax.jit(answer), platforms=PLATFORMS)(images).serialize())
+
+
+def _calibrate(scale: Scaling | None) -> Callable[[jax.Array], jax.Array]:
+    """Probabilities [B, K] -> those of calibration; see metrics.scaling for what each does."""
+    if isinstance(scale, Temperature):
+        return lambda p: jax.nn.softmax(_log(p) / scale.temperature, axis=-1)
+    if isinstance(scale, Vector):
+        weights, biases = (np.array(values, np.float32)[None] for values in (scale.weights, scale.biases))
+        return lambda p: jax.nn.softmax(weights * _log(p) + biases, axis=-1)
+    if isinstance(scale, Isotonic):
+        steps = [(np.float32(x), np.float32(y)) for x, y in zip(scale.places, scale.values, strict=True)]
+
+        def isotonic(p: jax.Array) -> jax.Array:
+            raised = jnp.stack([jnp.interp(p[:, k], *steps[k]) for k in range(len(steps))], axis=1)
+            return raised / raised.sum(axis=1, keepdims=True)
+
+        return isotonic
+    if scale is None or isinstance(scale, Identity):
+        return lambda p: p
+    raise UserError(f"a calibration by {type(scale).__name__} cannot be exported")
+
+
+def _log(probabilities: jax.Array) -> jax.Array:
+    return jnp.log(jnp.maximum(probabilities, _TINY))
