@@ -100,6 +100,9 @@ def _weights(opened: Opened, scale: Scaling | None) -> bytes:
     config = opened.trained.config
     fields = {key: value for key, value in config.model.items() if key != "name"}
     arrays = to_torch(config.model.name, opened.partition.to_host(opened.variables), **fields)
+    # PyTorch's norms count batches, and load_state_dict(strict=True) asks for that.
+    norms = [name.removesuffix("running_mean") for name in arrays if name.endswith("running_mean")]
+    arrays |= {f"{norm}num_batches_tracked": np.array(0, np.int64) for norm in norms}
     about = {key: json.dumps(value) for key, value in _about(opened, scale).items() if key != "config"}
     files = {"config": opened.trained.path / "config.json", "dataset": opened.trained.path / "dataset.json"}
     return artefact.pack_safetensors(
