@@ -49,7 +49,9 @@ def curved(images, name, level):
     return together(perturb(batches(images), name, curve.apply, lambda h, w: curve.prepare(level, h, w)))
 
 
-@pytest.mark.parametrize("case", STATISTICS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c.endswith("3") else pytest.mark.slow) for c in STATISTICS]
+)
 def test_images_are_changed_as_much_as_by_imagecorruptions(case):
     """Frost is drawn here and photographed there; imagecorruptions makes 0 of images that no drop of water fell on."""
     name, severity = case.split()
