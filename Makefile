@@ -29,4 +29,6 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[test]"
+	# By itself: together with s3fs and gcsfs, which each want one fsspec, pip tries every version of everything.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[hub]"
 	touch $@
