@@ -46,9 +46,13 @@ def test_accuracy_falls_with_eps_and_the_worst_is_no_better_than_any(attacked):
 
 def test_where_a_check_fails_there_is_no_robust_accuracy(trained, tmp_path, capsys, monkeypatch):
     """The model sees its images rounded, so that nothing has a slope."""
-    forward = opened.build.make_forward
-    rounded = lambda *run: lambda v, images: forward(*run)(v, jax.numpy.round(4 * images) / 4)  # noqa: E731
-    monkeypatch.setattr(opened.build, "make_forward", rounded)
+    make = opened.build.make_explained
+
+    def rounded(*run):
+        network = make(*run)
+        return network._replace(forward=lambda v, images: network.forward(v, jax.numpy.round(4 * images) / 4))
+
+    monkeypatch.setattr(opened.build, "make_explained", rounded)
     path = shutil.copytree(trained, tmp_path / "run")
     code, out, err = call([f"--workdir={path}", *FAST], capsys)
     assert code == 1 and not out and len(err.splitlines()) == 1

@@ -11,6 +11,7 @@ from vitcls import cli, robustness
 from vitcls.data.corruptions import CORRUPTIONS, SEVERITIES
 from vitcls.data.corruptions.curves import CURVES
 from vitcls.metrics import robustness as rates
+from vitcls.metrics.resampling import estimate
 from vitcls.training.opened import open_with_data
 
 ONLY = "contrast,gaussian_noise,occlusion,shift"
@@ -127,12 +128,10 @@ def test_mce_by_hand():
     """Two corruptions of two severities and four images; the reference is wrong on half of them, then on all."""
     wrong = np.array([[[1, 0, 0, 0], [1, 1, 0, 0]], [[0, 0, 0, 0], [1, 1, 1, 1]]], bool)
     other = np.array([[[1, 1, 0, 0], [1, 1, 0, 0]], [[1, 1, 1, 1], [1, 1, 1, 1]]], bool)
-    found = rates.estimate(
-        {"mine": wrong, "other": other}, lambda e: rates.mean_corruption_error(e["mine"], e["other"])
-    )
+    found = estimate({"mine": wrong, "other": other}, lambda e: rates.mean_corruption_error(e["mine"], e["other"]))
     assert found["value"] == pytest.approx((0.75 / 1.0 + 1.0 / 2.0) / 2)
     clean, other_clean = np.array([1, 0, 0, 0], bool), np.array([0, 0, 0, 0], bool)
-    relative = rates.estimate(
+    relative = estimate(
         {"mine": wrong, "other": other, "clean": clean, "other_clean": other_clean},
         lambda e: rates.relative_corruption_error(e["mine"], e["clean"], e["other"], e["other_clean"]),
     )
@@ -145,7 +144,7 @@ def test_intervals_hold_the_truth():
     for _ in range(300):
         shared = rng.random((1, 1, 200))
         wrong = shared < np.array([0.2, 0.3, 0.4]).reshape(1, 3, 1)
-        found = rates.estimate({"wrong": wrong}, lambda e: rates.mean_error(e["wrong"]), resamples=300)
+        found = estimate({"wrong": wrong}, lambda e: rates.mean_error(e["wrong"]), resamples=300)
         held += found["low"] <= 0.3 <= found["high"]
     assert 0.91 <= held / 300 <= 0.98
 

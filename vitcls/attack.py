@@ -18,11 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from vitcls import attacks, cli
+from vitcls import attacks, cli, data
 from vitcls.attacks.checks import Check, check
 from vitcls.core.errors import RunError, UserError, unknown
 from vitcls.core.sharding import AXIS
-from vitcls.data import images as image_files
 from vitcls.metrics.promises import proportion
 from vitcls.report import findings
 from vitcls.report.findings import Plot, Table, Text, interval
@@ -118,10 +117,7 @@ def _test_images(opened: Opened, count: int) -> tuple[np.ndarray, np.ndarray, np
     chosen = np.random.default_rng(0).permutation(len(split.labels))
     chosen = np.sort(chosen[:count] if count else chosen).astype(np.int32)
     split = split.take(chosen)
-    pixels = split.images
-    if not isinstance(pixels, np.ndarray):
-        *size, channels = opened.trained.info.image_shape
-        pixels = image_files.decode_all(pixels, size=tuple(size), channels=channels, decoding=split.decoding)
+    pixels = data.pixels(split, opened.trained.info.image_shape)
     return pixels.astype(np.float32) / 255, split.labels, chosen
 
 

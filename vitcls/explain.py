@@ -16,15 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vitcls import cli, models, predict
+from vitcls import cli, data, models, predict
 from vitcls.attribution import evidence
 from vitcls.attribution.evidence import Evidence
 from vitcls.attribution.explainer import METHODS, TOLERANCE, Explainer, Heat
 from vitcls.attribution.network import make_network
 from vitcls.core.errors import UserError
-from vitcls.data import images as image_files
 from vitcls.metrics.promises import proportion
-from vitcls.metrics.resampling import RESAMPLES, bootstrap_interval, draw_weights
+from vitcls.metrics.resampling import estimate
 from vitcls.models.variables import variable_shapes
 from vitcls.report import findings, overlays
 from vitcls.report.findings import Picture, Table, Text, interval
@@ -122,11 +121,7 @@ def _sample(opened: Opened) -> Shown:
     split, info = opened.dataset.test, opened.trained.info
     chosen = np.random.default_rng(0).permutation(len(split.labels))[:_SAMPLE]
     some = split.take(chosen)
-    pixels = some.images
-    if not isinstance(pixels, np.ndarray):
-        *size, channels = info.image_shape
-        pixels = image_files.decode_all(pixels, size=tuple(size), channels=channels, decoding=some.decoding)
-    return Shown([f"test image {i}" for i in chosen], pixels, some.labels)
+    return Shown([f"test image {i}" for i in chosen], data.pixels(some, info.image_shape), some.labels)
 
 
 def _right_and_wrong(explainer: Explainer, sample: Shown, count: int) -> Shown:
@@ -166,13 +161,10 @@ def _figures(explainer: Explainer, method: str, found: Sequence[Evidence], heats
 
 
 def mean_and_interval(values: Sequence[float]) -> dict[str, float | None]:
-    """value, low and high of the mean of values [N], by the bootstrap over them; no interval of a single one."""
-    values = np.asarray(values, np.float64)
-    if len(values) < 2:
-        return {"value": float(values.mean()) if len(values) else None, "low": None, "high": None}
-    means = np.concatenate([values @ weights for weights in draw_weights(len(values), RESAMPLES, 0)]) / len(values)
-    low, high = bootstrap_interval(means)
-    return {"value": float(values.mean()), "low": low, "high": high}
+    """value, low and high of the mean of values [N]; None without any."""
+    if not len(values):
+        return {"value": None, "low": None, "high": None}
+    return estimate({"values": np.asarray(values)}, lambda means: means["values"])
 
 
 def _tests(explainer: Explainer, method: str, sample: Shown, tested: Shown) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import argparse
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,7 +74,7 @@ class Found(NamedTuple):
 
     first: np.ndarray  # int64 [N]: the first image that is equal to each
     blank: np.ndarray  # bool [N]
-    near: Pairs  # of images that are all different
+    pairs: Pairs  # equal ones, of correlation 1, and then those that are nearly so
     errors: LabelErrors | None
     probabilities: np.ndarray | None  # float32 [N, K], by cross-validation
     features: str
@@ -87,25 +88,26 @@ def inspect(config: configs.ConfigDict, out: pathlib.Path, *, data_dir: str = ""
     """
     config = configs.resolve(config)
     configs.validate(config)
-    start = initial.look(config, None) if config.probe.features == "network" else None
     dataset = data.load(config.dataset, data_dir=run_dir.data_dir(None, config, data_dir))
-    judged = config.probe.features != NO_LABELS
-    extract = None
-    if judged:
-        config, start = initial.with_preprocessing(config, start, dataset.image_shape[-1])
-        info, partition = data.describe(dataset, config.dataset), sharding.all_devices("data")
-        extract = features.make_extractor(config, info, start, partition)
+    compute = None
+    if config.probe.features != NO_LABELS:
         _check_folds(dataset, folds)
+        compute = _features(config, dataset)
     images = _all_images(dataset)
-    rows = None
-    if extract is not None:
-        splits = [getattr(dataset, name) for name in images.names]
-        parts = [features.features_of(extract, s, dataset.image_shape, partition, config.batch_size) for s in splits]
-        rows = np.concatenate([part.rows for part in parts])
+    rows = np.concatenate([compute(getattr(dataset, name)) for name in images.names]) if compute else None
     found = _find(images, rows, folds, config.probe.features)
     metrics = _metrics(images, found, folds)
     _write(out, images, found, metrics)
     return metrics
+
+
+def _features(config: configs.ConfigDict, dataset: data.Dataset) -> Callable[[data.Split], np.ndarray]:
+    """split -> features float32 [N, D], as the config's probe has them; raises UserError where it cannot."""
+    config, start = initial.with_preprocessing(config, initial.look(config, None), dataset.image_shape[-1])
+    info, partition = data.describe(dataset, config.dataset), sharding.all_devices("data")
+    extractor = features.make_extractor(config, info, start, partition)
+    shape, batch_size = dataset.image_shape, config.batch_size
+    return lambda split: features.features_of(extractor, split, shape, partition, batch_size).rows
 
 
 def _check_folds(dataset: data.Dataset, folds: int) -> None:
@@ -136,12 +138,22 @@ def _find(images: Images, rows: np.ndarray | None, folds: int, kind: str) -> Fou
     pairs = [duplicates.near_pairs(images.look.thumbnails[once])]
     if kind == "network" and len(once) <= _MOST_BY_FEATURES:
         pairs.append(duplicates.near_pairs_by_features(rows[once], images.look.thumbnails[once]))
-    near = duplicates.merged(pairs)
-    near = Pairs(once[near.first], once[near.second], near.correlation)
+    both = _with_equal(first, once, duplicates.merged(pairs))
     if rows is None:
-        return Found(first, blank, near, None, None, kind)
+        return Found(first, blank, both, None, None, kind)
     probabilities = cross_validated(Examples(rows, images.labels), folds)
-    return Found(first, blank, near, confident_learning(images.labels, probabilities), probabilities, kind)
+    return Found(first, blank, both, confident_learning(images.labels, probabilities), probabilities, kind)
+
+
+def _with_equal(first: np.ndarray, once: np.ndarray, near: Pairs) -> Pairs:
+    """Equal images, by the first of each, and then near pairs among the images `once`, which are no more than alike."""
+    again = np.flatnonzero(first != np.arange(len(first)))
+    below_one = np.minimum(near.correlation, np.nextafter(np.float32(1), np.float32(0)))
+    return Pairs(
+        np.r_[first[again], once[near.first]],
+        np.r_[again, once[near.second]],
+        np.r_[np.ones(len(again), np.float32), below_one],
+    )
 
 
 def _metrics(images: Images, found: Found, folds: int) -> dict[str, Any]:
@@ -191,7 +203,7 @@ def _split(images: Images, found: Found, name: str) -> dict[str, Any]:
 
 
 def _duplicates(images: Images, found: Found) -> dict[str, Any]:
-    pairs = _pairs(found)
+    pairs = found.pairs
     numbers = np.searchsorted(images.starts, np.stack([pairs.first, pairs.second]), side="right") - 1
     exact = pairs.correlation == 1
     between = {}
@@ -205,13 +217,13 @@ def _duplicates(images: Images, found: Found) -> dict[str, Any]:
     differ = images.labels[pairs.first] != images.labels[pairs.second]
     result = {"pairs": between, "with_different_labels": int(differ.sum())}
     if "test" in images.names:
-        result["test_seen_in_training"] = proportion(_leaked(images, found, pairs))
+        result["test_seen_in_training"] = proportion(_leaked(images, found))
     return result
 
 
-def _leaked(images: Images, found: Found, pairs: Pairs) -> np.ndarray:
+def _leaked(images: Images, found: Found) -> np.ndarray:
     """Which test images have a twin, equal or nearly so, in another split: bool [T]."""
-    rows = _rows(images, "test")
+    rows, pairs = _rows(images, "test"), found.pairs
     elsewhere = np.ones(len(images.labels), bool)
     elsewhere[rows] = False
     twin = np.zeros(len(images.labels), bool)
@@ -221,21 +233,10 @@ def _leaked(images: Images, found: Found, pairs: Pairs) -> np.ndarray:
     return twin[rows]
 
 
-def _pairs(found: Found) -> Pairs:
-    """Exact ones, of correlation 1, and then near ones."""
-    again = np.flatnonzero(found.first != np.arange(len(found.first)))
-    near = np.minimum(found.near.correlation, np.nextafter(np.float32(1), np.float32(0)))
-    return Pairs(
-        np.r_[found.first[again], found.near.first],
-        np.r_[again, found.near.second],
-        np.r_[np.ones(len(again), np.float32), near],
-    )
-
-
 def _write(out: pathlib.Path, images: Images, found: Found, metrics: dict[str, Any]) -> None:
     from vitcls.report import data_plots as plots
 
-    pairs = _pairs(found)
+    pairs = found.pairs
     counts = {name: split["per_class"] for name, split in metrics["splits"].items()}
     blocks = [
         *(Text(line) for line in _lines(metrics)),

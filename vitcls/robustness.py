@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vitcls import cli, data
+from vitcls import cli
 from vitcls.core import errors
 from vitcls.core.errors import UserError
 from vitcls.core.progress import show_progress
@@ -25,6 +25,7 @@ from vitcls.data.corruptions.curves import CURVES
 from vitcls.data.corruptions.files import CorruptedFiles, is_corrupted
 from vitcls.metrics import robustness as rates
 from vitcls.metrics.promises import proportion
+from vitcls.metrics.resampling import estimate
 from vitcls.report import findings
 from vitcls.report.findings import Plot, Table, Text, interval
 from vitcls.training import places
@@ -70,10 +71,10 @@ def robustness(
     if len(kept) > 1 or len(places_of_data) > 1:
         raise UserError("--data_dir is given once for the data of the run and once for a directory of CIFAR-10-C")
     data_dir = places_of_data[0] if places_of_data else ""
-    opened = _open(path, images, checkpoint, data_dir)
-    files = CorruptedFiles(kept[0], opened.dataset.test, opened.rows) if kept else None
+    opened, rows = _open(path, images, checkpoint, data_dir)
+    files = CorruptedFiles(kept[0], opened.dataset.test, rows) if kept else None
     names = _names(opened, only, files)
-    other = _open(against, images, "", data_dir) if against else None
+    other = _open(against, images, "", data_dir)[0] if against else None
     if other is not None:
         _check_same(opened, other)
     answers = _answers(opened, names, files, "robustness")
@@ -89,25 +90,19 @@ def robustness(
     if others is not None:
         metrics["against"] = {"workdir": str(against), "checkpoint_step": other.step, **_compared(answers, others)}
     where = opened.trained.path
-    _write(where / PART, metrics, opened)
+    names = [*metrics["corruptions"], *metrics["curves"]]
+    _write(where / PART, metrics, lambda: _examples(opened, names, files))
     places.publish(path, where, PART)
     return metrics
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sampled(Opened):
-    """A run of which some test images are looked at."""
-
-    rows: np.ndarray = None  # int64 [N], their places in the test split, in order
-
-
-def _open(path: os.PathLike | str, images: int, checkpoint: str, data_dir: str) -> _Sampled:
+def _open(path: os.PathLike | str, images: int, checkpoint: str, data_dir: str) -> tuple[Opened, np.ndarray]:
+    """A run with some of its test images, and their places in the split, int64 [N], in order."""
     opened = open_with_data(path, splits=("test",), checkpoint=checkpoint, data_dir=data_dir)
     count = len(opened.dataset.test.labels)
     rows = np.sort(np.random.default_rng(0).permutation(count)[: images or count])
     dataset = dataclasses.replace(opened.dataset, test=opened.dataset.test.take(rows))
-    values = {field.name: getattr(opened, field.name) for field in dataclasses.fields(opened)}
-    return _Sampled(**values | {"dataset": dataset}, rows=rows)
+    return dataclasses.replace(opened, dataset=dataset), rows
 
 
 def _names(opened: Opened, only: Sequence[str], files: CorruptedFiles | None) -> list[str]:
@@ -166,12 +161,12 @@ def _found(answers: Answers) -> dict[str, Any]:
         name: {
             "accuracy": [proportion(row == labels) for row in changed[name]],
             "consistency": [proportion(row == clean) for row in changed[name]],
-            "mean_error": rates.estimate({"wrong": answers.wrong([name])}, lambda e: rates.mean_error(e["wrong"])),
+            "mean_error": estimate({"wrong": answers.wrong([name])}, lambda e: rates.mean_error(e["wrong"])),
         }
         for name in corruptions
     }
     found["mean_error"] = (
-        rates.estimate({"wrong": answers.wrong(common)}, lambda e: rates.mean_error(e["wrong"])) if common else None
+        estimate({"wrong": answers.wrong(common)}, lambda e: rates.mean_error(e["wrong"])) if common else None
     )
     found["curves"] = {
         name: [
@@ -190,7 +185,7 @@ def _compared(ours: Answers, theirs: Answers) -> dict[str, Any]:
 
     def difference(mine: np.ndarray, other: np.ndarray) -> dict[str, float | None]:
         wrong = {"mine": mine != labels, "other": other != labels}
-        return rates.estimate(wrong, lambda e: rates.mean_error(e["other"]) - rates.mean_error(e["mine"]))
+        return estimate(wrong, lambda e: rates.mean_error(e["other"]) - rates.mean_error(e["mine"]))
 
     found = _found(theirs)
     found["difference"] = {"clean": difference(ours.clean, theirs.clean)} | {
@@ -201,15 +196,15 @@ def _compared(ours: Answers, theirs: Answers) -> dict[str, Any]:
     if common:
         wrong = {"mine": ours.wrong(common), "other": theirs.wrong(common)}
         wrong |= {"clean": ours.clean != labels, "other_clean": theirs.clean != labels}
-        found["mce"] = rates.estimate(wrong, lambda e: rates.mean_corruption_error(e["mine"], e["other"]))
-        found["relative_mce"] = rates.estimate(
+        found["mce"] = estimate(wrong, lambda e: rates.mean_corruption_error(e["mine"], e["other"]))
+        found["relative_mce"] = estimate(
             wrong,
             lambda e: rates.relative_corruption_error(e["mine"], e["clean"], e["other"], e["other_clean"]),
         )
     return found
 
 
-def _write(directory: pathlib.Path, metrics: dict[str, Any], opened: Opened) -> None:
+def _write(directory: pathlib.Path, metrics: dict[str, Any], examples: Callable[[], dict]) -> None:
     def drawn(name: str) -> Callable:
         from vitcls.report import robustness_plots
 
@@ -243,7 +238,7 @@ def _write(directory: pathlib.Path, metrics: dict[str, Any], opened: Opened) -> 
             "examples",
             "What the images became",
             "A test image, and what was done to it.",
-            lambda: drawn("examples")(_examples(opened, metrics)),
+            lambda: drawn("examples")(examples()),
         )
     )
     findings.write(
@@ -256,14 +251,15 @@ def _write(directory: pathlib.Path, metrics: dict[str, Any], opened: Opened) -> 
     )
 
 
-def _examples(opened: Opened, metrics: dict[str, Any]) -> dict[str, list[np.ndarray]]:
-    """An image uint8 [H, W, C] as it became at each level."""
-    image = data.read_image(opened.dataset.test, 0, opened.trained.info.image_shape)
-    batch = {"image": image[None], "mask": np.ones(1)}
-    names = [*metrics["corruptions"], *metrics["curves"]]
+def _examples(opened: Opened, names: Iterable[str], files: CorruptedFiles | None) -> dict[str, list[np.ndarray]]:
+    """The first image uint8 [H, W, C] as it is, and as it became at each level; by the programs that there are."""
+    first = next(iter(opened.batches("test")))
+
+    def image_of(batches: Iterable[dict]) -> np.ndarray:
+        return opened.partition.to_host(next(iter(batches))["image"])[0]
+
     return {
-        name: [image]
-        + [np.asarray(next(iter(_changed(opened, [batch], None, name, n)))["image"][0]) for n in _levels(name)]
+        name: [image_of([first]), *(image_of(_changed(opened, [first], files, name, level)) for level in _levels(name))]
         for name in names
     }
 
@@ -291,32 +287,23 @@ def _lines(metrics: dict[str, Any]) -> list[str]:
 
 def _corruption_table(metrics: dict[str, Any]) -> Table:
     against = metrics.get("against")
-    head = ["Corruption", "Mean error", *(f"Severity {s}" for s in SEVERITIES)]
+    head = [
+        "Corruption",
+        "Mean error",
+        *(["Mean error there"] if against else []),
+        *(f"Severity {s}" for s in SEVERITIES),
+    ]
     rows, values = [], []
     for name, found in metrics["corruptions"].items():
+        means = [found["mean_error"], *([against["corruptions"][name]["mean_error"]] if against else [])]
         mark = " (validation)" if name in VALIDATION else ""
-        cells = [interval(row, "{:.1%}") for row in found["accuracy"]]
-        rows.append([name + mark, interval(found["mean_error"], "{:.1%}"), *cells])
-        for i, severity in enumerate(SEVERITIES):
-            values.append([name, severity, *_ends(found["accuracy"][i]), *_ends(found["consistency"][i])])
-            if against:
-                values[-1] += [
-                    *_ends(against["corruptions"][name]["accuracy"][i]),
-                    *_ends(against["difference"][name][i]),
-                ]
-            if i == 0 and against:
-                other = against["corruptions"][name]["mean_error"]
-                rows[-1].insert(2, interval(other, "{:.1%}"))
-    if against:
-        head.insert(2, "Mean error there")
-    columns = ["accuracy", "consistency", *(["accuracy_there", "difference"] if against else [])]
-    return Table(
-        "Accuracy under corruptions",
-        head,
-        rows,
-        "corruptions",
-        [["corruption", "severity", *_columns(columns)], *values],
-    )
+        rows.append([name + mark, *(interval(row, "{:.1%}") for row in (*means, *found["accuracy"]))])
+        columns = [found["accuracy"], found["consistency"]]
+        columns += [against["corruptions"][name]["accuracy"], against["difference"][name]] if against else []
+        for severity, figures in zip(SEVERITIES, zip(*columns, strict=True), strict=True):
+            values.append([name, severity, *(end for row in figures for end in _ends(row))])
+    values.insert(0, ["corruption", "severity", *_columns(against)])
+    return Table("Accuracy under corruptions", head, rows, "corruptions", values)
 
 
 def _curve_table(metrics: dict[str, Any]) -> Table:
@@ -330,11 +317,11 @@ def _curve_table(metrics: dict[str, Any]) -> Table:
                 found += [against["curves"][name][i]["accuracy"], against["difference"][name][i]]
             rows.append([name, f"{point['level']:g}", *(interval(row, "{:.1%}") for row in found)])
             values.append([name, point["level"], *(end for row in found for end in _ends(row))])
-    columns = ["accuracy", "consistency", *(["accuracy_there", "difference"] if against else [])]
-    return Table("By degrees", head, rows, "curves", [["change", "level", *_columns(columns)], *values])
+    return Table("By degrees", head, rows, "curves", [["change", "level", *_columns(against)], *values])
 
 
-def _columns(names: Iterable[str]) -> list[str]:
+def _columns(against: dict[str, Any] | None) -> list[str]:
+    names = ["accuracy", "consistency", *(["accuracy_there", "difference"] if against else [])]
     return [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
 
 

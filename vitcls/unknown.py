@@ -17,7 +17,7 @@ import numpy as np
 
 from vitcls import cli, data, predict
 from vitcls.core.errors import UserError
-from vitcls.data import images as image_files
+from vitcls.data.images import LUMA
 from vitcls.metrics.unknown import SCORES, auroc, separation, threshold
 from vitcls.report import findings
 from vitcls.report.findings import Plot, Table, Text, interval
@@ -132,18 +132,12 @@ def _test_of(opened: Opened, name: str, data_dir: str) -> data.Split:
 def _take(split: data.Split, image_shape: tuple[int, int, int]) -> data.Split:
     """Up to 10,000 images uint8 [N, H, W, C] of a split, with as many channels as the model takes."""
     split = split.take(np.sort(np.random.default_rng(0).permutation(len(split.labels))[:_MOST]))
-    *size, channels = image_shape
-    if not isinstance(split.images, np.ndarray):
-        images = image_files.decode_all(split.images, size=tuple(size), channels=channels, decoding=split.decoding)
-    else:
-        images = split.images
-        if images.shape[-1] != channels:
-            gray = np.rint(images @ _LUMA) if images.shape[-1] == 3 else images[..., 0]
-            images = np.repeat(gray[..., None].astype(np.uint8), channels, axis=-1)
+    channels = image_shape[-1]
+    images = data.pixels(split, image_shape)
+    if images.shape[-1] != channels:
+        gray = np.rint(images @ LUMA) if images.shape[-1] == 3 else images[..., 0]
+        images = np.repeat(gray[..., None].astype(np.uint8), channels, axis=-1)
     return data.Split(images, split.labels)
-
-
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of ITU-R 601, as Pillow has it
 
 
 def _write(directory: pathlib.Path, metrics: dict[str, Any], pooled: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:

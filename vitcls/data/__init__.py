@@ -12,6 +12,7 @@ from vitcls.data.pipelines import (
     TrainBatches,
     choose_pipeline,
     decode,
+    pixels,
     resident_bytes,
     train_batches,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "decode",
     "describe",
     "load",
+    "pixels",
     "read_image",
     "resident_bytes",
     "train_batches",

@@ -32,6 +32,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 SPARE = 2.0  # pixels that are decoded along a side for one of the result: what resizing needs to look the same
 Box = tuple[float, float, float, float]  # left, top, width, height in pixels
 Size = tuple[int, int]  # height, width in pixels
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # brightness of red, green and blue by ITU-R 601, as in Pillow
 
 
 class BadImage(ValueError):

@@ -68,15 +68,20 @@ def _device_memory_bytes() -> int:
     return statistics.get("bytes_limit") or host_memory_bytes() // jax.local_device_count()
 
 
+def pixels(split: Split, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """The images of a split as they are in memory, uint8 [N, H, W, C]; encoded ones are decoded to `image_shape`."""
+    if isinstance(split.images, np.ndarray):
+        return split.images
+    *size, channels = image_shape
+    return image_files.decode_all(split.images, size=tuple(size), channels=channels, decoding=split.decoding)
+
+
 def decode(dataset: Dataset, splits: tuple[str, ...] = ("train", "validation", "test")) -> Dataset:
     """The data set with the images of these splits as arrays uint8 [N, H, W, C], for the resident pipeline."""
-    size, channels = dataset.image_shape[:2], dataset.image_shape[2]
-    arrays = {}
-    for name in splits:
-        split = getattr(dataset, name)
-        if split is not None and not isinstance(split.images, np.ndarray):
-            images = image_files.decode_all(split.images, size=size, channels=channels, decoding=split.decoding)
-            arrays[name] = dataclasses.replace(split, images=images)
+    there = {name: split for name in splits if (split := getattr(dataset, name)) is not None}
+    arrays = {
+        name: dataclasses.replace(split, images=pixels(split, dataset.image_shape)) for name, split in there.items()
+    }
     return dataclasses.replace(dataset, **arrays)
 
 

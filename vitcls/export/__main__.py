@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import vitcls
-from vitcls import cli
+from vitcls import cli, data
 from vitcls.core.errors import RunError, UserError
-from vitcls.data import images as image_files
 from vitcls.export import artefact, program, verify
 from vitcls.metrics.scaling import Scaling
 from vitcls.models.weights.hub import sha256_of
@@ -92,7 +91,7 @@ def _about(opened: Opened, scale: Scaling | None) -> dict[str, Any]:
 
 
 def _program(opened: Opened, scale: Scaling | None) -> bytes:
-    _, answer = program.make_answer(opened.trained, str(opened.step), scale)
+    answer = program.make_answer(opened, scale)
     return artefact.pack_program(program.compiled(answer, opened.trained.info.image_shape), _about(opened, scale))
 
 
@@ -120,10 +119,7 @@ def _expected(opened: Opened, scale: Scaling | None) -> tuple[np.ndarray, np.nda
         probabilities = scale(probabilities).astype(np.float32)
     rows = np.sort(np.random.default_rng(0).permutation(len(labels))[:_CHECKED])
     split = opened.dataset.test.take(rows)
-    images = split.images
-    if not isinstance(images, np.ndarray):
-        *size, channels = opened.trained.info.image_shape
-        images = image_files.decode_all(images, size=tuple(size), channels=channels, decoding=split.decoding)
+    images = data.pixels(split, opened.trained.info.image_shape)
     return images, labels[rows], probabilities[rows]
 
 

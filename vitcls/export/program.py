@@ -9,31 +9,31 @@ from jax import export
 
 from vitcls.core.errors import UserError
 from vitcls.metrics.scaling import Identity, Isotonic, Scaling, Temperature, Vector
-from vitcls.training import build, run_dir
+from vitcls.training import build
+from vitcls.training.opened import Opened
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _TINY = 1e-38
 
 
-def make_answer(trained: run_dir.Workdir, which: str, scale: Scaling | None) -> tuple[int, Callable]:
-    """(The step of the checkpoint, answer(images uint8 [B, H, W, C]) -> probabilities float32 [B, K]).
+def make_answer(opened: Opened, scale: Scaling | None) -> Callable[[jax.Array], jax.Array]:
+    """answer(images uint8 [B, H, W, C]) -> probabilities float32 [B, K].
 
     Everything is inside: normalisation, the averaged weights, test-time augmentation, and what calibration makes of
     the probabilities. The model is in its plain forms, which every platform has.
 
-    Raises UserError where there is no such checkpoint, or the task's run has no classifier of its own.
+    Raises UserError for a task without a classifier.
     """
-    config, info = trained.config, trained.info
-    if build.make_task(config, info).remember is not None:
-        raise UserError(f"a run of config.task.name='{config.task.name}' has no classifier of its own to export")
+    opened.require_classifier()
+    config, info = opened.trained.config, opened.trained.info
     model = build.make_model(config, info, device=jax.devices("cpu")[0])
-    step, variables = trained.restore(model, which or config.report.checkpoint)
+    variables = opened.partition.to_host(opened.variables)
     predict, calibrate = build.make_predict(config, model, info), _calibrate(scale)
 
     def answer(images: jax.Array) -> jax.Array:
         return calibrate(jax.nn.softmax(predict(variables, images).astype(jnp.float32), axis=-1))
 
-    return step, answer
+    return answer
 
 
 def compiled(answer: Callable, image_shape: tuple[int, int, int]) -> bytes:

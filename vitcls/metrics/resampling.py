@@ -4,7 +4,7 @@ A resample is a weight for each image: how often it was drawn. All metrics are c
 products of a sparse matrix with them, so that no prediction is ever copied or sorted again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -59,6 +59,31 @@ def bootstrap_interval(replicates: np.ndarray, level: float = LEVEL) -> tuple[fl
     """
     low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def estimate(
+    values: Mapping[str, np.ndarray], of: Callable[[dict[str, np.ndarray]], np.ndarray], resamples: int = RESAMPLES
+) -> dict[str, float | None]:
+    """value, low and high of a number that is computed from means over images, by the bootstrap over these.
+
+    Args:
+      values: for each name [..., N], bool or numbers of the same N images.
+      of: gives the number [R] from the means, for each name float64 [..., R], in R resamples.
+
+    A number that is not finite, as a share of no errors, is None, and so is the interval of a single image.
+    """
+    count = next(iter(values.values())).shape[-1]
+    flat = {name: rows.astype(np.float32) for name, rows in values.items()}
+    value = of({name: rows.mean(axis=-1, keepdims=True, dtype=np.float64) for name, rows in flat.items()})[0]
+    drawn = [
+        of({name: (rows @ weights / count).astype(np.float64) for name, rows in flat.items()})
+        for weights in draw_weights(count, resamples, seed=0)
+    ]
+    replicates = np.concatenate(drawn)
+    if not np.isfinite(value) or not np.isfinite(replicates).all() or count < 2:
+        return {"value": float(value) if np.isfinite(value) else None, "low": None, "high": None}
+    low, high = bootstrap_interval(replicates)
+    return {"value": float(value), "low": low, "high": high}
 
 
 def basic_interval(estimate: float, replicates: np.ndarray, level: float = LEVEL) -> tuple[float, float]:

@@ -268,19 +268,10 @@ def make_outputs_step(config, model: nn.Module, info: DatasetInfo) -> Callable:
     return _with_precision(outputs_step, config)
 
 
-def make_forward(config, model: nn.Module, info: DatasetInfo) -> Callable:
-    """forward(variables, images float32 [B, H, W, C] in [0, 1]) -> logits float32 [B, K], in evaluation.
-
-    Differentiable by the images, and without test-time augmentation.
-    """
-    apply = steps.make_apply(model, steps.make_normalize(info.mean, info.std))
-    return _with_precision(lambda variables, images: apply(variables, images).logits.astype(jnp.float32), config)
-
-
 def make_explained(config, model: nn.Module, info: DatasetInfo) -> Network:
-    """The classifier of a run for `attribution`: it takes images as they are, without test-time augmentation.
+    """The classifier of a run, differentiable by images in [0, 1] as they are: no test-time augmentation.
 
-    In the forms that train the fastest on the first device, as most maps want gradients.
+    In the forms that train the fastest on the first device, as attacks and most maps want gradients.
     """
     model = forms.for_device(model, jax.local_devices()[0], training=True)
     network = make_network(model, steps.make_normalize(info.mean, info.std), tuple(info.mean))

@@ -10,6 +10,7 @@ import numpy as np
 
 from vitcls import data
 from vitcls.attribution.explainer import Explainer, make_explainer
+from vitcls.attribution.network import Network
 from vitcls.core import sharding
 from vitcls.core.errors import RunError, UserError
 from vitcls.core.sharding import Partition
@@ -61,7 +62,7 @@ class Opened:
 
     def outputs(self, split: data.Split) -> Outputs:
         """Logits and features of images, of the run's or others; raises UserError for a task without a classifier."""
-        self._require_classifier()
+        self.require_classifier()
         batches = self.batches_of(split)
         parts = [self.partition.to_host(self._outputs_step(self.variables, batch)) for batch in batches]
         return Outputs(*(np.concatenate(part)[: len(split.labels)] for part in zip(*parts, strict=True)))
@@ -72,10 +73,20 @@ class Opened:
 
         Raises UserError for a task without a classifier.
         """
-        self._require_classifier()
-        return build.make_forward(self.trained.config, self.model, self.trained.info)
+        return self._network.forward
 
-    def _require_classifier(self) -> None:
+    @functools.cached_property
+    def explainer(self) -> Explainer:
+        """For the images of this run; raises UserError for a task without a classifier."""
+        return make_explainer(self._network, self.variables, self.trained.info.image_shape)
+
+    @functools.cached_property
+    def _network(self) -> Network:
+        self.require_classifier()
+        return build.make_explained(self.trained.config, self.model, self.trained.info)
+
+    def require_classifier(self) -> None:
+        """Raises UserError for a task that predicts by what it remembers."""
         if self.evaluator.bank_step is not None:
             name = self.trained.config.task.name
             raise UserError(f"a run of config.task.name='{name}' has no classifier of its own")
@@ -84,13 +95,6 @@ class Opened:
     def _outputs_step(self) -> Callable:
         step = build.make_outputs_step(self.trained.config, self.model, self.trained.info)
         return self.partition.compile_evaluation(step)
-
-    @functools.cached_property
-    def explainer(self) -> Explainer:
-        """For the images of this run; raises UserError for a task without a classifier."""
-        self._require_classifier()
-        network = build.make_explained(self.trained.config, self.model, self.trained.info)
-        return make_explainer(network, self.variables, self.trained.info.image_shape)
 
     @functools.cached_property
     def bank(self) -> Any:

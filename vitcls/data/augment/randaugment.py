@@ -8,10 +8,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vitcls.core.registry import require
 from vitcls.data.augment.geometry import affine, rotation_matrix
+from vitcls.data.images import LUMA
 
 OPERATIONS = (
     "identity",
@@ -33,7 +33,6 @@ OPERATIONS = (
 # TrivialAugment in pixels), rotation in degrees, enhancement as |factor - 1|, bits taken away, values solarized.
 _RAND = {"shear": 0.3, "translate": 150 / 331, "rotate": 30.0, "enhance": 0.9, "bits": 4.0, "solarize": 256.0}
 _WIDE = {"shear": 0.99, "translate": 32.0, "rotate": 135.0, "enhance": 0.99, "bits": 6.0, "solarize": 256.0}
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _BINS = 31  # levels of TrivialAugment
 
 
@@ -89,7 +88,7 @@ def apply(
 
 def luma(image: jax.Array) -> jax.Array:
     """Luma of an image (ITU-R 601, as in Pillow): [H, W, C] -> [H, W, 1]."""
-    return image if image.shape[-1] == 1 else jnp.sum(image * _LUMA[None, None, :], axis=-1, keepdims=True)
+    return image if image.shape[-1] == 1 else jnp.sum(image * LUMA[None, None, :], axis=-1, keepdims=True)
 
 
 def _is(operation: jax.Array, name: str) -> jax.Array:

@@ -30,13 +30,14 @@ _GRAY_BELOW = np.array([0, 1, 1], np.float32).reshape(1, 1, 3)  # how a gray pix
 
 
 def saturate(key: jax.Array, image: jax.Array, strength: tuple[float, float]) -> jax.Array:
-    """Multiplies the saturation of HSV and adds to it; a gray pixel, which has no hue, turns red by what is added."""
+    """Multiplies the saturation of HSV and adds to it; a gray pixel of three channels
+    has no hue and turns red by what is added."""
     del key
     factor, more = strength
     most, least = image.max(axis=-1, keepdims=True), image.min(axis=-1, keepdims=True)
     spread = most - least
     saturation = jnp.where(most > 0, spread / jnp.maximum(most, 1e-9), 0.0)
-    below = jnp.where(spread > 0, (most - image) / jnp.maximum(spread, 1e-9), _GRAY_BELOW)
+    below = jnp.where(spread > 0, (most - image) / jnp.maximum(spread, 1e-9), _GRAY_BELOW[..., : image.shape[-1]])
     return most * (1 - jnp.clip(factor * saturation + more, 0, 1) * below)
 
 

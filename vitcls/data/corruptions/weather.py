@@ -9,8 +9,8 @@ import numpy as np
 
 from vitcls.data.corruptions.blur import Sides, correlate, gaussian_sides, motion_weights, moved
 from vitcls.data.corruptions.matrices import both, filter_matrix, filtered, to_levels, zoom_matrix
+from vitcls.data.images import LUMA
 
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of ITU-R 601
 _WATER = np.array([175, 238, 238], np.float32) / 255
 _MUD = np.array([63, 42, 20], np.float32) / 255
 # What six photos of frost in ImageNet-C have: mean and deviation of red, green and blue.
