@@ -219,6 +219,21 @@ def test_a_checkpoint_that_is_cut_off_on_the_way_is_not_taken_for_one(finished, 
         places.copied(finished)
 
 
+@pytest.mark.filterwarnings("ignore:Sending a large body")  # of aiohttp, about gcsfs's way
+def test_files_arrive_as_they_are(server, tmp_path):
+    """Whatever they end in: of a carriage return, a server of MIME messages makes a line break."""
+    contents = [bytes(range(256)) * 3 + end for end in (b"", b"\r", b"\n", b"\r\n", b"\n--==0==", b"\r\r")]
+    contents += [b"", b"\r", b"\r" * 6 * 2**20]
+    for i, content in enumerate(contents):
+        path = tmp_path / "run" / "checkpoints" / "4" / f"{i}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (path.parent / "manifest.json").write_bytes(b"{}")
+    places.publish("gs://runs/bytes", tmp_path / "run", "checkpoints")
+    copy = places.copied("gs://runs/bytes") / "checkpoints" / "4"
+    assert [(copy / f"{i}").read_bytes() for i in range(len(contents))] == contents
+
+
 def test_events_go_up_in_parts_and_come_back_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(places, "_PART_BYTES", 20)
     path, bucket_, parts = tmp_path / "metrics.jsonl", {}, places._Parts()

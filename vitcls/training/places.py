@@ -30,6 +30,7 @@ _PERIOD = 5.0  # seconds between two looks at what has changed
 _EVENTS_PERIOD = 60.0  # TensorBoard's files grow all the time and go up whole
 _PATIENCE = 600.0  # seconds for which a run that has ended tries to reach the bucket
 _TRIES = 3  # to read a whole file
+_SMALL = 5 * 2**20  # bytes; gcsfs sends larger files bare
 _PART_BYTES = 2**18  # of metrics.jsonl, after which a new part is begun
 _PARTS = f"{METRICS_FILE}.parts"
 _logger = logging.getLogger("vitcls")
@@ -98,7 +99,7 @@ def publish(name: os.PathLike | str, directory: pathlib.Path, part: str) -> None
     there = (directory / part, *(directory / part).rglob("*"))
     new = [path.relative_to(directory).as_posix() for path in there if path.is_file()]
     for local in new:
-        files.put_file(str(directory / local), f"{root}/{local}")
+        _put(files, directory / local, f"{root}/{local}")
     for old in files.find(f"{root}/{part}"):
         if old.removeprefix(f"{root}/") not in new:
             files.rm_file(old)
@@ -273,7 +274,7 @@ class Bucket(Place):
 
     def _send(self, name: str, *, last: bool) -> None:
         if name != METRICS_FILE:
-            self._files.put_file(str(self.path / name), f"{self._root}/{name}")
+            _put(self._files, self.path / name, f"{self._root}/{name}")
             return
         for part, data in self._metrics.next(self.path / name, whole=last):
             self._files.pipe_file(f"{self._root}/{part}", data)
@@ -377,7 +378,8 @@ def _file_system(url: str):
         import fsspec
 
         emulated = scheme == "gs" and "STORAGE_EMULATOR_HOST" in os.environ  # which knows no credentials
-        options = {"token": "anon"} if emulated else {}
+        options = {"consistency": "md5"} if scheme == "gs" else {}  # S3's client compares checksums unasked
+        options |= {"token": "anon"} if emulated else {}
         files = fsspec.filesystem(scheme, use_listings_cache=False, **options)
     except ImportError:
         raise UserError(f"{scheme}:// needs another package: pip install 'vitcls[{EXTRAS[scheme]}]'") from None
@@ -389,6 +391,19 @@ def _file_system(url: str):
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"the bucket {scheme}://{bucket} cannot be read: {reason}") from None
     return files
+
+
+def _put(files, local: pathlib.Path, remote: str) -> None:
+    """Sends a file as it is.
+
+    gcsfs sends what is small as a part of a MIME message, between line feeds; of one that ends in a carriage return a
+    server may take that for the half of a line break that is not content. In one chunk of its own size it goes bare.
+    """
+    size = local.stat().st_size
+    if files.protocol[0] == "gs" and size < _SMALL:
+        files.pipe_file(remote, local.read_bytes(), chunksize=max(size, 1))
+    else:
+        files.put_file(str(local), remote)
 
 
 def _names(directory: pathlib.Path, *, checkpoints: bool) -> Iterator[str]:
