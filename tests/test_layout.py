@@ -9,7 +9,7 @@ from vitcls.cli import VERBS
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMMANDS = tuple(verb.module.split(".")[1] for verb in VERBS.values() if verb.module.count(".") == 1)
-ROOMS = ("export", "models", "probe", "experiment", "tune", "worth")  # with a door, `__main__`
+ROOMS = ("export", "feedback", "models", "probe", "experiment", "serve", "tune", "worth")  # with a door, `__main__`
 # From the ground up. A module may import those of its own floor and below.
 FLOORS = (
     ("core",),
@@ -22,13 +22,14 @@ FLOORS = (
     ("train",),
     ("jobs", "ledger", "probe"),
     tuple(name for name in COMMANDS if name not in ROOMS),
-    ("experiment", "export", "tune"),
-    ("worth",),
+    ("experiment", "export", "feedback", "tune"),
+    ("serve", "worth"),
+    ("retrain",),
     ("api",),
     ("__init__",),
 )
 # Rooms of a floor that do not know each other.
-APART = ({"attacks", "attribution", "data", "models", "optim", "metrics"}, {"experiment", "export", "tune"})
+APART = ({"attacks", "attribution", "data", "models", "optim", "metrics"}, {"experiment", "export", "feedback", "tune"})
 HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn", "skimage", "clu", "huggingface_hub")
 HEAVY_ALLOWED = {
     "orbax": ("training/checkpoint.py",),
