@@ -24,7 +24,7 @@ FLOORS = (
     tuple(name for name in COMMANDS if name not in ROOMS),
     ("experiment", "export", "feedback", "tune"),
     ("serve", "worth"),
-    ("retrain",),
+    ("replay", "retrain"),
     ("api",),
     ("__init__",),
 )

@@ -49,6 +49,8 @@ VERBS = {
     "explain": Verb("vitcls.explain", "trust", "show where a run looks, and whether that is true"),
     "predict": Verb("vitcls.predict", "use", "label image files with a run"),
     "export": Verb("vitcls.export", "use", "write a run as one file that needs no vitcls, checked before it is kept"),
+    "serve": Verb("vitcls.serve", "use", "answer over HTTP, with a page, feedback and metrics"),
+    "replay": Verb("vitcls.replay", "use", "compute again what a served run has answered, to the bit"),
     "prepare": Verb("vitcls.prepare", "data", "download and prepare a data set of TensorFlow Datasets"),
     "inspect": Verb(
         "vitcls.inspect", "data", "say what a data set is: balance, duplicates, leakage, probable label errors"

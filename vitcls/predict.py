@@ -38,14 +38,10 @@ def make_classifier(trained: run_dir.Workdir, checkpoint: str = "") -> Callable[
     Raises UserError for a run without a classifier; the function raises RunError where the model has diverged.
     """
     config, info = trained.config, trained.info
-    if build.make_task(config, info).remember is not None:
-        raise UserError(
-            f"a run of config.task.name='{config.task.name}' has no classifier; evaluate it, which compares "
-            "images with those of the training"
-        )
+    require_classifier(trained)
     model = build.make_model(config, info)
     step, variables = trained.restore(model, checkpoint or config.report.checkpoint)
-    scale = _scaling(trained, step)
+    scale = scaling_of(trained, step)
     variables = jax.device_put(variables)
     eval_step = jax.jit(build.make_eval_step(config, model, info))
 
@@ -73,8 +69,18 @@ def make_classifier(trained: run_dir.Workdir, checkpoint: str = "") -> Callable[
     return classify
 
 
-def _scaling(trained: run_dir.Workdir, step: int) -> Callable[[np.ndarray], np.ndarray]:
-    """That of calibration.json where it is of this checkpoint."""
+def require_classifier(trained: run_dir.Workdir) -> None:
+    """Raises UserError for a run of a task that predicts by what it remembers."""
+    config = trained.config
+    if build.make_task(config, trained.info).remember is not None:
+        raise UserError(
+            f"a run of config.task.name='{config.task.name}' has no classifier; evaluate it, which compares "
+            "images with those of the training"
+        )
+
+
+def scaling_of(trained: run_dir.Workdir, step: int) -> Callable[[np.ndarray], np.ndarray]:
+    """That of calibration.json where it is of this checkpoint; else the probabilities as they are."""
     found = calibration.read(trained.path)
     if found is not None and found.checkpoint_step == step:
         return found.scaling
@@ -196,8 +202,8 @@ def _promise(trained: run_dir.Workdir, flags) -> SetPromise | AnswerPromise | No
     return made.set_promise(flags.coverage) if flags.accuracy is None else made.answer_promise(flags.accuracy)
 
 
-def _said(
-    probabilities: np.ndarray, class_names: Sequence[str], promise: SetPromise | AnswerPromise | None
+def said(
+    probabilities: np.ndarray, class_names: Sequence[str], promise: SetPromise | AnswerPromise | None = None
 ) -> dict[str, Any]:
     """What is said of an image: the top classes, or the set, or an answer if there is one."""
 
@@ -208,19 +214,19 @@ def _said(
     if isinstance(promise, SetPromise):
         inside = promise.sets(probabilities[None])[0]
         return {"set": entries(k for k in order if inside[k]), "coverage": promise.coverage}
-    said = {"top": entries(order[:TOP])}
+    top = {"top": entries(order[:TOP])}
     if isinstance(promise, AnswerPromise):
-        said |= {"answered": bool(probabilities.max() >= promise.threshold), "accuracy": promise.accuracy}
-    return said
+        top |= {"answered": bool(probabilities.max() >= promise.threshold), "accuracy": promise.accuracy}
+    return top
 
 
-def _lines(said: dict[str, Any]) -> list[str]:
-    strange = ["  unlike anything seen in training"] if said.get("unknown") else []
-    rows = [f"  {entry['probability']:7.2%}  {entry['class']}" for entry in said.get("set", said.get("top"))]
-    if "set" in said:
-        return [*strange, f"  one of {len(rows)}, for {said['coverage']:g} of images:", *rows]
-    if said.get("answered") is False:
-        return [*strange, f"  no answer: {said['accuracy']:g} right is not promised of an image like this", *rows]
+def _lines(words: dict[str, Any]) -> list[str]:
+    strange = ["  unlike anything seen in training"] if words.get("unknown") else []
+    rows = [f"  {entry['probability']:7.2%}  {entry['class']}" for entry in words.get("set", words.get("top"))]
+    if "set" in words:
+        return [*strange, f"  one of {len(rows)}, for {words['coverage']:g} of images:", *rows]
+    if words.get("answered") is False:
+        return [*strange, f"  no answer: {words['accuracy']:g} right is not promised of an image like this", *rows]
     return [*strange, *rows]
 
 
@@ -244,13 +250,13 @@ def main(argv: list[str]) -> None:
             unreadable += 1
             print(f"{file}: {outcome}", file=sys.stderr)
             continue
-        said = _said(outcome.probabilities, trained.info.class_names, promise)
+        words = said(outcome.probabilities, trained.info.class_names, promise)
         if outcome.unknown is not None:
-            said["unknown"] = outcome.unknown
+            words["unknown"] = outcome.unknown
         if flags.json:
-            print(json.dumps({"file": str(file), **said}))
+            print(json.dumps({"file": str(file), **words}))
         else:
-            print("\n".join([str(file), *_lines(said)]))
+            print("\n".join([str(file), *_lines(words)]))
     if unreadable:
         raise UserError(f"{unreadable} of {len(flags.files)} files could not be read; they are named above")
 

@@ -149,7 +149,7 @@ class Store:
 
     def create(self) -> None:
         """Makes the tables where they are not."""
-        with self._writing() as connection:
+        with self.writing() as connection:
             self._images.metadata.create_all(connection)
 
     def add(self, correction: Correction) -> bool:
@@ -163,7 +163,7 @@ class Store:
         sha256 = hashlib.sha256(correction.image).hexdigest()
         values = correction._asdict() | {"image": sha256, "time": time.time()}
         theirs = sa.and_(said.c.image == sha256, said.c.client == correction.client)
-        with self._writing() as connection:
+        with self.writing() as connection:
             before = connection.scalar(sa.select(said.c.label).where(theirs))
             if before == correction.label:
                 return False
@@ -200,7 +200,7 @@ class Store:
         import sqlalchemy as sa
 
         columns = [self._corrections.c[name] for name in Row._fields]
-        with self._reading() as connection:
+        with self.reading() as connection:
             found = connection.execute(sa.select(*columns).order_by(self._corrections.c.id)).all()
         return (Row(*row) for row in found)
 
@@ -208,20 +208,20 @@ class Store:
         """The file of an image; raises KeyError where there is none (any more)."""
         import sqlalchemy as sa
 
-        with self._reading() as connection:
+        with self.reading() as connection:
             content = connection.scalar(sa.select(self._images.c.content).where(self._images.c.sha256 == sha256))
         if content is None:
             raise KeyError(sha256)
         return bytes(content)
 
     def summary(self) -> dict[str, Any]:
-        """Counts: images, bytes, corrections, confirmations, by_class (of both); newest: seconds since 1970, or None."""
+        """Counts: images, bytes, corrections, confirmations, by_class (of both), and the newest time or None."""
         import sqlalchemy as sa
 
         said = self._corrections
         right = sa.case((said.c.label == said.c.predicted, 1), else_=0)
         by_class = sa.select(said.c.label, sa.func.count(), sa.func.sum(right), sa.func.max(said.c.time))
-        with self._reading() as connection:
+        with self.reading() as connection:
             rows = connection.execute(by_class.group_by(said.c.label).order_by(said.c.label)).all()
             images, held = connection.execute(
                 sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(self._images.c.size), 0))
@@ -248,7 +248,7 @@ class Store:
         import sqlalchemy as sa
 
         images, said = self._images, self._corrections
-        with self._writing() as connection:
+        with self.writing() as connection:
             count = connection.execute(sa.delete(said).where(which)).rowcount
             connection.execute(sa.delete(images).where(images.c.sha256.not_in(sa.select(said.c.image))))
         self._erase()
@@ -259,7 +259,7 @@ class Store:
 
         Raises RunError where another program reads an SQLite database all the while.
         """
-        with self._reading() as connection:
+        with self.reading() as connection:
             if self._engine.dialect.name == "sqlite":
                 connection.exec_driver_sql("VACUUM")
                 busy, *_ = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
@@ -275,14 +275,14 @@ class Store:
         self._engine.dispose()
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[Any]:
+    def writing(self) -> Iterator[Any]:
         """A connection in a transaction that no other of this kind runs beside."""
         with self._explained(), self._engine.begin() as connection:
             connection.exec_driver_sql(_BEGIN[self._engine.dialect.name])
             yield connection
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[Any]:
+    def reading(self) -> Iterator[Any]:
         """A connection that keeps no writer waiting."""
         with self._explained(), self._engine.connect() as connection:
             yield connection

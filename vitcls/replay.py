@@ -1,0 +1,109 @@
+"""Compute an answer of a server again, to the bit, or say what has changed.
+
+vitcls replay ID [--workdir=DIR | --database=URL] [--image=FILE]
+
+ID is what the server gave with its answer; the receipt is in its database, that of a workdir in DIR/feedback.db, or,
+without either flag, in one of those that this machine has served. The image is the file that was sent, or the one
+that came with feedback on the answer. Exit code 0: the same bits; 1: not.
+"""
+
+import contextlib
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from vitcls import cli
+from vitcls.core.errors import RunError, UserError
+
+
+def replay(id: str, databases: Sequence[str], image: pathlib.Path | None = None) -> list[str]:
+    """Lines that say of each receipt of an answer, in the first of some databases, that the outputs are the same bits.
+
+    Raises UserError where there is no receipt or no image, RunError, which says what has changed, where they differ.
+    """
+    from vitcls.feedback.store import open_store
+    from vitcls.serve import receipts
+
+    for database in databases:
+        with contextlib.closing(open_store(database)) as store:
+            if found := receipts.find(store, id):
+                data = _image(store, found[0], image)
+                return [_again(receipt, data) for receipt in found]
+    raise UserError(f"no answer has the id {id} in {len(databases)} databases; they keep the newest alone")
+
+
+def _image(store, receipt, image: pathlib.Path | None) -> bytes:
+    """The file of an answer; raises UserError where it is not at hand."""
+    from vitcls.serve import receipts
+
+    if image is None:
+        try:
+            return store.image(receipt.image_sha256)
+        except KeyError:
+            raise UserError("only images of feedback are kept; give the file with --image=FILE") from None
+    try:
+        data = image.read_bytes()
+    except OSError as error:
+        raise UserError(f"--image={image} cannot be read: {error.strerror}") from None
+    if receipts.sha256(data) != receipt.image_sha256:
+        raise UserError(f"--image={image} is not the file of this answer (SHA-256 {receipt.image_sha256})")
+    return data
+
+
+def _again(receipt, data: bytes) -> str:
+    from vitcls.serve import model, receipts
+
+    path = pathlib.Path(receipt.source)
+    served = model.of_artefact(path) if path.is_file() else model.of_workdir(path, str(receipt.step))
+    changed = []
+    if served.version != receipt.model:
+        changed.append(f"the weights in {path} are others ({served.version[:12]}, then {receipt.model[:12]})")
+    if served.preprocessing_json != receipt.preprocessing:
+        changed.append("preprocessing, calibration or threshold are others")
+    if receipts.device() != receipt.device:
+        changed.append(f"the device is another ({receipts.device()}, then {receipt.device})")
+    outputs = served.answer(served.decode(data)[None], receipt.batch_size).outputs[0]
+    then = np.frombuffer(receipt.outputs, np.float32)
+    where = f"in a batch of {receipt.batch_size}"
+    if np.array_equal(outputs.view(np.uint32), then.view(np.uint32)):
+        return f"{receipt.id}: the same {len(then)} outputs to the bit, {where}: {receipt.predicted}"
+    apart = f"differ by up to {np.abs(outputs - then).max():.2g}" if outputs.shape == then.shape else "are others"
+    why = "; ".join(changed) or "nothing that a receipt knows of has changed"
+    raise RunError(f"{receipt.id}: the outputs {where} {apart}: {why}")
+
+
+def main(argv: list[str]) -> None:
+    parser = cli.Parser(prog=cli.program("replay"), description=__doc__.splitlines()[0])
+    parser.add_argument("id", metavar="ID", help="of the answer")
+    parser.add_argument("--workdir", default="", metavar="DIR", help="what was served")
+    parser.add_argument("--database", default="", metavar="URL", help="of the receipts, if not in the workdir")
+    parser.add_argument("--image", type=pathlib.Path, metavar="FILE", help="the file that was sent")
+    cli.add_import_argument(parser)
+    flags = parser.parse_args(argv)
+    if flags.workdir and flags.database:
+        raise UserError("--workdir and --database both say where the receipt is; give one of them")
+    cli.start_jax()
+    print("\n".join(replay(flags.id, _databases(flags), flags.image)))
+
+
+def _databases(flags) -> list[str]:
+    """The URLs of those in which the receipt may be; raises UserError where there is none."""
+    from vitcls.serve import databases
+
+    if flags.database:
+        return [flags.database]
+    if flags.workdir:
+        file = databases.of_workdir(pathlib.Path(flags.workdir))
+        if not file.exists():
+            raise UserError(f"{flags.workdir} has no {file.name}; serve it, or give --database=URL")
+        return [databases.url(file)]
+    known = databases.known()
+    if not known:
+        raise UserError("no server has run on this machine; give --workdir=DIR or --database=URL")
+    return known
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,207 @@
+"""Serve a run, or an exported program, over HTTP with a page.
+
+vitcls serve --workdir=DIR|--artefact=FILE [--host=127.0.0.1] [--port=8000] [--token_file=FILE] [--database=URL]
+    [--workers=N] [--checkpoint=last|best|STEP]
+
+/ is the page, /docs the routes. Answers are kept as receipts and feedback as corrections in a database: feedback.db in
+the workdir, or sqlite:///FILE or postgresql://... SIGTERM lets requests end and then stops with exit code 0. Another
+address than this machine's own needs a token. Needs pip install "vitcls[serve]".
+"""
+
+import asyncio
+import functools
+import ipaddress
+import logging
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+from vitcls import cli
+from vitcls.core.errors import UserError
+from vitcls.serve import databases
+from vitcls.training import places
+
+_logger = logging.getLogger("vitcls")
+_DRAIN = 30  # seconds that requests have to end after SIGTERM
+_CONNECTIONS = 4096  # more at once get a 503
+_RESTARTS = 1.0  # seconds before a worker that has died is started again
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.Parser(prog=cli.program("serve"), description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", default="", metavar="DIR", help="directory of the run")
+    parser.add_argument("--artefact", default="", metavar="FILE", help="what vitcls export --format=stablehlo wrote")
+    parser.add_argument("--checkpoint", default="", metavar="STEP", help="'last', 'best' or a step of the workdir")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
+    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free")
+    parser.add_argument("--token_file", default="", metavar="FILE", help="the token that whoever asks must bear")
+    parser.add_argument("--database", default="", metavar="URL", help="of receipts and feedback")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes on this machine")
+    parser.add_argument("--listen_fd", type=int, default=-1, help="a socket from the process above")
+    cli.add_import_argument(parser)
+    flags = parser.parse_args(argv)
+    _require_extra()
+    if bool(flags.workdir) == bool(flags.artefact):
+        raise UserError("give --workdir=DIR or --artefact=FILE")
+    if flags.workers < 1:
+        raise UserError(f"--workers={flags.workers} must be at least 1")
+    token = _token(flags.token_file)
+    if not _is_loopback(flags.host) and not token:
+        raise UserError(f"--host={flags.host} can be reached from other machines: give --token_file=FILE with a token")
+    listening = _listening(flags)
+    if flags.workers > 1 and flags.listen_fd < 0:
+        return _supervise(listening, argv, flags.workers)
+    cli.start_jax()
+    with asyncio.Runner(loop_factory=_fast_loop()) as runner:
+        return runner.run(_serve(flags, listening, token))
+
+
+def _require_extra() -> None:
+    try:
+        import fastapi
+        import multipart  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import sqlalchemy  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"serving needs more packages ({error.name}): pip install 'vitcls[serve]'") from None
+    del fastapi
+
+
+def _fast_loop():
+    """uvloop's where it is installed: it is not for Windows."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _token(file: str) -> str:
+    """What is in the file; raises UserError where that is no token."""
+    if not file:
+        return ""
+    try:
+        token = pathlib.Path(file).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--token_file={file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if len(token) < 16 or not token.isprintable() or " " in token:
+        raise UserError(f"--token_file={file} must have one word of at least 16 letters or digits")
+    return token
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _listening(flags) -> socket.socket:
+    """A socket on the address; raises UserError where it is taken or is none of this machine."""
+    if flags.listen_fd >= 0:
+        return socket.socket(fileno=flags.listen_fd)
+    try:
+        family = socket.AF_INET6 if ":" in flags.host else socket.AF_INET
+        listening = socket.create_server((flags.host, flags.port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--host={flags.host} --port={flags.port} cannot be listened on: {reason}") from None
+    host = f"[{flags.host}]" if ":" in flags.host else flags.host
+    _logger.info("listening on http://%s:%d", host, listening.getsockname()[1])
+    return listening
+
+
+def _database(flags) -> str:
+    """The URL of the database; raises UserError where there is no place for one."""
+    if flags.database:
+        return flags.database
+    if places.is_url(flags.workdir):
+        raise UserError(f"--workdir={flags.workdir} is a bucket: give --database=sqlite:///FILE or postgresql://...")
+    workdir, artefact = pathlib.Path(flags.workdir), pathlib.Path(f"{flags.artefact}.feedback.db")
+    file = databases.of_workdir(workdir) if flags.workdir else artefact
+    if not file.parent.is_dir():
+        raise UserError(f"{file.parent} is not a directory")
+    databases.remember(file)
+    return databases.url(file)
+
+
+async def _serve(flags, listening: socket.socket, token: str) -> int:
+    """One process, until SIGTERM or Ctrl-C."""
+    import uvicorn
+
+    from vitcls.serve.app import make_app
+    from vitcls.serve.opened import open_service
+
+    service = open_service(flags, _database(flags))
+    app = make_app(service, token=token, loopback=_is_loopback(flags.host))
+    config = uvicorn.Config(
+        app,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        limit_concurrency=_CONNECTIONS,
+        timeout_graceful_shutdown=_DRAIN,
+    )
+    server = uvicorn.Server(config)
+
+    def drain(number: int, frame) -> None:
+        service.draining = True
+        server.force_exit = server.should_exit  # the second time
+        server.should_exit = True
+
+    server.handle_exit = drain
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    running = asyncio.create_task(service.run())
+    await asyncio.wait((serving, running), return_when=asyncio.FIRST_COMPLETED)
+    server.should_exit = True
+    await serving
+    running.cancel()
+    try:
+        await running
+    except asyncio.CancelledError:
+        pass
+    finally:
+        service.close()
+    return 0
+
+
+def _supervise(listening: socket.socket, argv: list[str], count: int) -> int:
+    """Keeps `count` processes on one socket alive until SIGTERM; their counters are one."""
+    listening.set_inheritable(True)
+    with tempfile.TemporaryDirectory(prefix="vitcls-metrics-") as metrics:
+        command = [sys.executable, "-m", "vitcls.serve", *argv, f"--listen_fd={listening.fileno()}"]
+        environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": metrics}
+        start = functools.partial(subprocess.Popen, command, env=environment, pass_fds=[listening.fileno()])
+        workers, ending = [start() for _ in range(count)], False
+
+        def end(number: int, frame) -> None:
+            nonlocal ending
+            ending = True
+            for worker in workers:
+                worker.send_signal(signal.SIGTERM)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, end)
+        while True:
+            codes = [worker.poll() for worker in workers]
+            if ending and None not in codes:
+                return max(abs(code) for code in codes)
+            if 2 in codes and not ending:  # what is wrong with one is wrong with all
+                end(signal.SIGTERM, None)
+            for i, code in enumerate(codes):
+                if code is not None and not ending:
+                    _logger.warning("worker %d has ended with exit code %d; starting another", i, code)
+                    time.sleep(_RESTARTS)
+                    workers[i] = start()
+            time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,114 @@
+"""Images out of requests: a multipart form, an image as the body, or JSON with base64; each within its bounds."""
+
+import base64
+import binascii
+import json
+from typing import Any, NamedTuple
+
+from fastapi import Request
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from vitcls.serve.limits import Limits, Refused
+
+_FORMS = "multipart/form-data"
+
+
+class Upload(NamedTuple):
+    """An image file as it came."""
+
+    name: str
+    data: bytes
+
+
+class Body(NamedTuple):
+    """Images, and what was said with them."""
+
+    uploads: list[Upload]
+    fields: dict[str, Any]
+
+
+async def read(request: Request, limits: Limits) -> Body:
+    """The body of a request; raises Refused for what is too much, or is none of the three kinds."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == _FORMS:
+        return await _form(request, limits)
+    data = await _all(request, limits)
+    if kind == "application/json":
+        return _json(data, limits)
+    if kind.startswith("image/") or kind in ("", "application/octet-stream"):
+        return _bounded(Body([Upload("", data)] if data else [], {}), limits)
+    raise Refused(415, f"send images as {_FORMS}, image/*, application/octet-stream or application/json")
+
+
+async def _chunks(request: Request, limits: Limits):
+    """The body as it comes, up to its bound."""
+    most = limits.body_bytes
+    if request.headers.get("content-length", "").isdigit() and int(request.headers["content-length"]) > most:
+        raise Refused(413, f"a request has at most {most:,} bytes")
+    read = 0
+    async for chunk in request.stream():
+        read += len(chunk)
+        if read > most:
+            raise Refused(413, f"a request has at most {most:,} bytes")
+        yield chunk
+
+
+async def _all(request: Request, limits: Limits) -> bytes:
+    return b"".join([chunk async for chunk in _chunks(request, limits)])
+
+
+async def _form(request: Request, limits: Limits) -> Body:
+    parser = MultiPartParser(
+        request.headers,
+        _chunks(request, limits),
+        max_files=limits.images + 1,  # one too many is told below
+        max_fields=8,
+        max_part_size=4096,
+    )
+    parser.spool_max_size = limits.body_bytes  # in memory: nothing touches the disk
+    form: FormData | None = None
+    try:
+        form = await parser.parse()
+        uploads, fields = [], {}
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                uploads.append(Upload(value.filename or "", await value.read()))
+            else:
+                fields[name] = value
+    except MultiPartException as error:
+        raise Refused(400, f"the form cannot be read: {error.message}") from None
+    except (UnicodeError, ValueError, KeyError, AttributeError, AssertionError):
+        raise Refused(400, "the form cannot be read") from None
+    finally:
+        if form is not None:
+            await form.close()
+    return _bounded(Body(uploads, fields), limits)
+
+
+def _json(data: bytes, limits: Limits) -> Body:
+    """{"image": base64, ...} or {"images": [base64, ...], ...}."""
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        raise Refused(400, "the body is not JSON") from None
+    if not isinstance(fields, dict):
+        raise Refused(400, 'the JSON is to be an object, as {"image": "..."}')
+    images = fields.pop("images", [])
+    images = [*(images if isinstance(images, list) else [images])]
+    images += [fields.pop("image")] if "image" in fields else []
+    if len(images) > limits.images:
+        raise Refused(413, f"a request has at most {limits.images} images")
+    try:
+        uploads = [Upload("", base64.b64decode(image, validate=True)) for image in images]
+    except (binascii.Error, ValueError, TypeError):
+        raise Refused(400, "an image in JSON is to be base64") from None
+    return _bounded(Body(uploads, fields), limits)
+
+
+def _bounded(body: Body, limits: Limits) -> Body:
+    if len(body.uploads) > limits.images:
+        raise Refused(413, f"a request has at most {limits.images} images")
+    if any(len(upload.data) > limits.image_bytes for upload in body.uploads):
+        raise Refused(413, f"an image has at most {limits.image_bytes:,} bytes")
+    return body

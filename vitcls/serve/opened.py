@@ -1,0 +1,30 @@
+"""From flags to a service: what is served, and where receipts and feedback go."""
+
+import os
+import pathlib
+from collections.abc import Callable
+
+from vitcls.feedback.store import open_store
+from vitcls.serve import model, promotion
+from vitcls.serve.drift import Drift
+from vitcls.serve.limits import Limits
+from vitcls.serve.receipts import Receipts
+from vitcls.serve.service import Service
+from vitcls.training import places
+
+
+def open_service(flags, database: str) -> Service:
+    """Raises UserError for a database that cannot be used; what is wrong with the model is told by Service.run."""
+    store = open_store(database)
+    source, load = _what(flags)
+    return Service(source, load, store=store, kept=Receipts(store), drift=Drift(), limits=Limits())
+
+
+def _what(flags) -> tuple[Callable[[], str], Callable[[str], model.Served]]:
+    """What is to be served now, asked again and again, and how it is opened."""
+    if flags.artefact:
+        return (lambda: os.path.abspath(flags.artefact)), lambda source: model.of_artefact(pathlib.Path(source))
+    if flags.checkpoint or places.is_url(flags.workdir):  # nothing is promoted there
+        return (lambda: flags.workdir), lambda source: model.of_workdir(source, flags.checkpoint)
+    workdir = pathlib.Path(flags.workdir).absolute()
+    return (lambda: str(promotion.current(workdir))), model.of_workdir

@@ -1,0 +1,263 @@
+"""What the routes do: predictions, feedback, explanations, and taking up another model."""
+
+import asyncio
+import collections
+import concurrent.futures
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from vitcls import predict
+from vitcls.core import errors
+from vitcls.data import images as image_files
+from vitcls.data.images import BadImage
+from vitcls.feedback.store import Correction, Quota, Store
+from vitcls.serve import explanations, receipts
+from vitcls.serve.batcher import SIZES, Answer, Batcher, Busy
+from vitcls.serve.bodies import Body, Upload
+from vitcls.serve.drift import Drift
+from vitcls.serve.gauges import Gauges
+from vitcls.serve.limits import Limits, Refused
+from vitcls.serve.model import Served
+from vitcls.serve.receipts import Receipt, Receipts
+
+_RECENT_BYTES = 64 * 2**20  # of files that feedback may name by an id alone
+_LOOK = 2.0  # seconds between two looks at what is to be served
+_logger = logging.getLogger("vitcls")
+
+
+class Service:
+    """A model behind its routes; all state belongs to the event loop."""
+
+    def __init__(
+        self,
+        source: Callable[[], str],
+        load: Callable[[str], Served],
+        *,
+        store: Store,
+        kept: Receipts,
+        drift: Drift,
+        limits: Limits,
+    ):
+        """`source` says what is to be served now, and is asked again and again; `load` opens it."""
+        self._source_now, self._load = source, load
+        self._store, self._receipts, self._drift, self.limits = store, kept, drift, limits
+        self.gauges = Gauges()
+        self.draining = False
+        self._batcher: Batcher | None = None
+        self._source = ""
+        self._decoders = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "decode")
+        self._side = concurrent.futures.ThreadPoolExecutor(4, "side")  # databases, models that are loaded, explanations
+        self._explaining = asyncio.Lock()
+        self._explainer: tuple[Served, explanations.Explain] | None = None
+        self._recent = _Recent(_RECENT_BYTES)
+
+    # Models.
+
+    @property
+    def ready(self) -> bool:
+        return self._batcher is not None and not self.draining
+
+    @property
+    def batcher(self) -> Batcher:
+        """Raises Refused until the model is compiled."""
+        if self._batcher is None:
+            raise Refused(503, "the model is being loaded; try again soon", {"Retry-After": "5"})
+        return self._batcher
+
+    async def run(self) -> None:
+        """Loads and compiles, then answers batches and takes up what is promoted, until it is cancelled."""
+        model = await self._compiled(self._source_now())
+        self._batcher = Batcher(model, capacity=self.limits.waiting, observe=self.gauges.batch)
+        self.gauges.model(model.version)
+        _logger.info("ready: %s, step %d", model.about["model"], model.about["checkpoint"]["step"])
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._batcher.run())
+            tasks.create_task(self._follow())
+
+    async def _compiled(self, source: str) -> Served:
+        def load() -> Served:
+            model = self._load(source)
+            model.warm_up(SIZES)
+            return model
+
+        model = await self._aside(load)
+        self._source = source
+        return model
+
+    async def _follow(self) -> None:
+        """Takes up another model as soon as it is compiled; requests go on meanwhile, each batch with one model."""
+        refused = ""
+        while True:
+            await asyncio.sleep(_LOOK)
+            try:
+                source = await self._aside(self._source_now)
+                if source in (self._source, refused):
+                    continue
+                before = self.batcher.model
+                refused = source
+                model = await self._compiled(source)
+                if (model.image_shape, model.decoding) != (before.image_shape, before.decoding):
+                    raise errors.UserError(f"it wants images of {model.image_shape}, not {before.image_shape}")
+                self.batcher.model, refused = model, ""
+                self.gauges.model(model.version, before.version)
+                _logger.info("now served: step %d of %s", model.about["checkpoint"]["step"], source)
+            except Exception as error:  # what is served goes on
+                _logger.warning("%s cannot be served: %s", refused or "what was promoted", " ".join(str(error).split()))
+
+    async def _aside(self, call: Callable, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._side, call, *arguments)
+
+    # Predictions.
+
+    async def predict(self, uploads: list[Upload]) -> list[dict[str, Any]]:
+        """What `vitcls predict --json` says of each file, with an id; or why it is no image. Raises Refused."""
+        try:
+            with self.batcher.room(len(uploads)):
+                self.gauges.waiting(self.batcher.admitted)
+                if len(uploads) == 1:
+                    return [await self._predict_one(uploads[0])]
+                return await asyncio.gather(*map(self._predict_one, uploads))
+        except Busy:
+            raise Refused(503, "too many images are waiting; try again soon", {"Retry-After": "1"}) from None
+        finally:
+            self.gauges.waiting(self.batcher.admitted)
+
+    async def _predict_one(self, upload: Upload) -> dict[str, Any]:
+        named = {"file": upload.name} if upload.name else {}
+        try:
+            answer, receipt = await self._answer(upload.data)
+        except BadImage as error:
+            self.gauges.bad_image()
+            return named | {"error": f"the file {error}"}
+        self._receipts.add(receipt)
+        self._recent.put(receipt.id, upload.data)
+        best = int(answer.probabilities.argmax())
+        self._drift.observe(best, float(answer.probabilities[best]), answer.unknown, None)
+        unknown = {} if answer.unknown is None else {"unknown": answer.unknown}
+        return named | {"id": receipt.id} | predict.said(answer.probabilities, answer.model.class_names) | unknown
+
+    async def _answer(self, data: bytes) -> tuple[Answer, Receipt]:
+        batcher = self.batcher
+        loop = asyncio.get_running_loop()
+        pixels, digest = await loop.run_in_executor(self._decoders, self._decoded, batcher.model, data)
+        answer = await batcher.answer(pixels)
+        return answer, receipts.make(answer, digest, self._source)
+
+    def _decoded(self, model: Served, data: bytes):
+        """The pixels and the SHA-256 of a file; raises BadImage."""
+        width, height, _ = image_files.examine(data)
+        if width * height > self.limits.pixels:
+            raise BadImage(f"claims {width}x{height} pixels; at most {self.limits.pixels:,} are decoded")
+        return model.decode(data), receipts.sha256(data)
+
+    # Feedback.
+
+    async def feedback(self, body: Body, client: str) -> dict[str, Any]:
+        """Stores what a client says of an answer, once; raises Refused."""
+        id, label = body.fields.get("id"), body.fields.get("label")
+        right = body.fields.get("right") in (True, "true")
+        if not isinstance(id, str) or not (right or isinstance(label, str)):
+            raise Refused(400, "feedback has the id of an answer, and its right label or right=true")
+        found = await self._aside(self._receipts.find, id)
+        if not found:
+            raise Refused(404, "no answer has this id")
+        receipt = found[0]
+        label = receipt.predicted if right else label
+        names = self.batcher.model.class_names
+        if label not in names:
+            raise Refused(422, str(errors.unknown("class", label, names)))
+        correction = Correction(
+            await self._image_of(receipt, body.uploads),
+            receipt.id,
+            receipt.model,
+            receipt.predicted,
+            receipt.probability,
+            label,
+            client,
+        )
+        try:
+            new = await self._aside(self._store.add, correction)
+        except Quota as error:
+            raise Refused(429, str(error), {"Retry-After": "3600"}) from None
+        if new:
+            self.gauges.feedback(label == receipt.predicted)
+            self._drift.feedback(label == receipt.predicted)
+        return {"stored": new, "label": label, "client": client}
+
+    async def _image_of(self, receipt: Receipt, uploads: list[Upload]) -> bytes:
+        """The file of an answer: sent again, or remembered."""
+        data = uploads[0].data if uploads else self._recent.get(receipt.id)
+        if data is None:
+            raise Refused(409, "the image is not remembered any more; send it with the feedback")
+        if receipts.sha256(data) != receipt.image_sha256:
+            raise Refused(422, "the image is not the one of this answer")
+        return data
+
+    async def learned(self) -> dict[str, Any]:
+        """What was said so far."""
+        return await self._aside(self._store.summary)
+
+    def drift(self) -> dict[str, Any]:
+        """How the images of late differ from those of the training."""
+        return self._drift.state()
+
+    def drift_values(self) -> dict[str, float]:
+        """The numbers of it."""
+        return {key: value for key, value in self.drift().items() if isinstance(value, int | float)}
+
+    def about(self) -> dict[str, Any]:
+        """What is served, and within which bounds."""
+        model = self.batcher.model
+        limits = self.limits
+        return model.about | {
+            "explains": model.explainer is not None,
+            "limits": {"images": limits.images, "image_bytes": limits.image_bytes, "pixels": limits.pixels},
+        }
+
+    # Explanations.
+
+    async def explain(self, upload: Upload, method: str, label: str) -> dict[str, Any]:
+        """A map over the image and what supports it; one at a time. Raises Refused."""
+        model = self.batcher.model
+        if model.explainer is None:
+            raise Refused(501, "an exported program cannot be looked into; serve the workdir for explanations")
+        if self._explaining.locked():
+            raise Refused(503, "another explanation is being made; try again soon", {"Retry-After": "5"})
+        async with self._explaining:
+            try:
+                return await self._aside(self._explained, model, upload.data, method, label)
+            except BadImage as error:
+                raise Refused(422, f"the file {error}") from None
+            except errors.UserError as error:
+                raise Refused(422, str(error)) from None
+
+    def _explained(self, model: Served, data: bytes, method: str, label: str) -> dict[str, Any]:
+        pixels, _ = self._decoded(model, data)
+        if self._explainer is None or self._explainer[0] is not model:
+            self._explainer = model, explanations.Explain(model)
+        return self._explainer[1](pixels, method, label)
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self._receipts.flush()
+        self._store.close()
+
+
+class _Recent:
+    """The files of the newest answers, up to some bytes."""
+
+    def __init__(self, most: int):
+        self._most, self._bytes = most, 0
+        self._files: collections.OrderedDict[str, bytes] = collections.OrderedDict()
+
+    def put(self, id: str, data: bytes) -> None:
+        self._bytes += len(data) - len(self._files.pop(id, b""))
+        self._files[id] = data
+        while self._bytes > self._most:
+            self._bytes -= len(self._files.popitem(last=False)[1])
+
+    def get(self, id: str) -> bytes | None:
+        return self._files.get(id)
