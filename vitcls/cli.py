@@ -49,6 +49,8 @@ VERBS = {
     "explain": Verb("vitcls.explain", "trust", "show where a run looks, and whether that is true"),
     "predict": Verb("vitcls.predict", "use", "label image files with a run"),
     "export": Verb("vitcls.export", "use", "write a run as one file that needs no vitcls, checked before it is kept"),
+    "feedback": Verb("vitcls.feedback", "use", "list, export or forget what users said of answers"),
+    "retrain": Verb("vitcls.retrain", "use", "train a run on with corrections, and serve it if that is better"),
     "prepare": Verb("vitcls.prepare", "data", "download and prepare a data set of TensorFlow Datasets"),
     "inspect": Verb(
         "vitcls.inspect", "data", "say what a data set is: balance, duplicates, leakage, probable label errors"
@@ -75,10 +77,15 @@ class Parser(argparse.ArgumentParser):
         flags, rest = self.parse_known_args(args, namespace)
         for text in rest:
             if text.startswith("--"):
-                known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-                raise errors.unknown("flag", text.partition("=")[0], known)
+                raise errors.unknown("flag", text.partition("=")[0], self._flags())
             raise UserError(f"'{text}' belongs to no flag; flags are --NAME=VALUE, see --help")
         return flags
+
+    def _flags(self) -> set[str]:
+        """Of the command and of those inside it."""
+        inner = [action.choices.values() for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        known = set(self._option_string_actions).union(*(parser._flags() for parsers in inner for parser in parsers))
+        return {flag for flag in known if flag.startswith("--")}
 
     def error(self, message: str):
         raise UserError(f"{message}; see --help")

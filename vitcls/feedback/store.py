@@ -215,7 +215,7 @@ class Store:
         return bytes(content)
 
     def summary(self) -> dict[str, Any]:
-        """Counts: images, bytes, corrections, confirmations, by_class (of both); newest: seconds since 1970, or None."""
+        """Counts: images, bytes, corrections, confirmations, by_class (of both), and the newest time or None."""
         import sqlalchemy as sa
 
         said = self._corrections
