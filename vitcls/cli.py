@@ -51,6 +51,8 @@ VERBS = {
     "export": Verb("vitcls.export", "use", "write a run as one file that needs no vitcls, checked before it is kept"),
     "serve": Verb("vitcls.serve", "use", "answer over HTTP, with a page, feedback and metrics"),
     "replay": Verb("vitcls.replay", "use", "compute again what a served run has answered, to the bit"),
+    "feedback": Verb("vitcls.feedback", "use", "list, export or forget what users said of answers"),
+    "retrain": Verb("vitcls.retrain", "use", "train a run on with corrections, and serve it if that is better"),
     "prepare": Verb("vitcls.prepare", "data", "download and prepare a data set of TensorFlow Datasets"),
     "inspect": Verb(
         "vitcls.inspect", "data", "say what a data set is: balance, duplicates, leakage, probable label errors"
@@ -77,10 +79,15 @@ class Parser(argparse.ArgumentParser):
         flags, rest = self.parse_known_args(args, namespace)
         for text in rest:
             if text.startswith("--"):
-                known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-                raise errors.unknown("flag", text.partition("=")[0], known)
+                raise errors.unknown("flag", text.partition("=")[0], self._flags())
             raise UserError(f"'{text}' belongs to no flag; flags are --NAME=VALUE, see --help")
         return flags
+
+    def _flags(self) -> set[str]:
+        """Of the command and of those inside it."""
+        inner = [action.choices.values() for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        known = set(self._option_string_actions).union(*(parser._flags() for parsers in inner for parser in parsers))
+        return {flag for flag in known if flag.startswith("--")}
 
     def error(self, message: str):
         raise UserError(f"{message}; see --help")

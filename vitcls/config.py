@@ -212,7 +212,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     check_local(config.dataset.data_dir, "config.dataset.data_dir")
     if config.dataset.data_dir:
         resolved.dataset.data_dir = os.path.abspath(os.path.expanduser(config.dataset.data_dir))
-    for block, entry in (("task", TASKS[task_name]), ("init", InitSettings)):
+    for block, entry in (("task", TASKS[task_name]), ("init", InitSettings), ("dataset", SOURCES.shared)):
         for key in paths(entry):
             path = resolved[block][key]
             check_local(path, f"config.{block}.{key}")

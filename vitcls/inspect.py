@@ -384,7 +384,8 @@ def _config(flags: argparse.Namespace, overrides: list) -> configs.ConfigDict:
         config.dataset.update(name="npz" if is_file else "folder", data_dir=os.path.abspath(flags.data_dir))
         if not is_file:
             config.dataset.image_size = _FOLDER_SIZE
-    config.dataset.update(validation=0.0, num_folds=0, fraction=1.0)  # all images, in the splits that they came in
+    # All images, in the splits that they came in.
+    config.dataset.update(validation=0.0, num_folds=0, fraction=1.0, corrections="")
     kind = flags.features or flags.workdir or "hog"
     if kind == NO_LABELS:
         config.probe.features = NO_LABELS

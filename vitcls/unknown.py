@@ -123,7 +123,7 @@ def _test_of(opened: Opened, name: str, data_dir: str) -> data.Split:
     config = opened.trained.config.dataset.copy_and_resolve_references()
     in_file = name.endswith(".npz")
     config.update(name="npz" if in_file else name, data_dir=os.path.abspath(name) if in_file else data_dir)
-    config.update(fraction=1.0, num_folds=0)
+    config.update(fraction=1.0, num_folds=0, corrections="")
     with config.ignore_type():  # of a number
         config.image_size = tuple(opened.trained.info.image_shape[:2])
     return data.load(config).test

@@ -7,6 +7,7 @@ import logging
 import numpy as np
 
 from vitcls.core.errors import UserError
+from vitcls.data import corrections
 from vitcls.data import images as image_files
 from vitcls.data.dataset import Dataset, Source, Split
 from vitcls.data.depth import find_max_value
@@ -66,6 +67,8 @@ def load(config, *, data_dir: str = "", max_value: float | None = None) -> Datas
         max_value = config.max_value or find_max_value(splits["train"].images)
     decoding = dataclasses.replace(decoding, max_value=max_value)
     splits = {name: dataclasses.replace(split, decoding=decoding) for name, split in splits.items()}
+    if config.corrections:
+        splits = corrections.apply(splits, config, source.class_names, image_shape)
     return Dataset(
         source.name,
         source.class_names,

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from vitcls.core.registry import require, require_choice, require_range
+from vitcls.core.registry import local_path, require, require_choice, require_range
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 PIPELINES = ("auto", "resident", "streaming")
@@ -27,6 +27,10 @@ class DatasetSettings:
     num_folds: int = 0
     fold: int = 0
     fraction: float = 1.0  # of what is left for training, of every class alike, that is used
+    # What users have corrected, as `vitcls retrain` writes it (data/corrections.py); each image is trained on
+    # `correction_weight` times an epoch.
+    corrections: str = local_path()
+    correction_weight: int = 1
     sampling: str = "uniform"  # 'uniform' or 'balanced' (every class equally often)
     mean: tuple = ()  # per channel, in [0, 1]; () computes it from the training split
     std: tuple = ()
@@ -53,6 +57,7 @@ class DatasetSettings:
             split_seed=(0, 2**31 - 1),
             fraction=(1e-6, 1),
             num_folds=(0, math.inf),
+            correction_weight=(1, 1_000),
         )
         size = self.image_size
         sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)

@@ -1,6 +1,7 @@
 """Is one classifier better than another? Tests, their correction for many pairs, and how many seeds would tell.
 
-`mcnemar_exact` is of two trained models, `permutation_test` of two training recipes, each by the scores of its seeds.
+`mcnemar_exact`, two-sided or one-sided, is of two trained models, `permutation_test` of two training recipes, each by
+the scores of its seeds.
 """
 
 import bisect
@@ -25,6 +26,17 @@ def mcnemar_exact(b: int, c: int) -> float:
     from scipy.special import bdtr
 
     return min(1.0, 2 * float(bdtr(min(b, c), b + c, 0.5)))
+
+
+def mcnemar_exact_one_sided(b: int, c: int) -> float:
+    """The one-sided p of McNemar's exact test: how probable are b or more of b + c, drawn with at most one half each?
+
+    Args:
+      b: images that only the first model gets right; c: only the second. A small p says that the second is worse.
+    """
+    from scipy.special import bdtr
+
+    return float(bdtr(c, b + c, 0.5))
 
 
 class PermutationTest(NamedTuple):

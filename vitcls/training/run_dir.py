@@ -23,10 +23,19 @@ from vitcls.models import forms
 from vitcls.models.variables import variable_shapes
 from vitcls.tasks import TASKS
 from vitcls.training import checkpoint, places
-from vitcls.training.files import CHECKPOINTS, CONFIG_FILE, DATASET_FILE, FROZEN_FILE, INIT_FILE, MOVED_FILE
+from vitcls.training.files import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    CORRECTIONS,
+    DATASET_FILE,
+    FROZEN_FILE,
+    INIT_FILE,
+    MOVED_FILE,
+)
 
 PyTree = Any
 _FORMS = {f"model.{field}" for field in forms.FIELDS}  # which compute the same; older versions had other defaults
+_PATHS = {"init.weights", "dataset.corrections"}
 _REMOVAL = 1.0  # seconds in which a run has removed a checkpoint that it began to remove
 
 
@@ -102,6 +111,9 @@ def open_workdir(path: os.PathLike | str) -> Workdir:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{name} of {said} cannot be used: {error}") from None
     config, info = values
+    if config.dataset.corrections and (path / CORRECTIONS).is_dir():  # wherever the workdir is now
+        with config.unlocked():
+            config.dataset.corrections = os.path.abspath(path / CORRECTIONS)
     return Workdir(path, config, info)
 
 
@@ -153,7 +165,7 @@ def begin(
     moved = place not in ("", config.dataset.data_dir)
     free = {
         DATASET_FILE: {"name"} if moved else set(),  # that of a folder
-        CONFIG_FILE: {f"task.{key}" for key in paths(TASKS[config.task.name])} | {"init.weights"} | _FORMS,
+        CONFIG_FILE: {f"task.{key}" for key in paths(TASKS[config.task.name])} | _PATHS | _FORMS,
         FROZEN_FILE: set(),
         INIT_FILE: set(),
     }

@@ -1,0 +1,1 @@
+"""A run that goes on with what users corrected: the images (collect), and whether it is better (verdict)."""

@@ -1,0 +1,125 @@
+"""Train a run on with what users corrected, and serve the result if it is better.
+
+    vitcls retrain --workdir=DIR --feedback=URL --out=DIR2 [--weight=10] [--total='200 steps'] [--config.a.b=value ...]
+    vitcls retrain --workdir=DIR --rollback
+
+Starts from the weights that are served for DIR, on its training data and four fifths of the images with feedback, each
+`weight` times an epoch. DIR2 is a run as any other; the same command goes on where it was. It is promoted, so that the
+server of DIR takes it up, where it is not worse on the test split and better on the other fifth.
+"""
+
+import argparse
+import logging
+import pathlib
+import sys
+
+from vitcls import cli, config_file
+from vitcls import config as configs
+from vitcls.core.errors import UserError
+from vitcls.feedback.store import open_store
+from vitcls.retrain import verdict
+from vitcls.retrain.collect import collect
+from vitcls.serve import promotion
+from vitcls.train import train_and_evaluate
+from vitcls.training import build, run_dir
+from vitcls.training.files import CONFIG_FILE, CORRECTIONS
+
+_SHARE = 10  # a tenth of the steps that the run itself took
+_RATE = 0.1  # of its learning rate
+_logger = logging.getLogger("vitcls")
+
+
+def main(argv: list[str]) -> None:
+    flags, overrides = _parse(argv)
+    workdir = pathlib.Path(flags.workdir)
+    if flags.rollback:
+        print(f"{promotion.rollback(workdir)} is served for {workdir} again")
+        return
+    cli.start_jax()
+    config = retrained(workdir, flags, overrides)
+    out = pathlib.Path(flags.out)
+    train_and_evaluate(config, out, data_dir=flags.data_dir)
+    found = verdict.judge(pathlib.Path(config.init.weights), out, data_dir=flags.data_dir)
+    found.write(out)
+    if found.promoted:
+        promotion.promote(workdir, out)
+    print(found.words())
+
+
+def retrained(workdir: pathlib.Path, flags: argparse.Namespace, overrides: list) -> configs.ConfigDict:
+    """The config of the new run, whose corrections are written; that of the run in flags.out where it has begun."""
+    out = pathlib.Path(flags.out)
+    begun = (out / CONFIG_FILE).exists()
+    champion = run_dir.open_workdir(promotion.current(workdir))
+    if begun:
+        before = run_dir.open_workdir(out).config
+        if not before.dataset.corrections or not before.init.weights:
+            raise UserError(f"--out={out} holds a run that retrain has not begun; name another directory")
+        champion = run_dir.open_workdir(before.init.weights)
+    elif out.resolve() in (workdir.resolve(), champion.path.resolve()):
+        raise UserError(f"--out={out} is the run itself; name another directory")
+    config = _config(champion, out, flags, overrides)
+    root = out / CORRECTIONS
+    if not root.is_dir():
+        _collect(flags.feedback, champion, config.dataset.data_dir, root)
+    return config
+
+
+def _config(champion: run_dir.Workdir, out: pathlib.Path, flags: argparse.Namespace, overrides: list):
+    """That of the champion, from its weights on: a tenth of its steps, at a tenth of its rate, along a cosine."""
+    config = champion.config.copy_and_resolve_references()
+    steps = build.make_plan(config, champion.info).total
+    config.total = flags.total or f"{max(1, steps // _SHARE)} steps"
+    config.init.update(weights=str(champion.path), head="keep")
+    config.dataset.update(corrections=str(out / CORRECTIONS), correction_weight=flags.weight)
+    config.dataset.data_dir = run_dir.data_dir(champion.path, config, flags.data_dir)
+    config.optimizer.learning_rate *= _RATE
+    config.schedule.update(name="cosine", warmup="5%")
+    config.early_stopping.patience = 0
+    for key, text in overrides:
+        config_file.override(config, key, text)
+    return configs.resolve(config)
+
+
+def _collect(url: str, champion: run_dir.Workdir, place: str, root: pathlib.Path) -> None:
+    store = open_store(url)
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        record = collect(store, champion, place, root)
+    except OSError as error:
+        raise UserError(f"--out={root.parent} cannot be made: {error.strerror or error}") from None
+    finally:
+        store.close()
+    counts, replaced = record["images"], sum(map(len, record["replaced"].values()))
+    _logger.info(
+        "feedback: %s images train, %s are held out, %s images of the data are replaced",
+        f"{counts['train']:,}",
+        f"{counts['held_out']:,}",
+        f"{replaced:,}",
+    )
+    for why, images in record["left_out"].items():
+        if images:
+            _logger.warning("left out (%s): %s", why, ", ".join(images))
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list]:
+    rest, overrides = config_file.split_overrides(argv)
+    parser = cli.Parser(prog=cli.program("retrain"), description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run that is served")
+    parser.add_argument("--feedback", metavar="URL", help="sqlite:///PATH or postgresql://USER@HOST/DATABASE")
+    parser.add_argument("--out", metavar="DIR2", help="where the new run lives")
+    parser.add_argument("--weight", type=int, default=10, metavar="N", help="times that a correction is in an epoch")
+    parser.add_argument("--total", default="", metavar="DURATION", help="as config.total; default: 10%% of the run's")
+    parser.add_argument("--data_dir", default="", metavar="DIR", help="where the data are now, if they have moved")
+    parser.add_argument("--rollback", action="store_true", help="serve what was served before the last promotion")
+    cli.add_import_argument(parser)
+    flags = parser.parse_args(rest)
+    if not flags.rollback and not (flags.feedback and flags.out):
+        raise UserError("--feedback=URL and --out=DIR2 are needed, or --rollback; see --help")
+    for name in ("workdir", "out"):
+        configs.check_local(getattr(flags, name) or "", f"--{name}")
+    return flags, overrides
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
