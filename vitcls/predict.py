@@ -157,12 +157,10 @@ def _read_ahead(
     files: list[pathlib.Path], batch_size: int, trained: run_dir.Workdir
 ) -> Iterator[tuple[list[pathlib.Path], list[np.ndarray | str]]]:
     """Yields batches of files with their images, or why a file is unreadable; threads read the next ones meanwhile."""
-    dataset = trained.config.dataset
-    decoding = image_files.Decoding(trained.info.max_value, dataset.eval_crop, dataset.interpolation)
 
     def outcome(file: pathlib.Path) -> np.ndarray | str:
         try:
-            return read(file, trained.info.image_shape, decoding)
+            return read(file, trained.info.image_shape, trained.decoding)
         except OSError as error:
             return error.strerror or str(error)
         except image_files.BadImage as error:

@@ -68,7 +68,8 @@ def _again(receipt, data: bytes) -> str:
     then = np.frombuffer(receipt.outputs, np.float32)
     where = f"in a batch of {receipt.batch_size}"
     if np.array_equal(outputs.view(np.uint32), then.view(np.uint32)):
-        return f"{receipt.id}: the same {len(then)} outputs to the bit, {where}: {receipt.predicted}"
+        though = f", though {'; '.join(changed)}" if changed else ""
+        return f"{receipt.id}: the same {len(then)} outputs to the bit, {where}: {receipt.predicted}{though}"
     apart = f"differ by up to {np.abs(outputs - then).max():.2g}" if outputs.shape == then.shape else "are others"
     why = "; ".join(changed) or "nothing that a receipt knows of has changed"
     raise RunError(f"{receipt.id}: the outputs {where} {apart}: {why}")

@@ -8,6 +8,7 @@ any size; calibration.json is inside if there is one. safetensors has the weight
 Either carries the classes, the config, the metrics and the SHA-256 of its checkpoint. --table says what each costs.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -83,6 +84,7 @@ def _about(opened: Opened, scale: Scaling | None) -> dict[str, Any]:
         "vitcls": vitcls.__version__,
         "image_shape": list(trained.info.image_shape),
         "classes": list(trained.info.class_names),
+        "decoding": dataclasses.asdict(trained.decoding),
         "calibration": type(scale).__name__.lower() if scale else None,
         "checkpoint": {"step": opened.step, "sha256": sha256_of(manifest)},
         "metrics": {key: value for key, value in metrics.items() if isinstance(value, str | int | float)},

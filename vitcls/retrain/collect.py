@@ -14,7 +14,7 @@ from vitcls import data
 from vitcls.core.errors import UserError
 from vitcls.data import corrections
 from vitcls.data import images as image_files
-from vitcls.data.images import BadImage, Decoding
+from vitcls.data.images import BadImage
 from vitcls.feedback import folder
 from vitcls.feedback.store import Store
 from vitcls.training.run_dir import Workdir
@@ -75,10 +75,9 @@ def collect(store: Store, champion: Workdir, place: str, root: pathlib.Path) -> 
 def _upload(store: Store, image: str, run: Workdir) -> bytes | None:
     """The digest of an uploaded image as the model sees it; None where it cannot be read."""
     height, width, channels = run.info.image_shape
-    decoding = Decoding(run.info.max_value, run.config.dataset.eval_crop, run.config.dataset.interpolation)
     try:
         content = store.image(image)
-        return _digest(image_files.decode(content, size=(height, width), channels=channels, decoding=decoding))
+        return _digest(image_files.decode(content, size=(height, width), channels=channels, decoding=run.decoding))
     except (KeyError, BadImage):
         return None
 

@@ -192,7 +192,7 @@ def _supervise(listening: socket.socket, argv: list[str], count: int) -> int:
         while True:
             codes = [worker.poll() for worker in workers]
             if ending and None not in codes:
-                return max(abs(code) for code in codes)
+                return max(0 if code == -signal.SIGTERM else abs(code) for code in codes)  # some were not up yet
             if 2 in codes and not ending:  # what is wrong with one is wrong with all
                 end(signal.SIGTERM, None)
             for i, code in enumerate(codes):

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import urllib.parse
 from typing import Any, NamedTuple
 
 from fastapi import Request
@@ -36,6 +37,8 @@ async def read(request: Request, limits: Limits) -> Body:
     data = await _all(request, limits)
     if kind == "application/json":
         return _json(data, limits)
+    if kind == "application/x-www-form-urlencoded":  # words alone, as `curl -d` sends them
+        return Body([], dict(urllib.parse.parse_qsl(data.decode(errors="replace"))))
     if kind.startswith("image/") or kind in ("", "application/octet-stream"):
         return _bounded(Body([Upload("", data)] if data else [], {}), limits)
     raise Refused(415, f"send images as {_FORMS}, image/*, application/octet-stream or application/json")

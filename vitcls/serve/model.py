@@ -81,10 +81,9 @@ def of_workdir(path: pathlib.Path, which: str = "") -> Served:
     step, variables = trained.restore(model, which or config.report.checkpoint)
     variables = jax.device_put(variables)
     version = sha256_of(trained.path / CHECKPOINTS / str(step) / checkpoint.MANIFEST)
-    decoding = Decoding(info.max_value, config.dataset.eval_crop, config.dataset.interpolation)
     kept = novelty.read(trained.path)
     preprocessing = {
-        "decoding": dataclasses.asdict(decoding),
+        "decoding": dataclasses.asdict(trained.decoding),
         "mean": list(info.mean),
         "std": list(info.std),
         "test_time_augmentation": config.test_time_augmentation,
@@ -96,7 +95,7 @@ def of_workdir(path: pathlib.Path, which: str = "") -> Served:
         preprocessing,
         tuple(info.class_names),
         tuple(info.image_shape),
-        decoding,
+        trained.decoding,
         _about(trained, step, version),
         _program(trained, step, variables, kept if kept and kept.checkpoint_step == step else None),
         lambda: make_explainer(build.make_explained(config, model, info), variables, tuple(info.image_shape)),

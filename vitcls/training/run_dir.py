@@ -19,6 +19,7 @@ from vitcls.core import durations
 from vitcls.core.errors import UserError
 from vitcls.core.registry import paths
 from vitcls.data import DatasetInfo
+from vitcls.data.images import Decoding
 from vitcls.models import forms
 from vitcls.models.variables import variable_shapes
 from vitcls.tasks import TASKS
@@ -46,6 +47,12 @@ class Workdir:
     path: pathlib.Path
     config: configs.ConfigDict
     info: DatasetInfo
+
+    @property
+    def decoding(self) -> Decoding:
+        """How image files become what the model was trained to see."""
+        dataset = self.config.dataset
+        return Decoding(self.info.max_value, dataset.eval_crop, dataset.interpolation)
 
     def find_step(self, which: str) -> int:
         """The step of the checkpoint 'last', 'best' or a number; it is whole. Raises UserError where there is none."""

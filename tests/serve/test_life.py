@@ -1,0 +1,175 @@
+"""A server's life: drained by SIGTERM, killed under load, in several processes, and given another model."""
+
+import json
+import pathlib
+import shutil
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+import requests
+
+from tests.serve.running import png, server
+from vitcls.feedback.store import open_store
+from vitcls.serve import promotion
+
+
+class Load(threading.Thread):
+    """Asks one thing after another until it is stopped."""
+
+    def __init__(self, running, path="/v1/predict", seed=0):
+        super().__init__()
+        self.running, self.path, self.seed = running, path, seed
+        self.responses, self.broken, self.stopping = [], [], threading.Event()
+        self.start()
+
+    def run(self):
+        session, i = requests.Session(), 0
+        while not self.stopping.is_set():
+            i += 1
+            try:
+                self.ask(session, png(1000 * self.seed + i))
+            except requests.RequestException as error:
+                self.broken.append(error)
+                return
+
+    def ask(self, session, image):
+        self.responses.append(session.post(f"{self.running.url}{self.path}", data=image))
+
+    def stop(self):
+        self.stopping.set()
+        self.join()
+
+
+class Feedback(Load):
+    """Corrects each answer, and remembers what the server has said that it keeps."""
+
+    def ask(self, session, image):
+        id = session.post(f"{self.running.url}/v1/predict", data=image).json()["predictions"][0]["id"]
+        response = session.post(f"{self.running.url}/v1/feedback", data={"id": id, "label": "class 1"})
+        assert response.json()["stored"]
+        self.responses.append(image)
+
+
+def test_sigterm_lets_requests_end(trained, tmp_path):
+    with server(f"--workdir={trained}", f"--database=sqlite:///{tmp_path}/f.db") as running:
+        loads = [Load(running, seed=i) for i in range(4)]
+        time.sleep(1)
+        code, log = running.stop()
+        for load in loads:
+            load.join()
+        assert code == 0 and "Traceback" not in log
+        # An answer is never cut: what breaks is a connection that asked after the server had gone.
+        for load in loads:
+            assert load.responses and all(response.status_code == 200 for response in load.responses)
+            assert all(isinstance(error, requests.ConnectionError) for error in load.broken)
+
+
+def test_feedback_that_was_kept_survives_kill_9(trained, tmp_path):
+    database = f"sqlite:///{tmp_path}/f.db"
+    kept = []
+    for seed in range(2):
+        with server(f"--workdir={trained}", f"--database={database}") as running:
+            loads = [Feedback(running, seed=10 * seed + i) for i in range(2)]
+            time.sleep(1.5)
+            running.process.send_signal(signal.SIGKILL)
+            for load in loads:
+                load.join()
+                kept += load.responses
+    store = open_store(database)
+    images = {store.image(row.image) for row in store.rows()}
+    store.close()
+    assert len(kept) > 10 and set(kept) <= images
+
+
+def test_two_processes_are_one_server(trained, tmp_path):
+    with server(f"--workdir={trained}", f"--database=sqlite:///{tmp_path}/f.db", "--workers=2") as running:
+        workers = psutil.Process(running.process.pid).children()
+        assert len(workers) == 2
+        for i in range(40):  # each on a connection of its own
+            assert running.predict(("a.png", png(i))).status_code == 200
+        assert running.metric('vitcls_requests_total{route="/v1/predict",status="200"}') == 40
+        workers[0].kill()
+        deadline = time.monotonic() + 60
+        while len(psutil.Process(running.process.pid).children()) < 2 or workers[0].is_running():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        running.wait()
+        assert running.predict(("a.png", png())).status_code == 200
+        code, log = running.stop()
+        assert code == 0 and "worker 0 has ended with exit code -9; starting another" in log
+
+
+@pytest.fixture
+def challenger(trained, tmp_path):
+    """Another run of the same classes, whose answers are others."""
+    from tests.conftest import make_tiny_config
+    from vitcls.train import train_and_evaluate
+
+    config = make_tiny_config()
+    config.seed = 7
+    train_and_evaluate(config, tmp_path / "challenger")
+    return tmp_path / "challenger"
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_promoted_model_is_taken_up_and_given_back_without_an_error(trained, challenger, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+
+    def sha():
+        return requests.get(f"{running.url}/v1/model").json()["checkpoint"]["sha256"]
+
+    def wait_until(condition):
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    with server(f"--workdir={workdir}") as running:
+        first, loads = sha(), [Load(running, seed=i) for i in range(2)]
+        ids = running.predict(("a.png", png())).json()["predictions"][0]["id"]
+        promotion.promote(workdir, challenger)
+        wait_until(lambda: sha() != first)
+        assert running.predict(("a.png", png())).json()["predictions"][0]["id"] != ids
+        promotion.rollback(workdir)
+        wait_until(lambda: sha() == first)
+        assert running.predict(("a.png", png())).json()["predictions"][0]["id"] == ids
+        shutil.rmtree(challenger / "checkpoints")
+        promotion.promote(workdir, challenger)
+        time.sleep(4)
+        assert sha() == first  # what cannot be opened is not served
+        for load in loads:
+            load.stop()
+            assert not load.broken and {response.status_code for response in load.responses} == {200}
+        code, log = running.stop()
+    assert code == 0 and log.count("now served: step 12 of") == 2 and log.count("cannot be served") == 1
+
+
+def test_feedback_is_of_an_answer(served):
+    image = png(77)
+    url = f"{served.url}/v1/feedback"
+    (answer,) = served.predict(("a.png", image)).json()["predictions"]
+    best = answer["top"][0]["class"]
+    other = next(name for name in ("class 0", "class 1") if name != best)
+
+    def say(image=None, **fields):
+        response = requests.post(url, data=fields, files={"file": image} if image else None)
+        return response.status_code, response.json()
+
+    status, said = say(id=answer["id"], label=other)
+    assert status == 200 and said["stored"] and said["label"] == other and len(said["client"]) == 16
+    assert say(id=answer["id"], label=other)[1]["stored"] is False
+    assert say(image, id=answer["id"], right="true")[1] == said | {"label": best}
+    counts = requests.get(url).json()
+    assert (counts["images"], counts["corrections"], counts["confirmations"]) == (1, 0, 1)
+    assert say(id="0" * 32, label=other) == (404, {"error": "no answer has this id"})
+    assert say(png(78), id=answer["id"], label=other)[0] == 422
+    status, said = say(id=answer["id"], label="clas 1")
+    assert status == 422 and "did you mean 'class 1'?" in said["error"]
+    assert say(label=other)[0] == 400 and say(id=answer["id"])[0] == 400
+    response = requests.post(url, json={"id": answer["id"], "right": True})
+    assert response.status_code == 200 and response.json()["stored"] is False
+    path = pathlib.Path(served.database.removeprefix("sqlite:///"))
+    assert path.exists() and str(path) not in json.dumps(counts)

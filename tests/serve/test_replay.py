@@ -1,0 +1,76 @@
+"""A receipt is enough to compute an answer again, to the bit, or to say what is another."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import requests
+
+from tests.serve.running import png, server
+from vitcls import calibrate, cli, replay
+
+
+def again(capsys, *arguments):
+    capsys.readouterr()
+    code = cli.run(replay.main, [str(argument) for argument in arguments])
+    return code, "".join(capsys.readouterr())
+
+
+@pytest.fixture
+def answered(trained, tmp_path):
+    """A workdir, a file, and the id of the answer to it, alone and among others."""
+    workdir, file = shutil.copytree(trained, tmp_path / "run"), tmp_path / "a.png"
+    file.write_bytes(png(5))
+    with server(f"--workdir={workdir}") as running:
+        (one,) = running.predict(("a.png", png(5))).json()["predictions"]
+        several = running.predict(*[(f"{i}.png", png(i)) for i in range(3, 8)]).json()["predictions"]
+        assert several[2]["id"] == one["id"]
+        requests.post(f"{running.url}/v1/feedback", json={"id": several[0]["id"], "right": True})
+        assert running.stop()[0] == 0
+    return workdir, file, one["id"], several[0]["id"]
+
+
+def test_an_answer_is_computed_again(answered, capsys):
+    """In each of the batches that it was in; by the file, or the image of feedback; by a database or what is known."""
+    workdir, file, id, corrected = answered
+    code, said = again(capsys, id, f"--workdir={workdir}", f"--image={file}")
+    assert code == 0 and said.count("the same 3 outputs to the bit") == 2
+    assert "in a batch of 1:" in said and "in a batch of 8:" in said
+    assert again(capsys, id, f"--database=sqlite:///{workdir}/feedback.db", f"--image={file}")[0] == 0
+    assert again(capsys, id, f"--image={file}")[0] == 0
+    assert again(capsys, corrected)[0] == 0
+    other = file.with_name("b.png")
+    other.write_bytes(png(6))
+    for arguments, words in (
+        ([id, f"--workdir={workdir}"], "only images of feedback are kept; give the file with --image=FILE"),
+        ([id, f"--workdir={workdir}", f"--image={other}"], "is not the file of this answer"),
+        ([id, f"--workdir={file.parent}"], "has no feedback.db; serve it, or give --database=URL"),
+        (["0" * 32, f"--workdir={workdir}"], "no answer has the id 000"),
+        ([id, f"--workdir={workdir}", "--database=sqlite:///x"], "give one of them"),
+    ):
+        code, said = again(capsys, *arguments)
+        assert code == 2 and words in said, said
+
+
+def test_what_has_changed_is_said(answered, capsys):
+    workdir, file, id, _ = answered
+    assert cli.run(calibrate.main, [f"--workdir={workdir}"]) == 0
+    code, said = again(capsys, id, f"--workdir={workdir}", f"--image={file}")
+    assert code == 0 and "preprocessing, calibration or threshold are others" in said  # the logits are the same
+    info = json.loads((workdir / "dataset.json").read_text())
+    (workdir / "dataset.json").write_text(json.dumps(info | {"mean": [0.1] * 3}))
+    code, said = again(capsys, id, f"--workdir={workdir}", f"--image={file}")
+    assert code == 1 and "differ by up to" in said and "preprocessing, calibration or threshold are others" in said
+
+
+def test_a_batch_does_not_change_the_bits_of_its_images(trained):
+    """What is beside an image in a batch of one size is of no matter, which is what makes a receipt enough."""
+    from vitcls.serve import model
+
+    served = model.of_workdir(trained)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (8, 8, 8, 3), np.uint8)
+    together = served.answer(images, 8).outputs
+    for i in range(8):
+        np.testing.assert_array_equal(served.answer(images[i : i + 1], 8).outputs[0], together[i])
