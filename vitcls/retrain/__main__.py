@@ -49,15 +49,13 @@ def main(argv: list[str]) -> None:
 def retrained(workdir: pathlib.Path, flags: argparse.Namespace, overrides: list) -> configs.ConfigDict:
     """The config of the new run, whose corrections are written; that of the run in flags.out where it has begun."""
     out = pathlib.Path(flags.out)
-    begun = (out / CONFIG_FILE).exists()
-    champion = run_dir.open_workdir(promotion.current(workdir))
-    if begun:
-        before = run_dir.open_workdir(out).config
-        if not before.dataset.corrections or not before.init.weights:
+    if (out / CONFIG_FILE).exists():
+        begun = run_dir.open_workdir(out).config
+        if not begun.dataset.corrections or not begun.init.weights:
             raise UserError(f"--out={out} holds a run that retrain has not begun; name another directory")
-        champion = run_dir.open_workdir(before.init.weights)
-    elif out.resolve() in (workdir.resolve(), champion.path.resolve()):
-        raise UserError(f"--out={out} is the run itself; name another directory")
+        champion = run_dir.open_workdir(begun.init.weights)
+    else:
+        champion = run_dir.open_workdir(promotion.current(workdir))
     config = _config(champion, out, flags, overrides)
     root = out / CORRECTIONS
     if not root.is_dir():

@@ -1,0 +1,210 @@
+"""The loop without a server: a class that was mislabelled in training, corrected by users, retrained, promoted."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from PIL import Image
+from scipy.stats import binomtest
+
+from vitcls import cli, predict
+from vitcls.config import default_config
+from vitcls.data import corrections
+from vitcls.feedback.store import Correction, open_store
+from vitcls.metrics.significance import mcnemar_exact_one_sided
+from vitcls.retrain.__main__ import main
+from vitcls.retrain.collect import is_held_out
+from vitcls.retrain.verdict import ALPHA, Verdict
+from vitcls.serve.promotion import current
+from vitcls.train import train_and_evaluate
+from vitcls.training import build, run_dir
+from vitcls.training.opened import open_with_data
+
+NEW, IN_TRAINING = 30, 20  # photos of fours that users show
+
+
+def encoded(image):
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0]).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_digits():
+    """Real digits, of which nearly all training images of a four are labelled nine, and photos of fours.
+
+    Returns the arrays of an npz file, and 50 images of fours, 20 of which are in it as nines.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    images = np.uint8(digits.images * 255 / 16)[order, ..., None]
+    labels = digits.target[order].astype(np.int32)
+    test, rest = np.arange(360), np.arange(360, len(labels))
+    fours = rest[labels[rest] == 4]
+    train, shown = labels.copy(), fours[: NEW + IN_TRAINING]
+    train[fours[:-10]] = 9
+    kept = np.setdiff1d(rest, fours[:NEW])
+    arrays = {"x_train": images[kept], "y_train": train[kept], "x_test": images[test], "y_test": labels[test]}
+    return arrays, images[shown]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A run on those digits, and its photos as files."""
+    root = tmp_path_factory.mktemp("served")
+    arrays, photos = make_digits()
+    np.savez(root / "digits.npz", **arrays)
+    for i, photo in enumerate(photos):
+        (root / f"{i:02}.png").write_bytes(encoded(photo))
+    config = default_config("improved_vit_tiny")
+    config.batch_size, config.total, config.steps_per_call = 64, "300 steps", 10
+    config.eval_every = config.checkpoint_every = "100 steps"
+    config.dataset.update(name="npz", data_dir=str(root / "digits.npz"))
+    config.model.update(stem="patch", patch_size=2, hidden_dim=32, depth=2, num_heads=4, mlp_dim=64)
+    config.optimizer.update(name="adam", learning_rate=4e-3)
+    config.schedule.warmup = "5%"
+    config.report.timing = False
+    train_and_evaluate(config, root / "run")
+    return root
+
+
+@pytest.fixture
+def loop(served, tmp_path):
+    """A copy of the run and its photos, and a database."""
+    shutil.copytree(served, tmp_path, dirs_exist_ok=True)
+    url = f"sqlite:///{tmp_path}/feedback.db"
+    yield tmp_path, open_store(url)
+
+
+def answers(root, run):
+    files = sorted(root.glob("*.png"))
+    opened = run_dir.open_workdir(run)
+    return [opened.info.class_names[guess.probabilities.argmax()] for _, guess in predict.predict(opened, files)]
+
+
+def correct(store, root, said, label="4"):
+    for file, predicted in zip(sorted(root.glob("*.png")), said, strict=True):
+        store.add(Correction(file.read_bytes(), "answer", "weights", predicted, 0.9, label, "ann"))
+
+
+def retrain(root, *flags):
+    url = f"sqlite:///{root}/feedback.db"
+    out = [] if any(flag.startswith("--out") for flag in flags) else [f"--out={root}/run2"]
+    return cli.run(main, [f"--workdir={root}/run", f"--feedback={url}", *out, "--total=100 steps", *flags])
+
+
+def right(run, split="test"):
+    labels, probabilities = open_with_data(run, splits=(split,)).predictions(split)
+    return probabilities.argmax(axis=1) == labels
+
+
+def weights(run):
+    opened = run_dir.open_workdir(run)
+    _, variables = opened.restore(build.make_model(opened.config, opened.info), "last")
+    return flatten_dict(variables)
+
+
+def test_the_whole_loop(loop, capsys, no_pictures):
+    root, store = loop
+    said = answers(root, root / "run")
+    assert said.count("4") <= 2
+    correct(store, root, said)
+    assert retrain(root, "--weight=20", "--total=200 steps", "--config.optimizer.learning_rate=2e-3") == 0
+    now = answers(root, current(root / "run"))
+    assert current(root / "run") == root / "run2" and now.count("4") >= 47
+    before, after = right(root / "run"), right(root / "run2")
+    lost, won = np.count_nonzero(before & ~after), np.count_nonzero(after & ~before)
+    found = json.loads((root / "run2" / "report" / "retraining.json").read_text())
+    assert (found["test_lost"], found["test_won"], found["test_challenger"]) == (lost, won, after.sum())
+    assert found["p_worse"] >= ALPHA and found["promoted"] and won > 20
+    held_out = list((root / "run2" / "corrections" / "held_out").rglob("*.png"))
+    assert found["held_out_images"] == len(held_out) and found["held_out_champion"] < found["held_out_challenger"]
+    assert found["words"] in capsys.readouterr().out and found["words"].endswith("It is promoted.")
+
+    record = json.loads((root / "run2" / "corrections" / "corrections.json").read_text())
+    replaced = sum(map(len, record["replaced"].values()))
+    assert replaced == IN_TRAINING  # in training and validation together
+    info, old = (run_dir.open_workdir(root / name).info for name in ("run2", "run"))
+    train = old.num_examples["train"] - len(record["replaced"]["train"]) + 20 * record["images"]["train"]
+    assert info.num_examples["train"] == train and info.num_examples["test"] == old.num_examples["test"]
+
+    assert cli.run(main, [f"--workdir={root}/run", "--rollback"]) == 0
+    assert current(root / "run") == root / "run"
+
+
+def test_it_goes_on_to_the_same_bits_wherever_it_is(loop, no_pictures):
+    """Also where feedback has come since, and the run has moved."""
+    root, store = loop
+    correct(store, root, answers(root, root / "run"))
+    flags = ("--config.checkpoint_every=20 steps", "--config.checkpoint.keep=9")
+    assert retrain(root, *flags) == 0
+    want = weights(root / "run2")
+    for step in (60, 80, 100):
+        shutil.rmtree(root / "run2" / "checkpoints" / str(step))
+    store.add(Correction(encoded(np.full((8, 8, 1), 99, np.uint8)), "a", "m", "1", 0.5, "2", "eve"))
+    shutil.move(root / "run2", root / "moved")
+    assert retrain(root, *flags, f"--out={root}/moved") == 0
+    got = weights(root / "moved")
+    assert len(got) > 10 and all(np.array_equal(got[path], want[path]) for path in want | got)
+
+
+def test_a_challenger_that_is_no_better_is_not_served(loop, capsys, no_pictures):
+    root, store = loop
+    correct(store, root, answers(root, root / "run"), label="0")  # wrong: nothing to be learned in a step
+    assert retrain(root, "--total=1 steps") == 0
+    assert "It is not promoted." in capsys.readouterr().out
+    assert current(root / "run") == root / "run"
+
+
+def test_test_images_neither_train_nor_judge(loop, no_pictures, capsys):
+    root, store = loop
+    with np.load(root / "digits.npz") as arrays:
+        tested = encoded(arrays["x_test"][0])
+    correct(store, root, ["9"] * (NEW + IN_TRAINING))
+    for content, label in ((tested, "3"), (b"no image", "3"), (encoded(np.zeros((8, 8, 1), np.uint8)), "eleven")):
+        store.add(Correction(content, "a", "m", "1", 0.5, label, "eve"))
+    assert retrain(root, "--total=1 steps") == 0
+    record = json.loads((root / "run2" / "corrections" / "corrections.json").read_text())
+    left = {why: len(images) for why, images in record["left_out"].items()}
+    assert left == {"even votes": 0, "other classes": 1, "unreadable": 1, "test images": 1}
+    names = [path.stem for path in (root / "run2" / "corrections").rglob("*.png")]
+    assert record["left_out"]["test images"][0] not in names and len(names) == NEW + IN_TRAINING
+    parts = {path.stem: path.parts[-3] for path in (root / "run2" / "corrections").rglob("*.png")}
+    assert all((part == corrections.HELD_OUT) == is_held_out(name) for name, part in parts.items())
+    assert "left out (test images)" in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_one_line(loop, capsys):
+    root, store = loop
+
+    def said(*flags):
+        assert retrain(root, *flags) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "collect more" in said()
+    assert not (root / "run2").exists() or not list((root / "run2").iterdir())
+    assert "retrain has not begun" in said(f"--out={root}/run")
+    assert "did you mean 'optimizer.name'" in said("--config.optimiser.name=x")
+    store.add(Correction(b"x", "a", "m", "1", 0.5, "2", "eve"))
+    assert "collect more" in said()
+    assert cli.run(main, [f"--workdir={root}/run"]) == 2
+    assert "--rollback" in capsys.readouterr().err
+    assert cli.run(main, [f"--workdir={root}/run", "--rollback"]) == 2
+    assert "nothing to go back to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (5, 0), (0, 5), (12, 3), (40, 31)])
+def test_p_is_that_of_the_binomial_test(lost, won):
+    expected = binomtest(lost, lost + won, alternative="greater").pvalue if lost + won else 1.0
+    assert mcnemar_exact_one_sided(lost, won) == pytest.approx(expected, rel=1e-12)
+
+
+def test_worse_on_the_test_split_is_not_promoted():
+    best = Verdict("a", "b", 100, 90, 85, 5, 0, mcnemar_exact_one_sided(5, 0), 10, 0, 10)
+    assert best.p_worse < ALPHA and not best.promoted
+    assert Verdict("a", "b", 100, 90, 86, 4, 0, mcnemar_exact_one_sided(4, 0), 10, 0, 10).promoted
+    assert not Verdict("a", "b", 100, 90, 90, 0, 0, 1.0, 10, 5, 5).promoted
