@@ -12,6 +12,7 @@ import yaml
 from kubeflow_trainer_api import models
 
 from vitcls.core import cluster
+from vitcls.serve import __main__ as serve
 
 FOLDER = pathlib.Path(__file__).parents[2] / "launch" / "kubernetes"
 MANIFESTS = ("gpu.yaml", "tpu.yaml")
@@ -98,3 +99,22 @@ def test_the_image_has_what_the_command_names(name):
     for line in dockerfile.splitlines():
         if line.startswith("COPY "):
             assert all((FOLDER.parents[1] / source).exists() for source in line.split()[1:-1])
+
+
+def test_the_server_is_a_deployment_that_is_ready_when_its_model_is():
+    """The schema of Deployment itself is not at hand; those of the pods and of the Service are."""
+    deployment, service = yaml.safe_load_all((FOLDER / "serve.yaml").read_text())
+    template = deployment["spec"]["template"]
+    assert models.IoK8sApiCoreV1PodTemplateSpec.from_dict(template).to_dict() == template
+    assert models.IoK8sApiCoreV1Service.from_dict(service).to_dict() == service
+    assert deployment["apiVersion"] == "apps/v1" and deployment["spec"]["replicas"] > 1
+    labels = template["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"] == labels
+    (container,) = template["spec"]["containers"]
+    assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in template["spec"]["volumes"]}
+    verb, *flags = container["args"]
+    known = (pathlib.Path(serve.__file__)).read_text()
+    assert verb == "serve" and all(f'"{flag.partition("=")[0]}"' in known for flag in flags)
+    assert not any("password" in flag.lower() for flag in flags)

@@ -138,6 +138,7 @@ async def _serve(flags, listening: socket.socket, token: str) -> int:
     from vitcls.serve.app import make_app
     from vitcls.serve.opened import open_service
 
+    sys.setswitchinterval(5e-4)  # the event loop does not wait for threads that decode for Python's 5 ms
     service = open_service(flags, _database(flags))
     app = make_app(service, token=token, loopback=_is_loopback(flags.host))
     config = uvicorn.Config(
