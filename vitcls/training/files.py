@@ -7,6 +7,7 @@ frozen.json      SHA-256 of what the objective keeps fixed, such as a teacher
 init.json        SHA-256 and preprocessing of the weights from which the run began
 calibration.json what vitcls calibrate fitted and what it promises
 unknown.json     above which score vitcls unknown calls an image known; its arrays are in unknown.npz
+drift.json       what the answers to test images are like, for a server
 served.json      which run is served for this one, and since when
 corrections/     what users said of images, of a run of vitcls retrain
 lock.json        who holds the workdir        report/, profile/    what was asked for
@@ -20,6 +21,7 @@ INIT_FILE = "init.json"
 UNKNOWN_FILE = "unknown.json"
 UNKNOWN_ARRAYS = "unknown.npz"
 CALIBRATION_FILE = "calibration.json"
+DRIFT_FILE = "drift.json"
 SERVED_FILE = "served.json"
 CORRECTIONS = "corrections"
 LOCK_FILE = "lock.json"
