@@ -1,13 +1,18 @@
 # make demo: install, train the improved ViT on real digits, evaluate it, write the report.
+# make serve: the same, and then its page at http://127.0.0.1:8000.
 # make test: install what is missing, run the whole suite.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format install
+.PHONY: demo serve test lint format install
 demo: $(VENV)/installed
 	$(BIN)/python -m vitcls.main --config=configs/vit_digits.py --workdir=runs/digits
+
+serve: demo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[serve]"
+	$(BIN)/python -m vitcls.serve --workdir=runs/digits
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=10

@@ -91,8 +91,8 @@ def correct(store, root, said, label="4"):
         store.add(Correction(file.read_bytes(), "answer", "weights", predicted, 0.9, label, "ann"))
 
 
-def retrain(root, *flags):
-    url = f"sqlite:///{root}/feedback.db"
+def retrain(root, *flags, database="feedback.db"):
+    url = f"sqlite:///{root / database}"
     out = [] if any(flag.startswith("--out") for flag in flags) else [f"--out={root}/run2"]
     return cli.run(main, [f"--workdir={root}/run", f"--feedback={url}", *out, "--total=100 steps", *flags])
 

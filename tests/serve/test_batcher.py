@@ -20,7 +20,7 @@ class Counting:
         self.batches.append(images[:, 0, 0, 0].tolist())
         if 255 in self.batches[-1]:
             raise ValueError("the device is lost")
-        return Answers(np.repeat(images[:, 0, 0].astype(np.float32), 2, axis=1), np.full((len(images), 2), 0.5), None)
+        return Answers(np.repeat(images[:, 0, 0].astype(np.float32), 2, axis=1), np.full((len(images), 2), 0.5))
 
 
 def image(value):

@@ -53,6 +53,13 @@ class Feedback(Load):
         self.responses.append(image)
 
 
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_sigterm_lets_requests_end(trained, tmp_path):
     with server(f"--workdir={trained}", f"--database=sqlite:///{tmp_path}/f.db") as running:
         loads = [Load(running, seed=i) for i in range(4)]
@@ -92,14 +99,20 @@ def test_two_processes_are_one_server(trained, tmp_path):
             assert running.predict(("a.png", png(i))).status_code == 200
         assert running.metric('vitcls_requests_total{route="/v1/predict",status="200"}') == 40
         workers[0].kill()
-        deadline = time.monotonic() + 60
-        while len(psutil.Process(running.process.pid).children()) < 2 or workers[0].is_running():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until(lambda: len(set(psutil.Process(running.process.pid).children()) - {workers[0]}) == 2)
         running.wait()
         assert running.predict(("a.png", png())).status_code == 200
+        workers = psutil.Process(running.process.pid).children()
         code, log = running.stop()
         assert code == 0 and "worker 0 has ended with exit code -9; starting another" in log
+        assert not any(worker.is_running() for worker in workers)
+
+
+def test_processes_end_with_the_one_that_started_them(trained, tmp_path):
+    with server(f"--workdir={trained}", f"--database=sqlite:///{tmp_path}/f.db", "--workers=2") as running:
+        workers = psutil.Process(running.process.pid).children()
+        running.process.kill()
+        wait_until(lambda: not any(worker.is_running() for worker in workers))
 
 
 @pytest.fixture
@@ -121,17 +134,12 @@ def test_a_promoted_model_is_taken_up_and_given_back_without_an_error(trained, c
     def sha():
         return requests.get(f"{running.url}/v1/model").json()["checkpoint"]["sha256"]
 
-    def wait_until(condition):
-        deadline = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-
     with server(f"--workdir={workdir}") as running:
         first, loads = sha(), [Load(running, seed=i) for i in range(2)]
         ids = running.predict(("a.png", png())).json()["predictions"][0]["id"]
         promotion.promote(workdir, challenger)
         wait_until(lambda: sha() != first)
+        assert requests.get(f"{running.url}/v1/model").json()["since"].startswith("20")
         assert running.predict(("a.png", png())).json()["predictions"][0]["id"] != ids
         promotion.rollback(workdir)
         wait_until(lambda: sha() == first)
@@ -173,3 +181,20 @@ def test_feedback_is_of_an_answer(served):
     assert response.status_code == 200 and response.json()["stored"] is False
     path = pathlib.Path(served.database.removeprefix("sqlite:///"))
     assert path.exists() and str(path) not in json.dumps(counts)
+
+
+def test_what_drifts_is_told(trained, tmp_path):
+    """One and the same image again and again is not what the test split is like."""
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    with server(f"--workdir={workdir}") as running:
+        wait_until(lambda: requests.get(f"{running.url}/v1/drift").json())
+        drift = requests.get(f"{running.url}/v1/drift").json()
+        assert drift["measured_against"]["classes"] == "24 test images" and drift["alarms"] == {}
+        assert running.metric('vitcls_drift{kind="alarms_classes"}') == 0
+        for _ in range(100):
+            assert running.predict(*[("a.png", png(3))] * 16).status_code == 200
+        drift = requests.get(f"{running.url}/v1/drift").json()
+        assert drift["answers"] == 1600 and "classes" in drift["alarms"]
+        assert running.metric('vitcls_drift{kind="alarms_classes"}') >= 1
+        code, log = running.stop()
+    assert code == 0 and "drift: classes, after" in log

@@ -78,7 +78,7 @@ def test_an_image_is_answered(served, open_page):
     playwright.expect(cards).to_have_count(2)
     for card, seed in ((cards.nth(1), 0), (cards.nth(0), 1)):  # the newest is first
         said = best(served, seed)
-        assert card.locator("h2").inner_text() == f"{said['class']}, {100 * said['probability']:.1f} %"
+        assert card.locator("h2").inner_text() == f"{said['class']}, {100 * said['probability']:.1f}\u00a0%"
         assert card.locator(".bars li").count() == 3
         widths = [bar.evaluate("bar => bar.getBoundingClientRect().width") for bar in card.locator(".track i").all()]
         assert widths == sorted(widths, reverse=True) and widths[0] > 20

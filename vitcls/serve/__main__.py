@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 from vitcls import cli
@@ -56,6 +57,8 @@ def main(argv: list[str]) -> int:
     listening = _listening(flags)
     if flags.workers > 1 and flags.listen_fd < 0:
         return _supervise(listening, argv, flags.workers)
+    if flags.listen_fd >= 0:
+        threading.Thread(target=_end_with_supervisor, daemon=True).start()
     cli.start_jax()
     with asyncio.Runner(loop_factory=_fast_loop()) as runner:
         return runner.run(_serve(flags, listening, token))
@@ -158,8 +161,10 @@ async def _serve(flags, listening: socket.socket, token: str) -> int:
         server.should_exit = True
 
     server.handle_exit = drain
-    serving = asyncio.create_task(server.serve(sockets=[listening]))
     running = asyncio.create_task(service.run())
+    if flags.listen_fd >= 0:  # the others answer meanwhile
+        await asyncio.wait((running, asyncio.create_task(service.started.wait())), return_when=asyncio.FIRST_COMPLETED)
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
     await asyncio.wait((serving, running), return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True
     await serving
@@ -173,13 +178,20 @@ async def _serve(flags, listening: socket.socket, token: str) -> int:
     return 0
 
 
+def _end_with_supervisor() -> None:
+    """Drains when the process above is gone, however it died: it holds the other end of this process's input."""
+    os.read(sys.stdin.fileno(), 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _supervise(listening: socket.socket, argv: list[str], count: int) -> int:
     """Keeps `count` processes on one socket alive until SIGTERM; their counters are one."""
     listening.set_inheritable(True)
     with tempfile.TemporaryDirectory(prefix="vitcls-metrics-") as metrics:
         command = [sys.executable, "-m", "vitcls.serve", *argv, f"--listen_fd={listening.fileno()}"]
         environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": metrics}
-        start = functools.partial(subprocess.Popen, command, env=environment, pass_fds=[listening.fileno()])
+        pass_fds = [listening.fileno()]
+        start = functools.partial(subprocess.Popen, command, env=environment, pass_fds=pass_fds, stdin=subprocess.PIPE)
         workers, ending = [start() for _ in range(count)], False
 
         def end(number: int, frame) -> None:

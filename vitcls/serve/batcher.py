@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vitcls.serve.model import Served
+from vitcls.serve.model import Answers, Served
 
 SIZES = (1, 2, 4, 8, 16, 32)  # of batches; compiled before the first request
 
@@ -30,7 +30,14 @@ class Answer(NamedTuple):
     outputs: np.ndarray  # float32 [K]
     probabilities: np.ndarray  # float32 [K]
     unknown: bool | None
+    distance: float | None
     batch_size: int
+
+
+def _one(model: Served, found: Answers, i: int, size: int) -> Answer:
+    """The answer to image `i` of a batch."""
+    unknown, distance = (None, None) if found.unknown is None else (bool(found.unknown[i]), float(found.distance[i]))
+    return Answer(model, found.outputs[i], found.probabilities[i], unknown, distance, size)
 
 
 class _Waiting(NamedTuple):
@@ -92,9 +99,7 @@ class Batcher:
             self._observe(len(batch), size)
             for i, waiting in enumerate(batch):
                 if not waiting.answer.done():
-                    unknown = None if found.unknown is None else bool(found.unknown[i])
-                    one = Answer(model, found.outputs[i], found.probabilities[i], unknown, size)
-                    waiting.answer.set_result(one)
+                    waiting.answer.set_result(_one(model, found, i, size))
 
     async def _next(self) -> list[_Waiting]:
         """The next images, at least one, of those that somebody still waits for."""

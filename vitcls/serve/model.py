@@ -27,7 +27,8 @@ class Answers(NamedTuple):
 
     outputs: np.ndarray  # float32 [n, K]; logits of a run, probabilities of a program
     probabilities: np.ndarray  # float32 [n, K], calibrated where the run is
-    unknown: np.ndarray | None  # bool [n], unlike anything seen in training; None where that was not measured
+    unknown: np.ndarray | None = None  # bool [n], unlike anything seen in training; None where that was not measured
+    distance: np.ndarray | None = None  # float [n], how unlike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +119,8 @@ def _program(
 
     def program(images: np.ndarray) -> Answers:
         logits, probabilities, outputs = jax.device_get(forward(variables, images))
-        unknown = kept.unknown(outputs) if kept else None
-        return Answers(logits, np.asarray(scale(probabilities), np.float32), unknown)
+        answers = Answers(logits, np.asarray(scale(probabilities), np.float32))
+        return answers._replace(unknown=kept.unknown(outputs), distance=kept.distance(outputs)) if kept else answers
 
     return program
 
@@ -154,7 +155,7 @@ def of_artefact(path: pathlib.Path) -> Served:
 
     def program(images: np.ndarray) -> Answers:
         probabilities = answer(images)
-        return Answers(probabilities, probabilities, None)
+        return Answers(probabilities, probabilities)
 
     said = {
         "model": about["config"]["model"]["name"],

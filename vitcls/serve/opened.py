@@ -5,11 +5,11 @@ import pathlib
 from collections.abc import Callable
 
 from vitcls.feedback.store import open_store
-from vitcls.serve import model, promotion
+from vitcls.serve import drift, model, promotion
 from vitcls.serve.drift import Drift
 from vitcls.serve.limits import Limits
 from vitcls.serve.receipts import Receipts
-from vitcls.serve.service import Service
+from vitcls.serve.service import Service, Source
 from vitcls.training import places
 
 
@@ -17,14 +17,21 @@ def open_service(flags, database: str) -> Service:
     """Raises UserError for a database that cannot be used; what is wrong with the model is told by Service.run."""
     store = open_store(database)
     source, load = _what(flags)
-    return Service(source, load, store=store, kept=Receipts(store), drift=Drift(), limits=Limits())
+    return Service(source, load, _drift, store=store, kept=Receipts(store), limits=Limits())
 
 
-def _what(flags) -> tuple[Callable[[], str], Callable[[str], model.Served]]:
+def _drift(source: str, served: model.Served) -> Drift:
+    """Of a run against its test images; takes as long as it takes to open its data."""
+    run = not places.is_url(source) and not pathlib.Path(source).is_file()
+    step = str(served.about["checkpoint"]["step"])
+    return Drift(len(served.class_names), drift.reference(pathlib.Path(source), step) if run else None)
+
+
+def _what(flags) -> tuple[Callable[[], Source], Callable[[str], model.Served]]:
     """What is to be served now, asked again and again, and how it is opened."""
     if flags.artefact:
-        return (lambda: os.path.abspath(flags.artefact)), lambda source: model.of_artefact(pathlib.Path(source))
+        return (lambda: Source(os.path.abspath(flags.artefact))), lambda source: model.of_artefact(pathlib.Path(source))
     if flags.checkpoint or places.is_url(flags.workdir):  # nothing is promoted there
-        return (lambda: flags.workdir), lambda source: model.of_workdir(source, flags.checkpoint)
+        return (lambda: Source(flags.workdir)), lambda source: model.of_workdir(source, flags.checkpoint)
     workdir = pathlib.Path(flags.workdir).absolute()
-    return (lambda: str(promotion.current(workdir))), model.of_workdir
+    return (lambda: Source(str(promotion.current(workdir)), promotion.since(workdir))), model.of_workdir

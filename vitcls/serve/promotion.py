@@ -22,6 +22,12 @@ def current(workdir: pathlib.Path) -> pathlib.Path:
     return run
 
 
+def since(workdir: pathlib.Path) -> str | None:
+    """When the run that is served was promoted or given back (ISO 8601, UTC); None where none ever was."""
+    history = _read(workdir)["history"]
+    return history[-1]["time"] if history else None
+
+
 def promote(workdir: pathlib.Path, challenger: pathlib.Path) -> None:
     """Has the run `challenger` served for a workdir from now on; nothing changes where it is already.
 

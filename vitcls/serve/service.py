@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from vitcls import predict
 from vitcls.core import errors
@@ -17,7 +17,7 @@ from vitcls.feedback.store import Correction, Quota, Store
 from vitcls.serve import explanations, receipts
 from vitcls.serve.batcher import SIZES, Answer, Batcher, Busy
 from vitcls.serve.bodies import Body, Upload
-from vitcls.serve.drift import Drift
+from vitcls.serve.drift import KINDS, Drift
 from vitcls.serve.gauges import Gauges
 from vitcls.serve.limits import Limits, Refused
 from vitcls.serve.model import Served
@@ -28,26 +28,34 @@ _LOOK = 2.0  # seconds between two looks at what is to be served
 _logger = logging.getLogger("vitcls")
 
 
+class Source(NamedTuple):
+    """What is to be served."""
+
+    name: str  # a workdir or a file
+    since: str | None = None  # when it was promoted, or what was promoted was withdrawn (ISO 8601, UTC)
+
+
 class Service:
     """A model behind its routes; all state belongs to the event loop."""
 
     def __init__(
         self,
-        source: Callable[[], str],
+        source: Callable[[], Source],
         load: Callable[[str], Served],
+        drift: Callable[[str, Served], Drift],
         *,
         store: Store,
         kept: Receipts,
-        drift: Drift,
         limits: Limits,
     ):
-        """`source` says what is to be served now, and is asked again and again; `load` opens it."""
-        self._source_now, self._load = source, load
-        self._store, self._receipts, self._drift, self.limits = store, kept, drift, limits
+        """`source` says what is to be served now, and is asked again and again; `load` opens it, `drift` watches it."""
+        self._source_now, self._load, self._make_drift = source, load, drift
+        self._store, self._receipts, self.limits = store, kept, limits
+        self._drift: Drift | None = None  # not yet, while its reference is measured
         self.gauges = Gauges()
-        self.draining = False
+        self.draining, self.started = False, asyncio.Event()
         self._batcher: Batcher | None = None
-        self._source = ""
+        self._source = Source("")
         self._decoders = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "decode")
         self._side = concurrent.futures.ThreadPoolExecutor(4, "side")  # databases, models that are loaded, explanations
         self._explaining = asyncio.Lock()
@@ -72,14 +80,16 @@ class Service:
         model = await self._compiled(self._source_now())
         self._batcher = Batcher(model, capacity=self.limits.waiting, observe=self.gauges.batch)
         self.gauges.model(model.version)
+        self.started.set()
         _logger.info("ready: %s, step %d", model.about["model"], model.about["checkpoint"]["step"])
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._batcher.run())
             tasks.create_task(self._follow())
+            tasks.create_task(self._watch(model))
 
-    async def _compiled(self, source: str) -> Served:
+    async def _compiled(self, source: Source) -> Served:
         def load() -> Served:
-            model = self._load(source)
+            model = self._load(source.name)
             model.warm_up(SIZES)
             return model
 
@@ -87,9 +97,20 @@ class Service:
         self._source = source
         return model
 
+    async def _watch(self, model: Served) -> None:
+        """Begins to watch what is asked of a model."""
+        self._drift = None
+        try:
+            drift = await self._aside(self._make_drift, self._source.name, model)
+        except Exception as error:  # a server without it is better than none
+            _logger.warning("drift is not watched: %s", " ".join(str(error).split()))
+            return
+        if self.batcher.model is model:
+            self._drift = drift
+
     async def _follow(self) -> None:
         """Takes up another model as soon as it is compiled; requests go on meanwhile, each batch with one model."""
-        refused = ""
+        refused = None
         while True:
             await asyncio.sleep(_LOOK)
             try:
@@ -101,11 +122,13 @@ class Service:
                 model = await self._compiled(source)
                 if (model.image_shape, model.decoding) != (before.image_shape, before.decoding):
                     raise errors.UserError(f"it wants images of {model.image_shape}, not {before.image_shape}")
-                self.batcher.model, refused = model, ""
+                self.batcher.model, refused = model, None
                 self.gauges.model(model.version, before.version)
-                _logger.info("now served: step %d of %s", model.about["checkpoint"]["step"], source)
+                _logger.info("now served: step %d of %s", model.about["checkpoint"]["step"], source.name)
+                await self._watch(model)
             except Exception as error:  # what is served goes on
-                _logger.warning("%s cannot be served: %s", refused or "what was promoted", " ".join(str(error).split()))
+                name = refused.name if refused else "what was promoted"
+                _logger.warning("%s cannot be served: %s", name, " ".join(str(error).split()))
 
     async def _aside(self, call: Callable, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._side, call, *arguments)
@@ -134,8 +157,9 @@ class Service:
             return named | {"error": f"the file {error}"}
         self._receipts.add(receipt)
         self._recent.put(receipt.id, upload.data)
-        best = int(answer.probabilities.argmax())
-        self._drift.observe(best, float(answer.probabilities[best]), answer.unknown, None)
+        if self._drift is not None:
+            best = int(answer.probabilities.argmax())
+            self._drift.observe(best, float(answer.probabilities[best]), answer.unknown, answer.distance)
         unknown = {} if answer.unknown is None else {"unknown": answer.unknown}
         return named | {"id": receipt.id} | predict.said(answer.probabilities, answer.model.class_names) | unknown
 
@@ -144,7 +168,7 @@ class Service:
         loop = asyncio.get_running_loop()
         pixels, digest = await loop.run_in_executor(self._decoders, self._decoded, batcher.model, data)
         answer = await batcher.answer(pixels)
-        return answer, receipts.make(answer, digest, self._source)
+        return answer, receipts.make(answer, digest, self._source.name)
 
     def _decoded(self, model: Served, data: bytes):
         """The pixels and the SHA-256 of a file; raises BadImage."""
@@ -184,7 +208,8 @@ class Service:
             raise Refused(429, str(error), {"Retry-After": "3600"}) from None
         if new:
             self.gauges.feedback(label == receipt.predicted)
-            self._drift.feedback(label == receipt.predicted)
+            if self._drift is not None and receipt.model == self.batcher.model.version:
+                self._drift.feedback(label == receipt.predicted)
         return {"stored": new, "label": label, "client": client}
 
     async def _image_of(self, receipt: Receipt, uploads: list[Upload]) -> bytes:
@@ -201,18 +226,22 @@ class Service:
         return await self._aside(self._store.summary)
 
     def drift(self) -> dict[str, Any]:
-        """How the images of late differ from those of the training."""
-        return self._drift.state()
+        """How the images of late differ from those of the training; {} while that is not known yet."""
+        return self._drift.state() if self._drift is not None else {}
 
     def drift_values(self) -> dict[str, float]:
-        """The numbers of it."""
-        return {key: value for key, value in self.drift().items() if isinstance(value, int | float)}
+        """The numbers of it: shares, and alarms by kind."""
+        state = self.drift()
+        shares = {key: state[key] for key in ("unknown_share", "correction_share") if state.get(key) is not None}
+        alarms = state.get("alarms", {})
+        return shares | {f"alarms_{kind}": alarms.get(kind, {}).get("count", 0) for kind in KINDS if state}
 
     def about(self) -> dict[str, Any]:
         """What is served, and within which bounds."""
         model = self.batcher.model
         limits = self.limits
         return model.about | {
+            "since": self._source.since,
             "explains": model.explainer is not None,
             "limits": {"images": limits.images, "image_bytes": limits.image_bytes, "pixels": limits.pixels},
         }

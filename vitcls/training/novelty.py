@@ -29,6 +29,10 @@ class Novelty:
         """bool [N]."""
         return self.score(outputs) < self.threshold
 
+    def distance(self, outputs: Outputs) -> np.ndarray:
+        """How unlike what was seen, float64 [N]; above -threshold it is unknown."""
+        return -self.score(outputs)
+
 
 def write(path: pathlib.Path, novelty: Novelty) -> None:
     """Writes it into the workdir `path`; the arrays first, so that the JSON is never of others."""

@@ -1,7 +1,7 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const percent = (p) => (p < 0.001 ? "< 0.1" : p > 0.999 ? "> 99.9" : (p * 100).toFixed(1)) + " %";
+const percent = (p) => (p < 0.001 ? "< 0.1" : p > 0.999 ? "> 99.9" : (p * 100).toFixed(1)) + "\u00a0%";
 const count = (n, one, many) => n + " " + (n === 1 ? one : many);
 let classes = [];
 let explains = false;
@@ -42,8 +42,9 @@ async function begin() {
     $("name").textContent = "What is it? " + model.classes.length + " classes of " + model.dataset;
     const accuracy = model.test.accuracy === undefined ? "" :
       ", " + percent(model.test.accuracy) + " right on " + model.test.num_examples + " test images";
+    const since = model.since ? " Served since " + new Date(model.since).toLocaleString() + "." : "";
     const sure = model.calibrated ? "Percentages are calibrated." : "Percentages are not calibrated.";
-    $("about").textContent = model.model + ", step " + model.checkpoint.step + accuracy + ". " + sure;
+    $("about").textContent = model.model + ", step " + model.checkpoint.step + accuracy + ". " + sure + since;
     await learned();
   } catch (error) {
     say(error);
