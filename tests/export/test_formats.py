@@ -7,13 +7,15 @@ import sys
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitcls import calibrate, cli
+from vitcls import calibrate, cli, models
 from vitcls.export import __main__ as export
-from vitcls.export import artefact, compress, make
+from vitcls.export import artefact, compress, make, onnx, tflite
 from vitcls.export.source import open_source
+from vitcls.models.variables import init_variables
 
 NEEDS = {"tflite": "ai_edge_litert", "onnx": "jax2onnx"}
 # What a user without vitcls writes: images.npy -> answers.npy, in two batches of different sizes.
@@ -61,9 +63,9 @@ def about_of(path, format):
         with zipfile.ZipFile(path) as archive:
             assert archive.read("labels.txt").decode().splitlines() == ["class 0", "class 1", "class 2"]
             return json.loads(archive.read("about.json"))
-    import onnx
+    import onnx as library
 
-    (entry,) = onnx.load(path).metadata_props
+    (entry,) = library.load(path).metadata_props
     return json.loads(entry.value)
 
 
@@ -176,3 +178,37 @@ def test_pruning_sets_the_smallest_of_each_kernel_to_zero(trained, tmp_path, cap
     found = artefact.load(str(out))
     np.testing.assert_allclose(found.answer(expected.images), expected.of_network, atol=3e-4)
     assert np.abs(expected.of_network - expected.of_run).max() > 1e-3 and found.about["pruned"] == 0.5
+
+
+WHOLE = {"improved_vit_small": 32, "improved_resnext50": 32, "resnet50": 64, "mobilenet_v2": 64}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["tflite", "onnx"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_networks_of_full_size_are_a_quarter_in_int8(name, format, tmp_path):
+    """With random weights: the logits, less their mean, point where those of the float program do."""
+    pytest.importorskip(NEEDS[format])
+    size, writer = WHOLE[name], {"tflite": tflite, "onnx": onnx}[format]
+    model = models.create(name, 100)
+    variables = init_variables(model, jax.random.key(0), (size, size, 3))
+    images = np.random.default_rng(0).integers(0, 256, (24, size // 8, size // 8, 3), np.uint8)
+    images = images.repeat(8, axis=1).repeat(8, axis=2)  # patches of one colour, which differ more than noise does
+
+    def answer(images):
+        return model.apply(variables, images.astype(jnp.float32) / 64 - 2, train=False)
+
+    expected, places = np.asarray(jax.jit(answer)(images[:8])), {}
+    for precision in ("float32", "int8"):
+        places[precision] = tmp_path / f"{precision}{make.FORMATS[format].ending}"
+        about = {"classes": ["a"], "image_shape": [size, size, 3]}
+        writer.write(answer, (size, size, 3), about, places[precision], precision=precision, calibration=images[8:])
+    float32, int8 = (artefact.load(str(place)).answer(images[:8]) for place in places.values())
+    np.testing.assert_allclose(float32, expected, atol=1e-3 * np.abs(expected).max())
+    centred = [logits - logits.mean(axis=1, keepdims=True) for logits in (float32, int8)]
+    cosine = np.sum(centred[0] * centred[1]) / np.prod([np.linalg.norm(each) for each in centred])
+    ratio = artefact.size(places["int8"]) / artefact.size(places["float32"])
+    print(
+        f"{name} {format}: {artefact.size(places['float32']) / 1e6:.2f} MB, int8 {ratio:.3f} of it, cosine {cosine:.5f}"
+    )
+    assert cosine > 0.98 and ratio < 0.3

@@ -8,7 +8,7 @@ import numpy as np
 
 from vitcls.core.errors import UserError
 from vitcls.optim.masks import map_with_path
-from vitcls.optim.pruning import magnitude_masks
+from vitcls.optim.pruning import magnitude_masks, masked
 
 PyTree = Any
 PRECISIONS = ("float32", "float16", "bfloat16", "int8")
@@ -23,14 +23,8 @@ class Quantized(NamedTuple):
 
 def pruned(variables: PyTree, fraction: float) -> PyTree:
     """The variables with the smallest `fraction` of each kernel at 0."""
-    masks = magnitude_masks(variables["params"], fraction)
-    kept = jax.tree.map(
-        lambda x, mask: x if mask is None else np.where(mask, x, 0).astype(x.dtype),
-        variables["params"],
-        masks,
-        is_leaf=lambda leaf: leaf is None,
-    )
-    return {**variables, "params": kept}
+    params = variables["params"]
+    return {**variables, "params": jax.tree.map(np.asarray, masked(params, magnitude_masks(params, fraction)))}
 
 
 def round_weights(variables: PyTree, precision: str) -> PyTree:

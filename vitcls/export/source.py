@@ -53,13 +53,18 @@ class Source:
     def expected(self, scale: Scaling | None) -> Expected:
         """Some test images, and what the run and the pruned network say of them."""
         images, rows = self._some("test", _CHECKED)
-        labels, of_run = self.opened.predictions("test")
-        of_network = of_run
-        if self.prune:
-            variables = self.opened.partition.replicate(self.variables)
-            of_network = dataclasses.replace(self.opened, variables=variables).predictions("test")[1]
+        labels, of_run, of_network = self._predictions
         scaled = ((scale(p).astype(np.float32) if scale else p)[rows] for p in (of_run, of_network))
         return Expected(images, labels[rows], *scaled)
+
+    @functools.cached_property
+    def _predictions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Labels, and the probabilities of the run and of the pruned network, of the test split."""
+        labels, of_run = self.opened.predictions("test")
+        if not self.prune:
+            return labels, of_run, of_run
+        variables = self.opened.partition.replicate(self.variables)
+        return labels, of_run, dataclasses.replace(self.opened, variables=variables).predictions("test")[1]
 
     def _some(self, name: str, most: int) -> tuple[np.ndarray, np.ndarray]:
         """Up to `most` images of a split, always the same, and their places."""
