@@ -34,6 +34,7 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[test]"
-	# By itself: together with s3fs and gcsfs, which each want one fsspec, pip tries every version of everything.
+	# By themselves: together with s3fs and gcsfs, which each want one fsspec, pip tries every version of everything.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[hub]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[onnx,tflite]"
 	touch $@

@@ -13,7 +13,8 @@ import pytest
 from tests.conftest import make_tiny_config
 from vitcls import calibrate, cli, config, models, train
 from vitcls.export import __main__ as export
-from vitcls.export import artefact, program
+from vitcls.export import artefact, compress, make, program
+from vitcls.export.source import open_source
 from vitcls.metrics.scaling import Isotonic, Temperature, Vector
 from vitcls.models.variables import init_variables
 from vitcls.models.weights.from_torch import from_torch
@@ -56,7 +57,7 @@ def test_a_program_answers_without_vitcls_as_the_run_does(calibrated, exported, 
     """In a process that has jax alone, in batches of two sizes; calibrated, as `vitcls predict` is."""
     opened = open_with_data(calibrated, splits=("test",))
     _, probabilities = opened.predictions("test")
-    scale = export._scale(opened)
+    scale = open_source(calibrated).scale
     assert isinstance(scale, Vector)
     np.save(tmp_path / "images.npy", opened.dataset.test.images)
     (tmp_path / "alone.py").write_text(ALONE)
@@ -127,9 +128,12 @@ def test_weights_go_out_by_pytorchs_names_to_the_bit(resnet, tmp_path, capsys):
 
 def test_the_table_says_why_a_format_is_not_for_a_run(trained, capsys):
     code, said, _ = call([f"--workdir={trained}", "--table"], capsys)
-    first, second = said.splitlines()
-    assert code == 0 and first.startswith("stablehlo") and "MB; accuracy" in first and "batch of 32" in first
-    assert second.startswith("safetensors") and "no name for" in second
+    head, *rows = said.splitlines()
+    assert code == 0 and head.split("  ")[0] == "format" and head.endswith("ms, batch of 32")
+    whole = [row for row in rows if len(row) == len(head)]
+    measured = {tuple(row.split()[:2]) for row in whole}
+    assert {("stablehlo", each) for each in compress.PRECISIONS} <= measured  # aligned, and each with its figures
+    assert rows[-1].split()[:2] == ["safetensors", "float32"] and "no name for" in rows[-1]
 
 
 def test_a_file_that_answers_otherwise_is_not_written(resnet, tmp_path, capsys, monkeypatch):
@@ -140,8 +144,8 @@ def test_a_file_that_answers_otherwise_is_not_written(resnet, tmp_path, capsys, 
         arrays["fc.weight"] = -arrays["fc.weight"]
         return arrays
 
-    to_torch = export.to_torch
-    monkeypatch.setattr(export, "to_torch", spoiled)
+    to_torch = make.to_torch
+    monkeypatch.setattr(make, "to_torch", spoiled)
     out = tmp_path / "resnet.safetensors"
     code, _, err = call([f"--workdir={resnet}", "--format=safetensors", f"--out={out}"], capsys)
     assert code == 1 and "answers otherwise than the run, and is not written" in err and not list(tmp_path.iterdir())
@@ -153,7 +157,11 @@ def test_what_cannot_be_is_one_line(trained, tmp_path, capsys):
     for arguments, expected in (
         ([run], "give --format and --out"),
         ([run, "--format=stablehlo"], "give --format and --out"),
-        ([run, "--format=onnx", "--out=a.onnx"], "invalid choice"),
+        ([run, "--format=pickle", "--out=a.pkl"], "invalid choice"),
+        ([run, "--format=tflite", "--quantize=bfloat16", f"--out={tmp_path / 'a.tflite'}"], "it has float16, int8"),
+        ([run, "--format=saved_model", f"--out={tmp_path / 'other.zip'}"], "no SavedModel"),
+        ([run, "--format=stablehlo", "--prune=1", f"--out={tmp_path / 'a.zip'}"], "at least 0 and below 1"),
+        ([run, "--table", "--quantize=int8"], "--table has every precision"),
         ([run, "--format=stablehlo", f"--out={tmp_path / 'a.txt'}"], "must end in .zip"),
         ([run, "--format=stablehlo", f"--out={tmp_path / 'none' / 'a.zip'}"], "there is no directory"),
         ([f"--workdir={tmp_path}", "--format=stablehlo", f"--out={tmp_path / 'a.zip'}"], "not the workdir of a run"),

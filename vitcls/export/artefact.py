@@ -1,4 +1,4 @@
-"""The files: a program with what it is (a zip), and weights by PyTorch's names with the same (a .safetensors)."""
+"""The files that a run is exported to: how they are opened, and what they hold."""
 
 import io
 import json
@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vitcls.core.errors import UserError
+from vitcls.export import onnx, saved_model, tflite
 
 PROGRAM, ABOUT = "program.stablehlo", "about.json"
 _MOST_BYTES = 2**33  # of a program that is read
-_DTYPES = {"float32": "F32", "float16": "F16", "int32": "I32", "int64": "I64", "uint8": "U8"}
+_DTYPES = {"float32": "F32", "float16": "F16", "int32": "I32", "int64": "I64", "uint8": "U8", "bfloat16": "BF16"}
 
 
 class Artefact(NamedTuple):
@@ -34,27 +35,42 @@ def pack_program(program: bytes, about: Mapping[str, Any]) -> bytes:
 
 
 def load(path: str) -> Artefact:
-    """Opens what `--format=stablehlo` wrote; raises UserError for what is none. Nothing of it is unpickled."""
+    """Opens what `vitcls export` wrote, but for weights, in its own runtime; which one its name says.
+
+    Raises UserError for what is none, and where the runtime is missing. Nothing is unpickled.
+    """
+    try:
+        answer, about = _runtime(path)(path)
+        shape = tuple(about["image_shape"])
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, RuntimeError) as error:
+        raise UserError(f"{path} is no exported program of vitcls ({' '.join(str(error).split())[:120]})") from None
+
+    def checked(images: np.ndarray) -> np.ndarray:
+        if images.dtype != np.uint8 or images.shape[1:] != shape:
+            raise ValueError(f"images are {images.dtype} {images.shape}; they must be uint8 [B, {shape}]")
+        return answer(images)
+
+    return Artefact(checked, about)
+
+
+def _runtime(path: str) -> Callable:
+    if pathlib.Path(path).is_dir():
+        return saved_model.load
+    return {".tflite": tflite.load, ".onnx": onnx.load}.get(pathlib.Path(path).suffix, _load_program)
+
+
+def _load_program(path: str) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
     import jax
     from jax import export
 
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if max(archive.getinfo(name).file_size for name in (PROGRAM, ABOUT)) > _MOST_BYTES:
-                raise ValueError("it is too large")
-            program, about = archive.read(PROGRAM), json.loads(archive.read(ABOUT))
-        exported = export.deserialize(bytearray(program))
-        shape = tuple(about["image_shape"])
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, RuntimeError) as error:
-        raise UserError(f"{path} is no exported program of vitcls ({' '.join(str(error).split())[:120]})") from None
-    call = jax.jit(exported.call)
-
-    def answer(images: np.ndarray) -> np.ndarray:
-        if images.dtype != np.uint8 or images.shape[1:] != shape:
-            raise ValueError(f"images are {images.dtype} {images.shape}; they must be uint8 [B, {shape}]")
-        return np.asarray(call(images))
-
-    return Artefact(answer, about)
+    with zipfile.ZipFile(path) as archive:
+        if max(archive.getinfo(name).file_size for name in (PROGRAM, ABOUT)) > _MOST_BYTES:
+            raise ValueError("it is too large")
+        program, about = archive.read(PROGRAM), json.loads(archive.read(ABOUT))
+    call = jax.jit(export.deserialize(bytearray(program)).call)
+    return lambda images: np.asarray(call(images)), about
 
 
 def pack_safetensors(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
@@ -72,12 +88,13 @@ def pack_safetensors(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, st
     return struct.pack("<Q", len(text)) + text + b"".join(parts)
 
 
-def write(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file in one move; raises UserError where that cannot be."""
-    coming = path.with_name(f".{path.name}.part")
-    try:
-        coming.write_bytes(content)
-        coming.replace(path)
-    except OSError as error:
-        coming.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+def keep(made: pathlib.Path, path: pathlib.Path) -> None:
+    """Moves a file or directory to its name, in the place of an older one; both are on one disk."""
+    if path.is_dir():
+        path.rename(made.with_name("older"))
+    made.replace(path)
+
+
+def size(path: pathlib.Path) -> int:
+    """The bytes of a file, or of all files of a directory."""
+    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())

@@ -1,39 +1,46 @@
 """The whole of a run as one program: bytes in, probabilities out."""
 
 from collections.abc import Callable
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
 
 from vitcls.core.errors import UserError
+from vitcls.export import compress
 from vitcls.metrics.scaling import Identity, Isotonic, Scaling, Temperature, Vector
 from vitcls.training import build
 from vitcls.training.opened import Opened
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _TINY = 1e-38
+PyTree = Any
 
 
-def make_answer(opened: Opened, scale: Scaling | None) -> Callable[[jax.Array], jax.Array]:
+def make_answer(opened: Opened, scale: Scaling | None, stored: PyTree) -> Callable[[jax.Array], jax.Array]:
     """answer(images uint8 [B, H, W, C]) -> probabilities float32 [B, K].
 
-    Everything is inside: normalisation, the averaged weights, test-time augmentation, and what calibration makes of
-    the probabilities. The model is in its plain forms, which every platform has.
+    Everything is inside: normalisation, the weights as they are `stored` (compress.py), test-time augmentation, and
+    what calibration makes of the probabilities. The model is in its plain forms, which every platform has.
 
     Raises UserError for a task without a classifier.
     """
     opened.require_classifier()
     config, info = opened.trained.config, opened.trained.info
-    model = build.make_model(config, info, device=jax.devices("cpu")[0])
-    variables = opened.partition.to_host(opened.variables)
-    predict, calibrate = build.make_predict(config, model, info), _calibrate(scale)
+    predict, calibrate = build.make_predict(config, _plain(opened), info), _calibrate(scale)
 
     def answer(images: jax.Array) -> jax.Array:
-        return calibrate(jax.nn.softmax(predict(variables, images).astype(jnp.float32), axis=-1))
+        logits = predict(compress.restore(stored), images)
+        return calibrate(jax.nn.softmax(logits.astype(jnp.float32), axis=-1))
 
     return answer
+
+
+def _plain(opened: Opened) -> nn.Module:
+    return build.make_model(opened.trained.config, opened.trained.info, device=jax.devices("cpu")[0])
 
 
 def compiled(answer: Callable, image_shape: tuple[int, int, int]) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vitcls.export import artefact
+from vitcls.export import artefact, compress
 
 BATCHES = (1, 32)
 _RUNS = 7
@@ -41,6 +41,7 @@ def _by_weights(path: str) -> Callable[[np.ndarray], np.ndarray]:
     shape = info.image_shape
     variables = from_torch(config.model.name, arrays, num_classes=info.num_classes, image_shape=shape, **fields)
     predict = jax.jit(build.make_predict(config, build.make_model(config, info), info))
+    variables = compress.restore(variables)
     return lambda images: np.asarray(jax.nn.softmax(predict(variables, images), axis=-1))
 
 

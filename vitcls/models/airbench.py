@@ -59,7 +59,8 @@ class WhitenedPatches(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         x = images.astype(jnp.float32)
-        pixels = [x[:, :-1, :-1], x[:, :-1, 1:], x[:, 1:, :-1], x[:, 1:, 1:]]
+        rows = [jax.lax.slice_in_dim(x, start, start + x.shape[1] - 1, axis=1) for start in (0, 1)]
+        pixels = [jax.lax.slice_in_dim(row, i, i + x.shape[2] - 1, axis=2) for row in rows for i in (0, 1)]
         # Exactly, since the variances of the directions differ by four orders of magnitude.
         with layers.precise_products("float32"):
             x = jnp.concatenate(pixels, axis=-1) @ patch_directions(x.shape[-1]).T

@@ -42,7 +42,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, form: str, length
         each = jnp.full((batch,), length or tokens, jnp.int32)
         lengths = {"query_seq_lengths": each, "key_value_seq_lengths": each}
     mixed = jax.nn.dot_product_attention(query, key, value, implementation=implementation, **lengths)
-    return mixed[:, :tokens] if more else mixed
+    return jax.lax.slice_in_dim(mixed, 0, tokens, axis=1) if more else mixed
 
 
 @jax.custom_vjp

@@ -12,6 +12,15 @@ from vitcls.core import errors
 GROUPED_CONV_FORMS = ("auto", "xla", "shifted", "mixed", "merged", "cpu")
 
 
+def strided(x: jax.Array, stride: int) -> jax.Array:
+    """Every `stride`-th row and column of [B, H, W, C]; as a slice also where B is symbolic, of which indexing would
+    make a gather that not every runtime has.
+    """
+    for axis in (1, 2):
+        x = jax.lax.slice_in_dim(x, 0, None, stride, axis)
+    return x
+
+
 def conv(
     features: int,
     kernel_size: int | tuple[int, int],
@@ -65,7 +74,7 @@ class PointwiseConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.he_normal(), (1, 1, x.shape[-1], self.features))
-        y = x[:, :: self.stride, :: self.stride].astype(self.dtype) @ kernel[0, 0].astype(self.dtype)
+        y = strided(x, self.stride).astype(self.dtype) @ kernel[0, 0].astype(self.dtype)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None, None, None]
         return y

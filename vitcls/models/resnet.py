@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitcls.models import checks, layers
+from vitcls.models import checks, convolutions, layers
 from vitcls.models.preset import Preset
 
 _CHOICES = {
@@ -147,7 +147,7 @@ class ResidualBlock(nn.Module):
             return project(x, train=train)
         if not changes:
             return x
-        x = x[:, :: self.stride, :: self.stride]
+        x = convolutions.strided(x, self.stride)
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, self.features - x.shape[-1])))
 
 

@@ -69,7 +69,7 @@ class VisionTransformer(nn.Module):
         block = layers.checkpointed(Block, self.remat)
         for i, drop_path in enumerate(layers.linear_rates(self.drop_path, self.depth)):
             tokens = block(design, grid, length, drop_path, name=f"block_{i}")(tokens, train)
-        tokens = tokens[:, :length]
+        tokens = jax.lax.slice_in_dim(tokens, 0, length, axis=1)
         tokens = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(tokens)
         self.sow("intermediates", "tokens", tokens)
 
@@ -143,7 +143,7 @@ class VisionTransformer(nn.Module):
         """z = g(h_1, ..., h_n) (improved ViT, section 2): [B, N, D] -> [B, D], float32."""
         match self.aggregation:
             case "token":
-                return tokens[:, 0].astype(jnp.float32)
+                return jax.lax.index_in_dim(tokens, 0, axis=1, keepdims=False).astype(jnp.float32)
             case "mean":
                 return jnp.mean(tokens.astype(jnp.float32), axis=1)
             case "gem":
@@ -297,7 +297,7 @@ class FeedForward(nn.Module):
         hidden = act(nn.Dense(self.design.mlp_dim, dtype=self.design.dtype, kernel_init=xavier, name="expand")(x))
         if self.design.local_conv:
             split = hidden.shape[1] - math.prod(self.grid)  # 1 with a class token
-            token, patches = hidden[:, :split], hidden[:, split:]
+            token, patches = (jax.lax.slice_in_dim(hidden, *ends, axis=1) for ends in ((0, split), (split, None)))
             on_grid = patches.reshape(-1, *self.grid, self.design.mlp_dim)  # [B, N, M] -> [B, rows, columns, M]
             local_conv = convolutions.conv(
                 self.design.mlp_dim,

@@ -3,6 +3,7 @@
 from vitcls.optim.ema import ema_update
 from vitcls.optim.masks import decay_mask, muon_dimension_numbers
 from vitcls.optim.optimizers import OPTIMIZERS, make_optimizer
+from vitcls.optim.pruning import keep_pruned
 from vitcls.optim.schedules import SCHEDULES, make_schedule, plateau_init, plateau_update
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "SCHEDULES",
     "decay_mask",
     "ema_update",
+    "keep_pruned",
     "make_optimizer",
     "make_schedule",
     "muon_dimension_numbers",

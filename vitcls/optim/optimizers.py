@@ -6,12 +6,15 @@ plateau scale, so that the rate enters in one place and follows the step count, 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 
-from vitcls.core.registry import Registry, require, require_range
+from vitcls.core.errors import UserError
+from vitcls.core.registry import Registry, fill, require, require_durations, require_range
+from vitcls.optim import pruning
 from vitcls.optim.masks import decay_mask, muon_dimension_numbers, rate_multipliers
 
 PyTree = Any
@@ -27,6 +30,10 @@ class OptimizerSettings:
     ema_decay: float = 0.0  # EMA of parameters and batch statistics, used for evaluation; 0 for none
     multipliers: tuple = ()  # (('regex of parameter path', learning-rate multiplier), ...); 0 freezes
     base_batch_size: int = 0  # scale the learning rate by batch_size / base_batch_size; 0 for off
+    prune: float = 0.0  # the share of each kernel's weights that is 0 in the end; 0 for none (Zhu & Gupta 2017)
+    prune_begin: str = "0%"  # when the first of them go
+    prune_end: str = "70%"  # when the last are gone; what follows is fine-tuning
+    prune_every: str = "1%"
 
     def __post_init__(self):
         require(self, "learning_rate", 0 <= self.learning_rate <= 1e30, "a finite number, at least 0")
@@ -36,7 +43,9 @@ class OptimizerSettings:
             accumulate=(1, math.inf),
             ema_decay=(0, 0.999999),
             base_batch_size=(0, math.inf),
+            prune=(0, 0.999),
         )
+        require_durations(self, "prune_begin", "prune_end", "prune_every")
 
 
 def _check(entry: Any) -> None:
@@ -63,11 +72,14 @@ OPTIMIZERS = Registry(
 )
 
 
-def make_optimizer(config, params: PyTree, rates: PyTree | None = None) -> optax.GradientTransformation:
+def make_optimizer(
+    config, params: PyTree, rates: PyTree | None = None, *, to_steps: Callable[[str], int] | None = None
+) -> optax.GradientTransformation:
     """Returns the optimizer at learning rate 1: updates times the learning rate are added to the parameters.
 
     In this order: gradients are clipped by their global norm, `config.name` makes updates of them, decoupled weight
-    decay adds -weight_decay * parameter where `decay_mask` is true, and `config.multipliers` scale the sum.
+    decay adds -weight_decay * parameter where `decay_mask` is true, and `config.multipliers` scale the sum. With
+    `config.prune` the smallest weights of kernels go (see `pruning.prune`).
 
     `multipliers` are pairs (regex, number). A parameter takes the number of the first regex found (`re.search`) in
     its '/'-joined path, else 1. Parameters at 0 are frozen: no update, no decay, no moments, no part in the norm.
@@ -76,6 +88,7 @@ def make_optimizer(config, params: PyTree, rates: PyTree | None = None) -> optax
       config: the block `optimizer` of a config.
       params: the parameters that are trained, or their shapes.
       rates: one more factor for each of them, as `parts.layer_rates` gives.
+      to_steps: a duration in steps, for `config.prune`.
 
     Raises:
       UserError: for an unknown name or an impossible value, naming its key, and for a regex that finds nothing.
@@ -94,7 +107,20 @@ def make_optimizer(config, params: PyTree, rates: PyTree | None = None) -> optax
     if used - {0.0, 1.0}:
         scale = optax.stateless(lambda updates, _: jax.tree.map(lambda u, m: m * u, updates, multipliers))
         optimizer = optax.chain(optimizer, scale)
-    return optimizer
+    settings = fill(OptimizerSettings, config, "config.optimizer")
+    return _pruned(optimizer, settings, to_steps) if settings.prune else optimizer
+
+
+def _pruned(
+    optimizer: optax.GradientTransformation, settings: OptimizerSettings, to_steps: Callable[[str], int]
+) -> optax.GradientTransformation:
+    begin, end = to_steps(settings.prune_begin), to_steps(settings.prune_end)
+    if not begin <= end < to_steps("100%"):
+        raise UserError(
+            f"config.optimizer.prune_end='{settings.prune_end}' is impossible; it must be after prune_begin="
+            f"'{settings.prune_begin}' and before the end, so that what is left is fine-tuned"
+        )
+    return pruning.prune(optimizer, settings.prune, begin, end, max(to_steps(settings.prune_every), 1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -167,14 +167,10 @@ def make_training(config, info: DatasetInfo, plan: Plan, partition: Partition) -
     shapes = variable_shapes(model, info.image_shape)
     trained, rates = _parts(config, shapes)
     ours, _ = parts.split(shapes["params"], trained and trained.params)
-    optimizer = optim.make_optimizer(config.optimizer, ours, rates)
-    schedule = optim.make_schedule(
-        config.schedule,
-        config.optimizer,
-        batch_size=config.batch_size,
-        num_examples=info.num_examples["train"],
-        total_steps=plan.total,
-    )
+    sizes = {"batch_size": config.batch_size, "num_examples": info.num_examples["train"], "total_steps": plan.total}
+    to_steps = functools.partial(durations.to_steps, **sizes)
+    optimizer = optim.make_optimizer(config.optimizer, ours, rates, to_steps=to_steps)
+    schedule = optim.make_schedule(config.schedule, config.optimizer, **sizes)
     tools = steps.make_tools(
         step_model,
         augment=make_augment(config.augment),

@@ -213,6 +213,7 @@ def _updated(task: Task, update: Update, state: TrainState, grads: PyTree, aux: 
     updates, opt_state = update.optimizer.update(grads, state.opt_state, ours)
     learning_rate = update.schedule(state.step) * (1.0 if state.plateau is None else state.plateau.scale)
     ours = jax.tree.map(lambda p, u: p + (learning_rate * u).astype(p.dtype), ours, updates)
+    ours = optim.keep_pruned(ours, opt_state)
     params = parts.merge(ours, others)
     new = {"params": params, "batch_stats": aux.batch_stats, "opt_state": opt_state}
     new["task"] = task.update(state.task, Updated(state.step, params, *aux))
@@ -220,7 +221,9 @@ def _updated(task: Task, update: Update, state: TrainState, grads: PyTree, aux: 
         average = Trained(state.ema_params, state.ema_batch_stats)
         average, fixed = parts.split(average, update.trained)  # whose average would differ in its last bits
         newest, _ = parts.split(Trained(params, aux.batch_stats), update.trained)
-        average = parts.merge(optim.ema_update(average, newest, update.ema_decay, state.step), fixed)
+        average = Trained(*optim.ema_update(average, newest, update.ema_decay, state.step))
+        average = average._replace(params=optim.keep_pruned(average.params, opt_state))
+        average = parts.merge(average, fixed)
         new |= dict(zip(("ema_params", "ema_batch_stats"), average, strict=True))
     return new
 

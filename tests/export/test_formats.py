@@ -1,0 +1,214 @@
+"""Formats of other runtimes: any batch, what they carry, smaller weights, and which block is named where one is off."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vitcls import calibrate, cli, models
+from vitcls.export import __main__ as export
+from vitcls.export import artefact, compress, make, onnx, tflite
+from vitcls.export.source import open_source
+from vitcls.models.variables import init_variables
+
+NEEDS = {"tflite": "ai_edge_litert", "onnx": "jax2onnx"}
+# What a user without vitcls writes: images.npy -> answers.npy, in two batches of different sizes.
+ALONE = {
+    "saved_model": """
+import tensorflow as tf
+serve = tf.saved_model.load(path).signatures["serving_default"]
+answer = lambda images: serve(images=tf.constant(images))["probabilities"].numpy()
+""",
+    "tflite": """
+from ai_edge_litert.interpreter import Interpreter
+model = Interpreter(model_path=path)
+def answer(images):
+    model.resize_tensor_input(model.get_input_details()[0]["index"], images.shape)
+    model.allocate_tensors()
+    model.set_tensor(model.get_input_details()[0]["index"], images)
+    model.invoke()
+    return model.get_tensor(model.get_output_details()[0]["index"])
+""",
+    "onnx": """
+import onnxruntime
+session = onnxruntime.InferenceSession(path)
+answer = lambda images: session.run(None, {session.get_inputs()[0].name: images})[0]
+""",
+}
+
+
+def call(arguments, capsys):
+    capsys.readouterr()
+    code = cli.run(export.main, [str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def calibrated(trained, tmp_path_factory):
+    path = shutil.copytree(trained, tmp_path_factory.mktemp("calibrated") / "run")
+    assert cli.run(calibrate.main, [f"--workdir={path}", "--method=vector"]) == 0
+    return path
+
+
+def about_of(path, format):
+    if format == "saved_model":
+        return json.loads((path / "assets.extra" / "about.json").read_text())
+    if format == "tflite":
+        with zipfile.ZipFile(path) as archive:
+            assert archive.read("labels.txt").decode().splitlines() == ["class 0", "class 1", "class 2"]
+            return json.loads(archive.read("about.json"))
+    import onnx as library
+
+    (entry,) = library.load(path).metadata_props
+    return json.loads(entry.value)
+
+
+@pytest.mark.parametrize("format", ALONE)
+def test_a_file_answers_in_its_own_runtime_as_the_run_does(format, calibrated, tmp_path, capsys):
+    """In a process without vitcls, in batches of two sizes, calibrated; and it says what it is."""
+    if format in NEEDS:
+        pytest.importorskip(NEEDS[format])
+    out = tmp_path / f"run{make.FORMATS[format].ending}"
+    code, said, err = call([f"--workdir={calibrated}", f"--format={format}", f"--out={out}"], capsys)
+    assert code == 0 and "of the run" in said and not err, err
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    expected = open_source(calibrated).expected(open_source(calibrated).scale)
+    np.save(tmp_path / "images.npy", expected.images)
+    script = f"""
+import sys, numpy as np
+path, images = sys.argv[1], np.load(sys.argv[2])
+{ALONE[format]}
+np.save(sys.argv[3], np.concatenate([answer(images[:3]), answer(images[3:])]))
+assert "vitcls" not in sys.modules
+"""
+    command = [sys.executable, "-c", script, out, tmp_path / "images.npy", tmp_path / "answers.npy"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    np.testing.assert_allclose(np.load(tmp_path / "answers.npy"), expected.of_run, atol=3e-4)
+    about = about_of(out, format)
+    assert about["calibration"] == "vector" and about["classes"] == ["class 0", "class 1", "class 2"]
+    assert len(about["checkpoint"]["sha256"]) == 64 and about["config"]["model"]["name"] == "improved_vit_tiny"
+    np.testing.assert_allclose(artefact.load(str(out)).answer(expected.images[:2]), expected.of_run[:2], atol=3e-4)
+
+
+def test_a_saved_model_takes_the_place_of_an_older_one(trained, tmp_path, capsys):
+    arguments = [f"--workdir={trained}", "--format=saved_model", f"--out={tmp_path / '1'}"]
+    assert call(arguments, capsys)[0] == 0
+    (tmp_path / "1" / "saved_model.pb").write_bytes(b"")
+    assert call(arguments, capsys)[0] == 0 and (tmp_path / "1" / "saved_model.pb").stat().st_size > 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_int8_is_255_steps_of_each_output_channel():
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 4, 5)).astype(np.float32) * np.array([1, 10, 0.1, 3, 0])
+    found = compress.quantize(kernel.astype(np.float32))
+    assert found.values.dtype == np.int8 and found.scale.shape == (5,)
+    back = np.asarray(compress.restore({"kernel": found})["kernel"])
+    assert (np.abs(back - kernel) <= np.abs(kernel).max(axis=(0, 1, 2), keepdims=True) / 254 + 1e-6).all()
+    assert abs(found.values[..., :4]).max(axis=(0, 1, 2)).tolist() == [127] * 4 and not found.values[..., 4].any()
+
+
+def test_only_weights_are_rounded():
+    variables = {
+        "params": {"layer": {"kernel": np.ones((2, 3), np.float32), "bias": np.ones(3, np.float32)}},
+        "batch_stats": {"norm": {"mean": np.ones(3, np.float32)}},
+    }
+    for precision in ("float16", "bfloat16"):
+        found = compress.round_weights(variables, precision)
+        assert found["params"]["layer"]["kernel"].dtype == precision
+        assert found["params"]["layer"]["bias"].dtype == found["batch_stats"]["norm"]["mean"].dtype == np.float32
+    variables["params"]["layer"]["kernel"][0, 0] = 1e5
+    with pytest.raises(ValueError, match="layer/kernel has weights too large for float16"):
+        compress.round_weights(variables, "float16")
+
+
+@pytest.mark.parametrize("format", make.FORMATS)
+def test_int8_is_smaller_and_calibrated_on_training_images(format, trained, tmp_path, capsys):
+    if format == "safetensors":
+        pytest.skip("weights as PyTorch loads them are floats")
+    if format in NEEDS:
+        pytest.importorskip(NEEDS[format])
+    run, out = f"--workdir={trained}", tmp_path / f"run{make.FORMATS[format].ending}"
+    code, said, err = call([run, f"--format={format}", "--quantize=int8", f"--out={out}"], capsys)
+    assert code == 0 and "accuracy" in said, err
+    about = artefact.load(str(out)).about
+    assert about["weights"] == "int8"
+    assert about["activations"] == ("int8" if format in NEEDS else "float32")
+    source = open_source(trained)
+    rows = {image.tobytes() for image in source.opened.dataset.train.images}
+    assert {image.tobytes() for image in source.calibration_images} <= rows
+    assert not {image.tobytes() for image in source.expected(None).images} & rows
+
+
+@pytest.mark.parametrize("format", ["stablehlo", "saved_model"])
+def test_the_first_block_that_differs_is_named(format, trained, tmp_path, capsys, monkeypatch):
+    """Where the weights of one block are spoiled on their way into the program."""
+    round_weights = compress.round_weights
+
+    def spoiled(variables, precision):
+        found = jax.tree.map(np.array, round_weights(variables, precision))
+        found["params"]["block_0"]["feed_forward"]["expand"]["kernel"] *= -3
+        return found
+
+    monkeypatch.setattr(compress, "round_weights", spoiled)
+    out = tmp_path / f"run{make.FORMATS[format].ending}"
+    code, _, err = call([f"--workdir={trained}", f"--format={format}", f"--out={out}"], capsys)
+    assert code == 1 and "the first block that differs is 'block_0'" in err and len(err.splitlines()) == 1, err
+    assert not list(tmp_path.iterdir())
+
+
+def test_pruning_sets_the_smallest_of_each_kernel_to_zero(trained, tmp_path, capsys):
+    out = tmp_path / "run.zip"
+    code, said, err = call([f"--workdir={trained}", "--format=stablehlo", "--prune=0.5", f"--out={out}"], capsys)
+    assert code == 0 and "of the run" in said, err
+    source, whole = open_source(trained, prune=0.5), open_source(trained).variables["params"]
+    kept = source.variables["params"]["block_0"]["feed_forward"]["expand"]["kernel"]
+    kernel = whole["block_0"]["feed_forward"]["expand"]["kernel"]
+    smallest = np.argsort(np.abs(kernel).ravel())[: kernel.size // 2]
+    expected = kernel.copy().ravel()
+    expected[smallest] = 0
+    np.testing.assert_array_equal(kept, expected.reshape(kernel.shape))
+    np.testing.assert_array_equal(source.variables["params"]["norm"]["scale"], whole["norm"]["scale"])
+    expected = source.expected(None)
+    found = artefact.load(str(out))
+    np.testing.assert_allclose(found.answer(expected.images), expected.of_network, atol=3e-4)
+    assert np.abs(expected.of_network - expected.of_run).max() > 1e-3 and found.about["pruned"] == 0.5
+
+
+WHOLE = {"improved_vit_small": 32, "improved_resnext50": 32, "resnet50": 64, "mobilenet_v2": 64}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["tflite", "onnx"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_networks_of_full_size_are_a_quarter_in_int8(name, format, tmp_path):
+    """With random weights: the logits, less their mean, point where those of the float program do."""
+    pytest.importorskip(NEEDS[format])
+    size, writer = WHOLE[name], {"tflite": tflite, "onnx": onnx}[format]
+    model = models.create(name, 100)
+    variables = init_variables(model, jax.random.key(0), (size, size, 3))
+    images = np.random.default_rng(0).integers(0, 256, (24, size // 8, size // 8, 3), np.uint8)
+    images = images.repeat(8, axis=1).repeat(8, axis=2)  # patches of one colour, which differ more than noise does
+
+    def answer(images):
+        return model.apply(variables, images.astype(jnp.float32) / 64 - 2, train=False)
+
+    expected, places = np.asarray(jax.jit(answer)(images[:8])), {}
+    for precision in ("float32", "int8"):
+        places[precision] = tmp_path / f"{precision}{make.FORMATS[format].ending}"
+        about = {"classes": ["a"], "image_shape": [size, size, 3]}
+        writer.write(answer, (size, size, 3), about, places[precision], precision=precision, calibration=images[8:])
+    float32, int8 = (artefact.load(str(place)).answer(images[:8]) for place in places.values())
+    np.testing.assert_allclose(float32, expected, atol=1e-3 * np.abs(expected).max())
+    centred = [logits - logits.mean(axis=1, keepdims=True) for logits in (float32, int8)]
+    cosine = np.sum(centred[0] * centred[1]) / np.prod([np.linalg.norm(each) for each in centred])
+    ratio = artefact.size(places["int8"]) / artefact.size(places["float32"])
+    print(
+        f"{name} {format}: {artefact.size(places['float32']) / 1e6:.2f} MB, int8 {ratio:.3f} of it, cosine {cosine:.5f}"
+    )
+    assert cosine > 0.98 and ratio < 0.3

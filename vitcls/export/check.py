@@ -1,0 +1,78 @@
+"""An exported file beside its run, on the same test images: what it answers in a process of its own."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+import numpy as np
+
+from vitcls.core.errors import RunError
+from vitcls.export import artefact, verify
+
+# By what the weights are: how far a probability may be from that of the run. Calibration may multiply logarithms.
+TOLERANCE = {"float32": 5e-4, "float16": 1e-2, "bfloat16": 1e-1, "int8": 1.0}
+MOST_LOST = 0.01  # of accuracy, or one image, by rounding
+
+
+class Passport(NamedTuple):
+    """How an exported file compares with its run, on the same test images."""
+
+    images: int
+    largest_difference: float  # of probabilities, from the run with the weights that were not set to 0
+    agreement: float  # the share of images to which both give one class
+    accuracy_run: float
+    accuracy: float
+    bytes: int
+    seconds: dict[str, float]  # by batch size
+
+
+class Expected(NamedTuple):
+    """Test images uint8 [N, H, W, C], their labels, and the probabilities of the run and of what is exported."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    of_run: np.ndarray
+    of_network: np.ndarray  # others than those of the run where weights were set to 0
+
+    def accuracy(self, probabilities: np.ndarray) -> float:
+        return float(np.mean(probabilities.argmax(axis=1) == self.labels))
+
+
+def answers(place: pathlib.Path, images: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+    """What a file gives for images in a fresh process, and its seconds by batch size; raises RunError without."""
+    with tempfile.TemporaryDirectory(prefix="vitcls-export-") as folder:
+        given, found = (pathlib.Path(folder, f"{name}.npy") for name in ("images", "answers"))
+        np.save(given, images)
+        command = [sys.executable, "-m", verify.__name__, str(place), str(given), str(found)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = (done.stderr.strip() or "no word").splitlines()[-1]
+            raise RunError(f"the exported file cannot be used in a process of its own, and is not written: {said}")
+        return np.load(found), json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(place: pathlib.Path, expected: Expected, precision: str) -> tuple[Passport, str]:
+    """What the file answers beside what the run does, and what is wrong with that: nothing is ''."""
+    given, seconds = answers(place, expected.images)
+    difference = np.abs(given - expected.of_network).max(axis=1)
+    passport = Passport(
+        images=len(given),
+        largest_difference=float(difference.max()),
+        agreement=float(np.mean(given.argmax(axis=1) == expected.of_network.argmax(axis=1))),
+        accuracy_run=expected.accuracy(expected.of_run),
+        accuracy=expected.accuracy(given),
+        bytes=artefact.size(place),
+        seconds=seconds,
+    )
+    tolerance, lost = TOLERANCE[precision], expected.accuracy(expected.of_network) - passport.accuracy
+    if not difference.max() <= tolerance:  # also where it is no number
+        return passport, (
+            f"the probabilities of {np.sum(~(difference <= tolerance)):,} of {len(given):,} test images differ by more "
+            f"than {tolerance:g}, at most by {difference.max():.2g}"
+        )
+    if lost > max(MOST_LOST, 1 / len(given)) + 1e-9:
+        return passport, f"it loses {100 * lost:.1f} points of accuracy by {precision}"
+    return passport, ""

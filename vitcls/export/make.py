@@ -1,0 +1,162 @@
+"""A run becomes a file of one of several formats, which is kept only if it answers as the run does."""
+
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vitcls.core.errors import RunError, UserError
+from vitcls.export import artefact, blocks, check, compress, onnx, program, saved_model, tflite
+from vitcls.export.check import Passport
+from vitcls.export.compress import PRECISIONS
+from vitcls.export.source import Source
+from vitcls.metrics.scaling import Scaling
+from vitcls.models.weights.to_torch import to_torch
+
+PyTree = Any
+
+
+class Job(NamedTuple):
+    """One file to be made."""
+
+    source: Source
+    format: str
+    precision: str
+
+    @property
+    def scale(self) -> Scaling | None:
+        """Weights alone know no calibration."""
+        return None if self.format == "safetensors" else self.source.scale
+
+    @property
+    def stored(self) -> PyTree:
+        """The variables as the program holds them; what the runtime's own tools make smaller is float32 here."""
+        by_tools = self.precision in FORMATS[self.format].by_tools
+        return compress.round_weights(self.source.variables, "float32" if by_tools else self.precision)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """With the precision of weights and of activations, which only the runtimes' own tools change."""
+        whole = self.precision == "int8" and "int8" in FORMATS[self.format].by_tools
+        return self.source.about(self.scale, self.precision, "int8" if whole else "float32")
+
+    @property
+    def tools(self) -> dict[str, Any]:
+        """What the formats with tools of their own need besides."""
+        images = self.source.calibration_images if self.precision == "int8" else None
+        return {"precision": self.precision, "calibration": images}
+
+
+class Format(NamedTuple):
+    """A kind of file."""
+
+    ending: str  # of its name; "" for a directory
+    precisions: tuple[str, ...]
+    by_tools: tuple[str, ...]  # the precisions that its own tools make, of weights in float32
+    write: Callable[[Job, Callable, pathlib.Path], None]
+
+
+def make(source: Source, format: str, precision: str, out: pathlib.Path) -> Passport:
+    """Exports a run to `out`, a file or a directory, and returns how it compares with the run.
+
+    Raises UserError, before anything is written, where the run or the file cannot be, RunError where the file in a
+    process of its own does not answer as the run does; then nothing is written either.
+    """
+    job = Job(source, format, precision)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            place = pathlib.Path(folder, f"made{FORMATS[format].ending}")
+            _write(job, place)
+            passport, wrong = check.compare(place, source.expected(job.scale), precision)
+            if wrong:
+                raise RunError(
+                    f"the exported file answers otherwise than the run, and is not written: {wrong}; {_blame(job)}"
+                )
+            artefact.keep(place, out)
+            return passport
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror}") from None
+
+
+def _write(job: Job, place: pathlib.Path) -> None:
+    answer = None
+    if job.format != "safetensors":
+        answer = program.make_answer(job.source.opened, job.scale, job.stored)
+    FORMATS[job.format].write(job, answer, place)
+
+
+def _blame(job: Job) -> str:
+    """Which block of the network is the first that is not what it should be."""
+    if job.format == "safetensors":
+        return "the first weights that differ are not in a program"
+    opened, images = job.source.opened, job.source.expected(None).images[: blocks.IMAGES]
+    ours = blocks.make_blocks(opened, job.source.variables)
+    theirs = blocks.make_blocks(opened, job.stored)
+    with tempfile.TemporaryDirectory(prefix="vitcls-export-") as folder:
+        place = pathlib.Path(folder, f"blocks{FORMATS[job.format].ending}")
+        try:
+            FORMATS[job.format].write(job, theirs.answer, place)
+            found, _ = check.answers(place, images)
+        except RunError as error:
+            return f"its blocks cannot be looked at alone: {error}"
+    return blocks.first_difference(ours, np.asarray(jax.jit(ours.answer)(images)), found, job.precision)
+
+
+def _stablehlo(job: Job, answer: Callable, place: pathlib.Path) -> None:
+    compiled = program.compiled(answer, job.source.opened.trained.info.image_shape)
+    place.write_bytes(artefact.pack_program(compiled, job.about))
+
+
+def _saved_model(job: Job, answer: Callable, place: pathlib.Path) -> None:
+    saved_model.write(answer, job.source.opened.trained.info.image_shape, job.about, place)
+
+
+def _tflite(job: Job, answer: Callable, place: pathlib.Path) -> None:
+    tflite.write(answer, job.source.opened.trained.info.image_shape, job.about, place, **job.tools)
+
+
+def _onnx(job: Job, answer: Callable, place: pathlib.Path) -> None:
+    onnx.write(answer, job.source.opened.trained.info.image_shape, job.about, place, **job.tools)
+
+
+def _weights(job: Job, _: None, place: pathlib.Path) -> None:
+    trained = job.source.opened.trained
+    fields = {key: value for key, value in trained.config.model.items() if key != "name"}
+    arrays = to_torch(trained.config.model.name, job.source.variables, **fields)
+    arrays = compress.round_weights({"params": arrays}, job.precision)["params"]
+    # PyTorch's norms count batches, and load_state_dict(strict=True) asks for that.
+    norms = [name.removesuffix("running_mean") for name in arrays if name.endswith("running_mean")]
+    arrays |= {f"{norm}num_batches_tracked": np.array(0, np.int64) for norm in norms}
+    about = {key: json.dumps(value) for key, value in job.about.items() if key != "config"}
+    files = {key: (trained.path / f"{key}.json").read_text(encoding="utf-8") for key in ("config", "dataset")}
+    place.write_bytes(artefact.pack_safetensors(arrays, about | files))
+
+
+FORMATS = {
+    "stablehlo": Format(".zip", PRECISIONS, (), _stablehlo),
+    "saved_model": Format("", PRECISIONS, (), _saved_model),
+    "tflite": Format(".tflite", ("float32", "float16", "int8"), ("float16", "int8"), _tflite),
+    "onnx": Format(".onnx", PRECISIONS, ("int8",), _onnx),
+    "safetensors": Format(".safetensors", ("float32", "float16", "bfloat16"), (), _weights),
+}
+
+
+def check_request(format: str, precision: str, out: pathlib.Path) -> None:
+    """Raises UserError for a file that cannot be."""
+    ending, precisions = FORMATS[format].ending, FORMATS[format].precisions
+    if precision not in precisions:
+        raise UserError(
+            f"--quantize={precision} is not for --format={format}; it has {', '.join(precisions[1:])}, or none"
+        )
+    if not out.name.endswith(ending):
+        raise UserError(f"--out={out} must end in {ending} for --format={format}")
+    if not out.parent.is_dir():
+        raise UserError(f"--out={out}: there is no directory {out.parent}")
+    if not ending and out.exists() and not (out / "saved_model.pb").exists() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"--out={out} is there already and no SavedModel; name a directory that is new or empty")
+    if ending and out.is_dir():
+        raise UserError(f"--out={out} is a directory; --format={format} is a file")

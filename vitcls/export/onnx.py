@@ -1,0 +1,128 @@
+"""A run as one ONNX file, for onnxruntime and what else reads ONNX."""
+
+import json
+import logging
+import pathlib
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+
+from vitcls.core.errors import RunError, UserError
+
+_ABOUT = "vitcls"  # the key of the file's metadata
+_INPUT, _OUTPUT = "images", "probabilities"
+_QUANTIZED = ["Conv", "Gemm", "MatMul"]  # the layers with weights
+_BATCH = 32  # calibration images at a time
+_MOST_BYTES = 2**31 - 1  # of a protocol buffer
+
+
+def write(
+    answer: Callable,
+    image_shape: tuple[int, int, int],
+    about: Mapping[str, Any],
+    place: pathlib.Path,
+    *,
+    precision: str = "float32",
+    calibration: np.ndarray | None = None,
+) -> None:
+    """Writes the file; int8 has weights per output channel, and activations by what `calibration` images give.
+
+    Raises UserError without jax2onnx and for more than ONNX files hold, RunError for what it cannot convert.
+    """
+    runtime()
+    import onnx
+
+    model = _converted(answer, image_shape)
+    if precision == "int8":
+        model = _quantized(model, calibration)
+    onnx.helper.set_model_props(model, {_ABOUT: json.dumps(about)})
+    if model.ByteSize() > _MOST_BYTES:
+        raise UserError("an ONNX file holds at most 2 GB, and this network is larger; take --format=stablehlo")
+    place.write_bytes(model.SerializeToString())
+
+
+def _converted(answer: Callable, image_shape: tuple[int, int, int]) -> Any:
+    logging.getLogger("jax2onnx").setLevel(logging.CRITICAL)  # of plugins for what is not here
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            from jax2onnx import to_onnx
+        except ImportError:
+            raise UserError("ONNX files need another package: pip install 'vitcls[onnx]'") from None
+        shape = export.symbolic_shape(f"batch, {', '.join(map(str, image_shape))}")
+        try:
+            return to_onnx(
+                answer, [jax.ShapeDtypeStruct(shape, np.uint8)], input_names=[_INPUT], output_names=[_OUTPUT]
+            )
+        except Exception as error:  # of any kind, of a converter of hundreds of operations
+            said = " ".join(str(error).split())[:200]
+            raise RunError(f"jax2onnx cannot make an ONNX file of this network: {said}") from None
+
+
+def _quantized(model: Any, calibration: np.ndarray) -> Any:
+    """In eight bits by onnxruntime: QuantizeLinear and DequantizeLinear around the layers with weights."""
+    import onnx
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):
+        """The calibration images, a batch at a time."""
+
+        def __init__(self):
+            starts = range(0, len(calibration), _BATCH)
+            self._batches: Iterator = iter([{_INPUT: calibration[i : i + _BATCH]} for i in starts])
+
+        def get_next(self):
+            return next(self._batches, None)
+
+    with tempfile.TemporaryDirectory(prefix="vitcls-export-") as folder:
+        plain, folded, small = (str(pathlib.Path(folder, f"{name}.onnx")) for name in ("plain", "folded", "small"))
+        onnx.save(model, plain)
+        _fold(plain, folded)
+        logging.getLogger().disabled, was = True, logging.getLogger().disabled
+        quantization.quantize_static(
+            folded,
+            small,
+            Reader(),
+            per_channel=True,
+            quant_format=quantization.QuantFormat.QDQ,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            op_types_to_quantize=_QUANTIZED,
+        )
+        logging.getLogger().disabled = was
+        return onnx.load(small)
+
+
+def _fold(plain: str, folded: str) -> None:
+    """Computes what no image changes, such as transposed kernels, so that weights stand at the layers they are of."""
+    options = runtime().SessionOptions()
+    options.graph_optimization_level = runtime().GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = folded
+    options.log_severity_level = 3
+    runtime().InferenceSession(plain, options, providers=["CPUExecutionProvider"])
+
+
+def runtime() -> Any:
+    """The module onnxruntime; raises UserError where there is none."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError("ONNX files need another package: pip install 'vitcls[onnx]'") from None
+    return onnxruntime
+
+
+def load(path: str) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
+    """answer(images) by onnxruntime on the CPU, and what the file is; raises OSError or ValueError for what is none."""
+    module = runtime()
+    try:
+        session = module.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of onnxruntime, whose classes have no public name
+        raise ValueError(str(error)) from None
+    about = json.loads(session.get_modelmeta().custom_metadata_map[_ABOUT])
+    return lambda images: session.run([_OUTPUT], {_INPUT: images})[0], about

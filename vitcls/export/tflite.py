@@ -1,0 +1,121 @@
+"""A run as one file of LiteRT (TensorFlow Lite), for phones and small boards."""
+
+import contextlib
+import json
+import os
+import pathlib
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from vitcls.core.errors import RunError, UserError
+from vitcls.export import saved_model
+
+ABOUT, LABELS = "about.json", "labels.txt"
+# The layers with weights, and the products of attention. In eight bits everything else loses more than it saves.
+_QUANTIZED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL")
+
+
+def write(
+    answer: Callable,
+    image_shape: tuple[int, int, int],
+    about: Mapping[str, Any],
+    place: pathlib.Path,
+    *,
+    precision: str = "float32",
+    calibration: np.ndarray | None = None,
+) -> None:
+    """Writes the file; int8 has weights per output channel, and activations by what `calibration` images give.
+
+    What it is goes with it as TFLite's associated files do: a zip behind the model, which LiteRT does not read.
+    """
+    interpreter()
+    model = _converted(answer, image_shape, float16=precision == "float16")
+    if precision == "int8":
+        model = _quantized(model, calibration)
+    place.write_bytes(model)
+    with zipfile.ZipFile(place, "a") as archive:
+        for name, text in ((ABOUT, json.dumps(about, indent=2)), (LABELS, "\n".join(about["classes"]))):
+            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), text)
+
+
+def _converted(answer: Callable, image_shape: tuple[int, int, int], *, float16: bool) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="vitcls-export-") as folder:
+        place = pathlib.Path(folder, "saved")
+        saved_model.write(answer, image_shape, {}, place, platforms=("cpu",))
+        import tensorflow as tf
+
+        converter = tf.lite.TFLiteConverter.from_saved_model(str(place))
+        if float16:
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+            converter.target_spec.supported_types = [tf.float16]
+        try:
+            with _silent():
+                return bytes(converter.convert())
+        except Exception as error:  # of the converter, whose classes have no public name
+            said = " ".join(str(error).split())[:200]
+            raise RunError(f"TensorFlow cannot make a TFLite file of this network: {said}") from None
+
+
+def _quantized(model: bytes, calibration: np.ndarray) -> bytes:
+    """In eight bits by ai-edge-quantizer: symmetric weights per channel, activations by their smallest and largest."""
+    try:
+        from ai_edge_quantizer import qtyping, quantizer
+    except ImportError:
+        raise UserError("int8 for TFLite needs another package: pip install 'vitcls[tflite]'") from None
+    found = quantizer.Quantizer(model)
+    for name in _QUANTIZED:
+        operation = getattr(qtyping.TFLOperationName, name)
+        found.add_static_config(regex=".*", operation_name=operation, activation_num_bits=8, weight_num_bits=8)
+    with _silent(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it keeps all tensors, which it means to
+        samples = [{saved_model.NAME: image[None]} for image in calibration]
+        return bytes(found.quantize(found.calibrate({"serving_default": samples})).quantized_model)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Drops what the converters print, also from C++, which no log level reaches."""
+    kept = {1: os.dup(1), 2: os.dup(2)}
+    with open(os.devnull, "w", encoding="utf-8") as nothing:
+        try:
+            for stream in kept:
+                os.dup2(nothing.fileno(), stream)
+            with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+                yield
+        finally:
+            for stream, own in kept.items():
+                os.dup2(own, stream)
+                os.close(own)
+
+
+def interpreter() -> type:
+    """LiteRT's; raises UserError where there is none."""
+    try:
+        from ai_edge_litert.interpreter import Interpreter
+    except ImportError:
+        raise UserError("TFLite files need another package: pip install 'vitcls[tflite]'") from None
+    return Interpreter
+
+
+def load(path: str) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
+    """answer(images) by LiteRT, and what the file is; raises OSError or ValueError for what is none."""
+    with zipfile.ZipFile(path) as archive:
+        about = json.loads(archive.read(ABOUT))
+    model = interpreter()(model_path=path)
+    (given,), (gives,) = model.get_input_details(), model.get_output_details()
+
+    def answer(images: np.ndarray) -> np.ndarray:
+        if tuple(model.get_input_details()[0]["shape"]) != images.shape:
+            model.resize_tensor_input(given["index"], images.shape)
+            model.allocate_tensors()
+        model.set_tensor(given["index"], images)
+        model.invoke()
+        return model.get_tensor(gives["index"])
+
+    model.allocate_tensors()
+    return answer, about
