@@ -11,6 +11,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from vitcls import cli, predict
+from vitcls.calibrate import calibrate
 from vitcls.config import default_config
 from vitcls.data import corrections
 from vitcls.feedback.store import Correction, open_store
@@ -69,6 +70,7 @@ def served(tmp_path_factory):
     config.schedule.warmup = "5%"
     config.report.timing = False
     train_and_evaluate(config, root / "run")
+    calibrate(root / "run")
     return root
 
 
@@ -131,6 +133,15 @@ def test_the_whole_loop(loop, capsys, no_pictures):
     info, old = (run_dir.open_workdir(root / name).info for name in ("run2", "run"))
     train = old.num_examples["train"] - len(record["replaced"]["train"]) + 20 * record["images"]["train"]
     assert info.num_examples["train"] == train and info.num_examples["test"] == old.num_examples["test"]
+
+    assert (root / "run2" / "calibration.json").exists()  # as the served run has one
+
+    store.add(Correction(encoded(np.full((8, 8, 1), 99, np.uint8)), "a", "m", "1", 0.5, "2", "eve"))
+    assert retrain(root, f"--out={root}/run3", "--total=1 steps") == 0  # from what is served now
+    second, third = (run_dir.open_workdir(root / name) for name in ("run2", "run3"))
+    assert third.config.init.weights == str(root / "run2") and third.info.num_examples["train"] >= train
+    assert third.config.optimizer.learning_rate == second.config.optimizer.learning_rate
+    assert not third.config.dataset.corrections.startswith(str(root / "run2"))
 
     assert cli.run(main, [f"--workdir={root}/run", "--rollback"]) == 0
     assert current(root / "run") == root / "run"

@@ -9,12 +9,15 @@ server of DIR takes it up, where it is not worse on the test split and better on
 """
 
 import argparse
+import json
 import logging
 import pathlib
 import sys
 
 from vitcls import cli, config_file
 from vitcls import config as configs
+from vitcls.calibrate import calibrate
+from vitcls.core import cluster
 from vitcls.core.errors import UserError
 from vitcls.feedback.store import open_store
 from vitcls.retrain import verdict
@@ -22,9 +25,12 @@ from vitcls.retrain.collect import collect
 from vitcls.serve import promotion
 from vitcls.train import train_and_evaluate
 from vitcls.training import build, run_dir
-from vitcls.training.files import CONFIG_FILE, CORRECTIONS
+from vitcls.training.files import CALIBRATION_FILE, CONFIG_FILE, CORRECTIONS, UNKNOWN_FILE
+from vitcls.unknown import PART as UNKNOWN
+from vitcls.unknown import unknown
 
 _SHARE = 10  # a tenth of the steps that the run itself took
+_WEIGHT = 10
 _RATE = 0.1  # of its learning rate
 _logger = logging.getLogger("vitcls")
 
@@ -35,15 +41,41 @@ def main(argv: list[str]) -> None:
     if flags.rollback:
         print(f"{promotion.rollback(workdir)} is served for {workdir} again")
         return
-    cli.start_jax()
+    if cluster.find(None, None, None):
+        raise UserError("vitcls retrain is for one process, which uses all devices of its machine")
+    cli.use_cache()
     config = retrained(workdir, flags, overrides)
     out = pathlib.Path(flags.out)
     train_and_evaluate(config, out, data_dir=flags.data_dir)
     found = verdict.judge(pathlib.Path(config.init.weights), out, data_dir=flags.data_dir)
     found.write(out)
     if found.promoted:
+        measure_again(pathlib.Path(config.init.weights), out, flags.data_dir)
         promotion.promote(workdir, out)
     print(found.words())
+
+
+def measure_again(champion: pathlib.Path, out: pathlib.Path, data_dir: str) -> None:
+    """Calibrates the new run, and finds its threshold of what is unknown, where the old one had that."""
+    for has, measure in (
+        (CALIBRATION_FILE, lambda: calibrate(out, data_dir=data_dir)),
+        (UNKNOWN_FILE, lambda: _find_threshold(champion, out, data_dir)),
+    ):
+        if (champion / has).exists():
+            try:
+                measure()
+            except UserError as error:
+                _logger.warning("%s is served without a %s of its own: %s", out, has, error)
+
+
+def _find_threshold(champion: pathlib.Path, out: pathlib.Path, data_dir: str) -> None:
+    """By the same score and the same strangers."""
+    try:
+        found = json.loads((champion / UNKNOWN / "metrics.json").read_text(encoding="utf-8"))
+        strangers, score = list(found["sets"]), found["score"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{champion / UNKNOWN / 'metrics.json'} cannot be used ({error})") from None
+    unknown(out, strangers, score=score, data_dir=data_dir)
 
 
 def retrained(workdir: pathlib.Path, flags: argparse.Namespace, overrides: list) -> configs.ConfigDict:
@@ -64,16 +96,23 @@ def retrained(workdir: pathlib.Path, flags: argparse.Namespace, overrides: list)
 
 
 def _config(champion: run_dir.Workdir, out: pathlib.Path, flags: argparse.Namespace, overrides: list):
-    """That of the champion, from its weights on: a tenth of its steps, at a tenth of its rate, along a cosine."""
+    """That of the champion, from its weights on: a tenth of its steps, at a tenth of its rate, along a cosine.
+
+    A champion that is a retrained run itself has such a schedule.
+    """
     config = champion.config.copy_and_resolve_references()
-    steps = build.make_plan(config, champion.info).total
-    config.total = flags.total or f"{max(1, steps // _SHARE)} steps"
+    if not config.dataset.corrections:
+        config.total = f"{max(1, build.make_plan(config, champion.info).total // _SHARE)} steps"
+        config.optimizer.learning_rate *= _RATE
+        config.schedule.update(name="cosine", warmup="5%")
+        config.early_stopping.patience = 0
+        config.dataset.correction_weight = _WEIGHT
+    config.total = flags.total or config.total
     config.init.update(weights=str(champion.path), head="keep")
-    config.dataset.update(corrections=str(out / CORRECTIONS), correction_weight=flags.weight)
+    config.dataset.update(
+        corrections=str(out / CORRECTIONS), correction_weight=flags.weight or config.dataset.correction_weight
+    )
     config.dataset.data_dir = run_dir.data_dir(champion.path, config, flags.data_dir)
-    config.optimizer.learning_rate *= _RATE
-    config.schedule.update(name="cosine", warmup="5%")
-    config.early_stopping.patience = 0
     for key, text in overrides:
         config_file.override(config, key, text)
     return configs.resolve(config)
@@ -106,7 +145,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list]:
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the run that is served")
     parser.add_argument("--feedback", metavar="URL", help="sqlite:///PATH or postgresql://USER@HOST/DATABASE")
     parser.add_argument("--out", metavar="DIR2", help="where the new run lives")
-    parser.add_argument("--weight", type=int, default=10, metavar="N", help="times that a correction is in an epoch")
+    parser.add_argument("--weight", type=int, metavar="N", help="times that a correction is in an epoch; default: 10")
     parser.add_argument("--total", default="", metavar="DURATION", help="as config.total; default: 10%% of the run's")
     parser.add_argument("--data_dir", default="", metavar="DIR", help="where the data are now, if they have moved")
     parser.add_argument("--rollback", action="store_true", help="serve what was served before the last promotion")

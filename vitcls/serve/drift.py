@@ -36,8 +36,8 @@ _GROUPS = 100  # of neighbouring classes, where there are more
 _BINS = 10  # of numbers
 KINDS = ("unknown", "corrections", "classes", "confidence", "features")
 HORIZON, PROBABILITY = 10_000, 0.01  # see above
-_DELTA = PROBABILITY / len(KINDS)
-_THRESHOLD = HORIZON / _DELTA
+DELTA = PROBABILITY / len(KINDS)
+THRESHOLD = HORIZON / DELTA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ class _Watch:
     def begin(self, measured_against: str, counts: Sequence[int], edges: tuple[float, ...] = ()) -> None:
         """Takes a reference: how often each category, or each bin of numbers, came."""
         self._edges, self.measured_against, self._values = edges, measured_against, []
-        self.detector = Detector(np.array(counts), delta=_DELTA, threshold=_THRESHOLD)
+        self.detector = Detector(np.array(counts), delta=DELTA, threshold=THRESHOLD)
 
     def update(self, value: float, categories: int) -> bool:
         """Takes a category, or with `categories` = 0 a number; True for an alarm."""
@@ -202,6 +202,11 @@ class Drift:
             _logger.warning(
                 "drift: %s, after %s answers, against %s", kind, f"{self._answers:,}", watch.measured_against
             )
+
+    def alarms(self) -> tuple[str, ...]:
+        """The kinds that have rung."""
+        with self._lock:
+            return tuple(self._alarms)
 
     def state(self) -> dict[str, Any]:
         """Counts and shares so far, the recent distribution of classes beside that of the reference, and the alarms.
