@@ -82,6 +82,7 @@ class Source:
             "vitcls": vitcls.__version__,
             "image_shape": list(trained.info.image_shape),
             "classes": list(trained.info.class_names),
+            "decoding": dataclasses.asdict(trained.decoding),
             "calibration": type(scale).__name__.lower() if scale else None,
             "weights": precision,
             "activations": activations,
