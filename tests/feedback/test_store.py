@@ -1,5 +1,6 @@
 """The database of feedback, SQLite and PostgreSQL as they are: once each, limits, forgetting, many writers, kills."""
 
+import hashlib
 import os
 import pathlib
 import signal
@@ -95,19 +96,22 @@ def pieces(content, of):
 
 
 def test_what_is_forgotten_is_in_no_file(url, request, tmp_path, store):
-    small, large, both = os.urandom(400), os.urandom(50_000), os.urandom(3_000)
-    for image in (small, large, both):
+    one, both, theirs = os.urandom(400), os.urandom(3_000), [os.urandom(size) for size in (300, 900, 4_000, 50_000) * 5]
+    if url.startswith("sqlite"):  # as it is unless SQLite was built otherwise
+        with store._engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA secure_delete=OFF")
+    for image in (one, both, *theirs):
         store.add(CAT._replace(image=image))
     store.add(CAT._replace(image=both, client="bob"))
     held = on_disk(url, request, tmp_path)
-    assert all(pieces(image, held) for image in (small, large, both))
-    sha256 = next(row.image for row in store.rows() if store.image(row.image) == small)
+    assert all(pieces(image, held) for image in (one, both, *theirs))
+    sha256 = hashlib.sha256(one).hexdigest()
     assert store.forget_image(sha256) == 1 and store.forget_image(sha256) == 0
     held = on_disk(url, request, tmp_path)
-    assert not pieces(small, held) and pieces(large, held)
-    assert store.forget_client(CAT.client) == 2
+    assert not pieces(one, held) and all(pieces(image, held) for image in theirs)
+    assert store.forget_client(CAT.client) == 21
     held = on_disk(url, request, tmp_path)
-    assert not pieces(large, held) and pieces(both, held)  # of which bob speaks too
+    assert not any(pieces(image, held) for image in (one, *theirs)) and pieces(both, held)  # of which bob speaks too
     with pytest.raises(KeyError):
         store.image(sha256)
     assert [row.client for row in store.rows()] == ["bob"]
@@ -203,7 +207,10 @@ def test_a_database_that_comes_back_is_used_again(postgres):
     finally:
         postgres.start()
     assert store.add(CAT._replace(client="bob"))
-    assert store.forget_image(next(store.rows()).image) == 2
+    postgres.stop()
+    postgres.start()
+    assert store.add(CAT._replace(client="eve"))  # though its connections are those of before
+    assert store.forget_image(next(store.rows()).image) == 3
     store.close()
 
 

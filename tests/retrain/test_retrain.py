@@ -219,3 +219,25 @@ def test_worse_on_the_test_split_is_not_promoted():
     assert best.p_worse < ALPHA and not best.promoted
     assert Verdict("a", "b", 100, 90, 86, 4, 0, mcnemar_exact_one_sided(4, 0), 10, 0, 10).promoted
     assert not Verdict("a", "b", 100, 90, 90, 0, 0, 1.0, 10, 5, 5).promoted
+
+
+def test_photos_in_a_folder_by_the_streaming_pipeline(tmp_path, tiny_config, no_pictures):
+    """Also where the data have moved."""
+    rng = np.random.default_rng(0)
+    photos = {name: rng.integers(0, 256, (40, 8, 8, 1), np.uint8) for name in ("cat", "dog")}
+    for name, images in photos.items():
+        for i, image in enumerate(images):
+            path = tmp_path / "photos" / ("test" if i < 8 else "train") / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded(image))
+    tiny_config.total = "2 steps"
+    tiny_config.dataset.update(name="folder", data_dir=str(tmp_path / "photos"), pipeline="streaming")
+    train_and_evaluate(tiny_config, tmp_path / "run")
+    shutil.move(tmp_path / "photos", tmp_path / "moved")
+    store = open_store(f"sqlite:///{tmp_path}/feedback.db")
+    for image in photos["cat"][:30]:  # of which 8 are in the test split
+        store.add(Correction(encoded(image), "answer", "weights", "cat", 0.9, "dog", "ann"))
+    assert retrain(tmp_path, "--total=2 steps", f"--data_dir={tmp_path}/moved") == 0
+    record = json.loads((tmp_path / "run2" / "corrections" / "corrections.json").read_text())
+    assert sum(map(len, record["replaced"].values())) == 22 and len(record["left_out"]["test images"]) == 8
+    assert run_dir.open_workdir(tmp_path / "run2").config.dataset.data_dir == str(tmp_path / "moved")

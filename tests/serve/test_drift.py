@@ -161,3 +161,11 @@ def test_false_alarms_of_whole_servers():
         alarms += bool(watch.state()["alarms"])
         assert set(watch.state()["measured_against"]) == set(KINDS)
     assert alarms <= 4  # which 2 % exceed once in 1,000 times
+
+
+def test_the_benchmark_says_how_soon_changes_of_a_run_are_found(run):
+    from benchmarks.drift import measure
+
+    rows = {row["change"]: row for row in measure(str(run), 1, "")}
+    assert rows["none"]["classes"] == rows["none"]["confidence"] == np.inf
+    assert rows["the first half of the classes"]["classes"] < 1_000
