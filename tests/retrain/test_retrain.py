@@ -1,4 +1,4 @@
-"""The loop without a server: a class that was mislabelled in training, corrected by users, retrained, promoted."""
+"""A class that was mislabelled in training, corrected by users, retrained, promoted: with a server and without."""
 
 import io
 import json
@@ -6,10 +6,12 @@ import shutil
 
 import numpy as np
 import pytest
+import requests
 from flax.traverse_util import flatten_dict
 from PIL import Image
 from scipy.stats import binomtest
 
+from tests.serve.running import Load, server, wait_until
 from vitcls import cli, predict
 from vitcls.calibrate import calibrate
 from vitcls.config import default_config
@@ -241,3 +243,38 @@ def test_photos_in_a_folder_by_the_streaming_pipeline(tmp_path, tiny_config, no_
     record = json.loads((tmp_path / "run2" / "corrections" / "corrections.json").read_text())
     assert sum(map(len, record["replaced"].values())) == 22 and len(record["left_out"]["test images"]) == 8
     assert run_dir.open_workdir(tmp_path / "run2").config.dataset.data_dir == str(tmp_path / "moved")
+
+
+def answers_over_http(running, photos):
+    """The class of each photo, and the id of the answer."""
+    found = [running.predict((photo.name, photo.read_bytes())).json()["predictions"][0] for photo in photos]
+    return [one["top"][0]["class"] for one in found], [one["id"] for one in found]
+
+
+def test_the_same_photos_are_right_after_fifty_corrections(served, tmp_path, no_pictures):
+    root = shutil.copytree(served, tmp_path, dirs_exist_ok=True)
+    photos = sorted(root.glob("*.png"))
+    with server(f"--workdir={root}/run") as running:
+
+        def version():
+            return requests.get(f"{running.url}/v1/model").json()["checkpoint"]["sha256"]
+
+        load, first = Load(running), version()
+        before, ids = answers_over_http(running, photos)
+        assert len(photos) == 50 and before.count("4") <= 2
+        for photo, id in zip(photos, ids, strict=True):
+            with photo.open("rb") as file:
+                said = requests.post(f"{running.url}/v1/feedback", data={"id": id, "label": "4"}, files={"file": file})
+            assert said.json()["stored"]
+        flags = ("--weight=20", "--total=200 steps", "--config.optimizer.learning_rate=2e-3")
+        assert retrain(root, *flags, database=root / "run" / "feedback.db") == 0
+        wait_until(lambda: version() != first)
+        after, _ = answers_over_http(running, photos)
+        assert after.count("4") >= 47 and after[:NEW].count("4") >= NEW - 2  # of photos that were in no training
+        was_right, is_right = right(root / "run"), right(root / "run2")
+        assert is_right.sum() > was_right.sum() + 20
+        load.stop()
+        assert not load.broken and {response.status_code for response in load.responses} == {200}
+        assert len(load.responses) > 100
+        code, log = running.stop()
+    assert code == 0 and "Traceback" not in log

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -68,6 +69,40 @@ def server(*flags, **options):
         if running.process.poll() is None:
             running.process.kill()
         running.process.communicate()
+
+
+class Load(threading.Thread):
+    """Asks one thing after another until it is stopped."""
+
+    def __init__(self, running, path="/v1/predict", seed=0):
+        super().__init__()
+        self.running, self.path, self.seed = running, path, seed
+        self.responses, self.broken, self.stopping = [], [], threading.Event()
+        self.start()
+
+    def run(self):
+        session, i = requests.Session(), 0
+        while not self.stopping.is_set():
+            i += 1
+            try:
+                self.ask(session, png(1000 * self.seed + i))
+            except requests.RequestException as error:
+                self.broken.append(error)
+                return
+
+    def ask(self, session, image):
+        self.responses.append(session.post(f"{self.running.url}{self.path}", data=image))
+
+    def stop(self):
+        self.stopping.set()
+        self.join()
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def png(seed=0, size=(8, 8), channels=3):

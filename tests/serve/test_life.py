@@ -4,43 +4,15 @@ import json
 import pathlib
 import shutil
 import signal
-import threading
 import time
 
 import psutil
 import pytest
 import requests
 
-from tests.serve.running import png, server
+from tests.serve.running import Load, png, server, wait_until
 from vitcls.feedback.store import open_store
 from vitcls.serve import promotion
-
-
-class Load(threading.Thread):
-    """Asks one thing after another until it is stopped."""
-
-    def __init__(self, running, path="/v1/predict", seed=0):
-        super().__init__()
-        self.running, self.path, self.seed = running, path, seed
-        self.responses, self.broken, self.stopping = [], [], threading.Event()
-        self.start()
-
-    def run(self):
-        session, i = requests.Session(), 0
-        while not self.stopping.is_set():
-            i += 1
-            try:
-                self.ask(session, png(1000 * self.seed + i))
-            except requests.RequestException as error:
-                self.broken.append(error)
-                return
-
-    def ask(self, session, image):
-        self.responses.append(session.post(f"{self.running.url}{self.path}", data=image))
-
-    def stop(self):
-        self.stopping.set()
-        self.join()
 
 
 class Feedback(Load):
@@ -51,13 +23,6 @@ class Feedback(Load):
         response = session.post(f"{self.running.url}/v1/feedback", data={"id": id, "label": "class 1"})
         assert response.json()["stored"]
         self.responses.append(image)
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_sigterm_lets_requests_end(trained, tmp_path):

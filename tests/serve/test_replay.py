@@ -1,5 +1,6 @@
 """A receipt is enough to compute an answer again, to the bit, or to say what is another."""
 
+import hashlib
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import requests
 
 from tests.serve.running import png, server
 from vitcls import calibrate, cli, replay
+from vitcls.feedback.store import open_store
 
 
 def again(capsys, *arguments):
@@ -51,6 +53,19 @@ def test_an_answer_is_computed_again(answered, capsys):
     ):
         code, said = again(capsys, *arguments)
         assert code == 2 and words in said, said
+
+
+def test_what_is_forgotten_has_no_receipt(answered, capsys):
+    workdir, file, id, corrected = answered
+    store = open_store(f"sqlite:///{workdir}/feedback.db")
+    (row,) = store.rows()
+    assert row.answer == corrected and store.forget_client(row.client) == 1
+    code, said = again(capsys, corrected, f"--workdir={workdir}")
+    assert code == 2 and f"no answer has the id {corrected}" in said
+    assert again(capsys, id, f"--workdir={workdir}", f"--image={file}")[0] == 0  # of others it is still there
+    assert store.forget_image(hashlib.sha256(file.read_bytes()).hexdigest()) == 0
+    assert again(capsys, id, f"--workdir={workdir}", f"--image={file}")[0] == 2
+    store.close()
 
 
 def test_what_has_changed_is_said(answered, capsys):

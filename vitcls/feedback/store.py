@@ -16,6 +16,7 @@ from vitcls.core.errors import RunError, UserError
 _BEGIN = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(860423)"}
 _PATIENCE = 30  # seconds in which SQLite waits for another writer
 _DAY = 86_400.0
+ANSWERS = "answers"  # the table of receipts, where a server keeps them here (vitcls/serve/receipts.py)
 
 
 class Quota(Exception):
@@ -237,20 +238,26 @@ class Store:
         }
 
     def forget_image(self, sha256: str) -> int:
-        """Removes an image and all that was said of it for good; returns how many corrections that were."""
-        return self._forget(self._corrections.c.image == sha256)
+        """Removes an image, all that was said of it and its receipts for good; returns how many corrections."""
+        return self._forget(self._corrections.c.image == sha256, sha256)
 
     def forget_client(self, client: str) -> int:
         """Removes all that a client has said for good, and images of which nobody else speaks; returns how many."""
         return self._forget(self._corrections.c.client == client)
 
-    def _forget(self, which) -> int:
+    def _forget(self, which, image: str = "") -> int:
         import sqlalchemy as sa
 
         images, said = self._images, self._corrections
         with self.writing() as connection:
             count = connection.execute(sa.delete(said).where(which)).rowcount
-            connection.execute(sa.delete(images).where(images.c.sha256.not_in(sa.select(said.c.image))))
+            gone = sa.select(images.c.sha256).where(images.c.sha256.not_in(sa.select(said.c.image)))
+            if sa.inspect(connection).has_table(ANSWERS):
+                answers = sa.table(ANSWERS, sa.column("image_sha256"))
+                connection.execute(
+                    sa.delete(answers).where(answers.c.image_sha256.in_(gone) | (answers.c.image_sha256 == image))
+                )
+            connection.execute(sa.delete(images).where(images.c.sha256.in_(gone)))
         self._erase()
         return count
 

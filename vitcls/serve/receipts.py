@@ -17,7 +17,7 @@ import sqlalchemy as sql
 from sqlalchemy.dialects import postgresql, sqlite
 
 from vitcls.core.errors import RunError
-from vitcls.feedback.store import Store
+from vitcls.feedback.store import ANSWERS, Store
 from vitcls.serve.batcher import Answer
 
 _MOST = 100_000  # receipts that are kept; older ones go
@@ -25,7 +25,7 @@ _PERIOD = 0.2  # seconds between two transactions
 _logger = logging.getLogger("vitcls")
 _tables = sql.MetaData()
 _answers = sql.Table(
-    "answers",
+    ANSWERS,
     _tables,
     sql.Column("id", sql.String(32), primary_key=True),
     sql.Column("batch_size", sql.Integer, primary_key=True),  # which may change the last bits
