@@ -198,3 +198,15 @@ def test_a_model_that_only_looks_robust_is_found_out(model, failed):
 
 def test_pgd_that_is_weaker_than_fgsm_is_found_out():
     assert "pgd_and_fgsm" in found_by_checks(islands, np.full((40, 8, 8, 2), 0.5, np.float32), eps=0.1)
+
+
+def ridges(images):
+    """Misclassified where a sixth of the values are moved by 0.09, behind a ridge at 0.05 that only long steps cross."""
+    away = (images - 0.5).reshape(len(images), -1)
+    height = jnp.where(away > 0.09, 1.0, jnp.where(away < 0.05, away, 0.1 - away))
+    z = 0.1 * (20 - jnp.sum(height, axis=1))
+    return jnp.stack([z, -z], axis=-1)
+
+
+def test_more_steps_that_find_less_are_found_out():
+    assert "more_steps" in found_by_checks(ridges, np.full((40, 8, 8, 2), 0.5, np.float32), eps=0.1)

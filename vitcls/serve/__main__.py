@@ -8,6 +8,7 @@ the workdir, or sqlite:///FILE or postgresql://... SIGTERM lets requests end and
 address than this machine's own needs a token. Needs pip install "vitcls[serve]".
 """
 
+import argparse
 import asyncio
 import functools
 import ipaddress
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--token_file", default="", metavar="FILE", help="the token that whoever asks must bear")
     parser.add_argument("--database", default="", metavar="URL", help="of receipts and feedback")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes on this machine")
-    parser.add_argument("--listen_fd", type=int, default=-1, help="a socket from the process above")
+    parser.add_argument("--listen_fd", type=int, default=-1, help=argparse.SUPPRESS)  # from the process above
     cli.add_import_argument(parser)
     flags = parser.parse_args(argv)
     _require_extra()
