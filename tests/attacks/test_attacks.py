@@ -201,7 +201,7 @@ def test_pgd_that_is_weaker_than_fgsm_is_found_out():
 
 
 def ridges(images):
-    """Misclassified where a sixth of the values are moved by 0.09, behind a ridge at 0.05 that only long steps cross."""
+    """Misclassified where a sixth of the values move by 0.09, behind a ridge at 0.05 that only long steps cross."""
     away = (images - 0.5).reshape(len(images), -1)
     height = jnp.where(away > 0.09, 1.0, jnp.where(away < 0.05, away, 0.1 - away))
     z = 0.1 * (20 - jnp.sum(height, axis=1))

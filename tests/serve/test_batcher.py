@@ -30,7 +30,7 @@ def image(value):
 async def with_batcher(act, **options):
     """What `act` returns of a batcher that runs, and the batches that were computed."""
     program, sizes = Counting(), []
-    model = Served("", {}, ("a", "b"), (1, 1, 1), BY_FORMAT, {}, program, None)
+    model = Served("here", "", {}, ("a", "b"), (1, 1, 1), BY_FORMAT, {}, program, None)
     batcher = Batcher(model, observe=lambda images, size: sizes.append((images, size)), **options)
     running = asyncio.create_task(batcher.run())
     result = await act(batcher)

@@ -40,7 +40,7 @@ class Slow:
 def serving(tmp_path, slow, **limits):
     """The URL, and the path of the database."""
     about = {"model": "slow", "checkpoint": {"step": 0}}
-    model = Served("", {}, ("a", "b"), (8, 8, 3), BY_FORMAT, about, slow, None)
+    model = Served("here", "", {}, ("a", "b"), (8, 8, 3), BY_FORMAT, about, slow, None)
     store = open_store(f"sqlite:///{tmp_path}/f.db")
     service = Service(
         lambda: Source("here"),

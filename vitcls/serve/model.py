@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ class Answers(NamedTuple):
 class Served:
     """A model that answers batches of fixed sizes, and its name."""
 
+    source: str  # the workdir or file
     version: str  # SHA-256 of the weights' manifest
     preprocessing: dict[str, Any]  # all else that an answer depends on
     class_names: tuple[str, ...]
@@ -73,7 +75,7 @@ class Served:
         return hashlib.sha256(said.encode()).hexdigest()[:32]
 
 
-def of_workdir(path: pathlib.Path, which: str = "") -> Served:
+def of_workdir(path: os.PathLike | str, which: str = "") -> Served:
     """A run; raises UserError for what is none, or has no classifier."""
     trained = run_dir.open_workdir(path)
     config, info = trained.config, trained.info
@@ -92,6 +94,7 @@ def of_workdir(path: pathlib.Path, which: str = "") -> Served:
         "unknown": _digest(trained.path / UNKNOWN_FILE),
     }
     return Served(
+        str(path),
         version,
         preprocessing,
         tuple(info.class_names),
@@ -144,7 +147,7 @@ def _digest(path: pathlib.Path) -> str | None:
     return sha256_of(path) if path.exists() else None
 
 
-def of_artefact(path: pathlib.Path) -> Served:
+def of_artefact(path: os.PathLike | str) -> Served:
     """What `vitcls export --format=stablehlo` wrote; raises UserError for what is none."""
     answer, about = artefact.load(str(path))
     try:
@@ -166,5 +169,5 @@ def of_artefact(path: pathlib.Path) -> Served:
         "calibrated": about["calibration"] is not None,
         "test": {key: about["metrics"][key] for key in ("accuracy", "num_examples") if key in about["metrics"]},
     }
-    preprocessing = {"program": sha256_of(path), "decoding": about["decoding"]}
-    return Served(version, preprocessing, classes, shape, decoding, said, program, None)
+    preprocessing = {"program": sha256_of(pathlib.Path(path)), "decoding": about["decoding"]}
+    return Served(str(path), version, preprocessing, classes, shape, decoding, said, program, None)

@@ -30,8 +30,10 @@ def _drift(source: str, served: model.Served) -> Drift:
 def _what(flags) -> tuple[Callable[[], Source], Callable[[str], model.Served]]:
     """What is to be served now, asked again and again, and how it is opened."""
     if flags.artefact:
-        return (lambda: Source(os.path.abspath(flags.artefact))), lambda source: model.of_artefact(pathlib.Path(source))
+        file = Source(os.path.abspath(flags.artefact))
+        return (lambda: file), model.of_artefact
     if flags.checkpoint or places.is_url(flags.workdir):  # nothing is promoted there
-        return (lambda: Source(flags.workdir)), lambda source: model.of_workdir(source, flags.checkpoint)
+        run = Source(flags.workdir if places.is_url(flags.workdir) else os.path.abspath(flags.workdir))
+        return (lambda: run), lambda source: model.of_workdir(source, flags.checkpoint)
     workdir = pathlib.Path(flags.workdir).absolute()
     return (lambda: Source(str(promotion.current(workdir)), promotion.since(workdir))), model.of_workdir

@@ -69,7 +69,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def make(answer: Answer, image_sha256: str, source: str) -> Receipt:
+def make(answer: Answer, image_sha256: str) -> Receipt:
     best = int(answer.probabilities.argmax())
     return Receipt(
         answer.model.name_of_answer(image_sha256),
@@ -78,7 +78,7 @@ def make(answer: Answer, image_sha256: str, source: str) -> Receipt:
         time.time(),
         answer.model.version,
         answer.model.preprocessing_json,
-        source,
+        answer.model.source,
         answer.model.about["checkpoint"]["step"],
         image_sha256,
         np.asarray(answer.outputs, np.float32).tobytes(),

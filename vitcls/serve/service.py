@@ -77,7 +77,8 @@ class Service:
 
     async def run(self) -> None:
         """Loads and compiles, then answers batches and takes up what is promoted, until it is cancelled."""
-        model = await self._compiled(self._source_now())
+        self._source = self._source_now()
+        model = await self._compiled(self._source)
         self._batcher = Batcher(model, capacity=self.limits.waiting, observe=self.gauges.batch)
         self.gauges.model(model.version)
         self.started.set()
@@ -93,9 +94,7 @@ class Service:
             model.warm_up(SIZES)
             return model
 
-        model = await self._aside(load)
-        self._source = source
-        return model
+        return await self._aside(load)
 
     async def _watch(self, model: Served) -> None:
         """Begins to watch what is asked of a model."""
@@ -110,25 +109,29 @@ class Service:
 
     async def _follow(self) -> None:
         """Takes up another model as soon as it is compiled; requests go on meanwhile, each batch with one model."""
-        refused = None
+        refused, warned = None, ""
         while True:
             await asyncio.sleep(_LOOK)
             try:
                 source = await self._aside(self._source_now)
-                if source in (self._source, refused):
-                    continue
-                before = self.batcher.model
-                refused = source
-                model = await self._compiled(source)
-                if (model.image_shape, model.decoding) != (before.image_shape, before.decoding):
-                    raise errors.UserError(f"it wants images of {model.image_shape}, not {before.image_shape}")
-                self.batcher.model, refused = model, None
-                self.gauges.model(model.version, before.version)
-                _logger.info("now served: step %d of %s", model.about["checkpoint"]["step"], source.name)
-                await self._watch(model)
+                if source not in (self._source, refused):
+                    refused = source
+                    await self._take_up(source)
+                    refused, warned = None, ""
             except Exception as error:  # what is served goes on
-                name = refused.name if refused else "what was promoted"
-                _logger.warning("%s cannot be served: %s", name, " ".join(str(error).split()))
+                warning = " ".join(str(error).split())
+                if warning != warned:
+                    _logger.warning("what was promoted cannot be served: %s", warning)
+                warned = warning
+
+    async def _take_up(self, source: Source) -> None:
+        model, before = await self._compiled(source), self.batcher.model
+        if (model.image_shape, model.decoding) != (before.image_shape, before.decoding):
+            raise errors.UserError(f"{source.name} wants images of {model.image_shape}, not {before.image_shape}")
+        self.batcher.model, self._source = model, source
+        self.gauges.model(model.version, before.version)
+        _logger.info("now served: step %d of %s", model.about["checkpoint"]["step"], source.name)
+        await self._watch(model)
 
     async def _aside(self, call: Callable, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._side, call, *arguments)
@@ -168,7 +171,7 @@ class Service:
         loop = asyncio.get_running_loop()
         pixels, digest = await loop.run_in_executor(self._decoders, self._decoded, batcher.model, data)
         answer = await batcher.answer(pixels)
-        return answer, receipts.make(answer, digest, self._source.name)
+        return answer, receipts.make(answer, digest)
 
     def _decoded(self, model: Served, data: bytes):
         """The pixels and the SHA-256 of a file; raises BadImage."""
