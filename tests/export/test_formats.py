@@ -211,4 +211,4 @@ def test_networks_of_full_size_are_a_quarter_in_int8(name, format, tmp_path):
     print(
         f"{name} {format}: {artefact.size(places['float32']) / 1e6:.2f} MB, int8 {ratio:.3f} of it, cosine {cosine:.5f}"
     )
-    assert cosine > 0.98 and ratio < 0.3
+    assert cosine > 0.95 and ratio < 0.3

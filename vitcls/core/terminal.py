@@ -1,8 +1,10 @@
 """What reaches a user's eyes: names of any bytes in print, and no chatter of the libraries."""
 
 import codecs
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 
 _VISIBLE = "vitcls_visible"
 
@@ -53,3 +55,19 @@ def quiet_tensorflow() -> None:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Drops what libraries print, also from C++, which no log level reaches."""
+    kept = {1: os.dup(1), 2: os.dup(2)}
+    with open(os.devnull, "w", encoding="utf-8") as nothing:
+        try:
+            for stream in kept:
+                os.dup2(nothing.fileno(), stream)
+            with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+                yield
+        finally:
+            for stream, own in kept.items():
+                os.dup2(own, stream)
+                os.close(own)

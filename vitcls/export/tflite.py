@@ -1,17 +1,16 @@
 """A run as one file of LiteRT (TensorFlow Lite), for phones and small boards."""
 
-import contextlib
 import json
-import os
 import pathlib
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from vitcls.core import terminal
 from vitcls.core.errors import RunError, UserError
 from vitcls.export import saved_model
 
@@ -54,7 +53,7 @@ def _converted(answer: Callable, image_shape: tuple[int, int, int], *, float16: 
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
             converter.target_spec.supported_types = [tf.float16]
         try:
-            with _silent():
+            with terminal.silent():
                 return bytes(converter.convert())
         except Exception as error:  # of the converter, whose classes have no public name
             said = " ".join(str(error).split())[:200]
@@ -71,26 +70,10 @@ def _quantized(model: bytes, calibration: np.ndarray) -> bytes:
     for name in _QUANTIZED:
         operation = getattr(qtyping.TFLOperationName, name)
         found.add_static_config(regex=".*", operation_name=operation, activation_num_bits=8, weight_num_bits=8)
-    with _silent(), warnings.catch_warnings():
+    with terminal.silent(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it keeps all tensors, which it means to
         samples = [{saved_model.NAME: image[None]} for image in calibration]
         return bytes(found.quantize(found.calibrate({"serving_default": samples})).quantized_model)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Drops what the converters print, also from C++, which no log level reaches."""
-    kept = {1: os.dup(1), 2: os.dup(2)}
-    with open(os.devnull, "w", encoding="utf-8") as nothing:
-        try:
-            for stream in kept:
-                os.dup2(nothing.fileno(), stream)
-            with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
-                yield
-        finally:
-            for stream, own in kept.items():
-                os.dup2(own, stream)
-                os.close(own)
 
 
 def interpreter() -> type:
