@@ -16,6 +16,8 @@ import numpy as np
 
 from vitcls import cli
 from vitcls.core.errors import RunError, UserError
+from vitcls.training import places
+from vitcls.training.files import CONFIG_FILE
 
 
 def replay(id: str, databases: Sequence[str], image: pathlib.Path | None = None) -> list[str]:
@@ -55,8 +57,9 @@ def _image(store, receipt, image: pathlib.Path | None) -> bytes:
 def _again(receipt, data: bytes) -> str:
     from vitcls.serve import model, receipts
 
-    path = pathlib.Path(receipt.source)
-    served = model.of_artefact(path) if path.is_file() else model.of_workdir(path, str(receipt.step))
+    path = receipt.source
+    is_run = places.is_url(path) or pathlib.Path(path, CONFIG_FILE).exists()
+    served = model.of_workdir(path, str(receipt.step)) if is_run else model.of_artefact(path)
     changed = []
     if served.version != receipt.model:
         changed.append(f"the weights in {path} are others ({served.version[:12]}, then {receipt.model[:12]})")

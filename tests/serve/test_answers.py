@@ -108,11 +108,12 @@ def test_an_explanation_has_its_evidence(served):
     assert requests.post(f"{served.url}/v1/explain", data=b"no").json() == {"error": "the file is not an image"}
 
 
-def test_an_exported_program_is_served_as_its_run(trained, answers, tmp_path):
+@pytest.mark.parametrize(("format", "name"), [("stablehlo", "run.zip"), ("saved_model", "run")])
+def test_an_exported_program_is_served_as_its_run(trained, answers, tmp_path, format, name):
     from vitcls.export.__main__ import export
 
-    file = tmp_path / "run.zip"
-    export(trained, "stablehlo", file)
+    file = tmp_path / name
+    export(trained, format, file)
     with server(f"--artefact={file}") as running:
         assert requests.get(f"{running.url}/v1/model").json()["explains"] is False
         for said in answers[:3]:

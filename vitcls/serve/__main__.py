@@ -37,7 +37,7 @@ _RESTARTS = 1.0  # seconds before a worker that has died is started again
 def main(argv: list[str]) -> int:
     parser = cli.Parser(prog=cli.program("serve"), description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", default="", metavar="DIR", help="directory of the run")
-    parser.add_argument("--artefact", default="", metavar="FILE", help="what vitcls export --format=stablehlo wrote")
+    parser.add_argument("--artefact", default="", metavar="FILE", help="a program of vitcls export")
     parser.add_argument("--checkpoint", default="", metavar="STEP", help="'last', 'best' or a step of the workdir")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="0 for any that is free")

@@ -144,11 +144,15 @@ def _about(trained: run_dir.Workdir, step: int, version: str) -> dict[str, Any]:
 
 
 def _digest(path: pathlib.Path) -> str | None:
-    return sha256_of(path) if path.exists() else None
+    """SHA-256 of a file, or of those of all files of a directory; None where there is none."""
+    if not path.is_dir():
+        return sha256_of(path) if path.exists() else None
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
 
 
 def of_artefact(path: os.PathLike | str) -> Served:
-    """What `vitcls export --format=stablehlo` wrote; raises UserError for what is none."""
+    """What `vitcls export` wrote, weights alone excepted, in its own runtime; raises UserError for what is none."""
     answer, about = artefact.load(str(path))
     try:
         decoding = Decoding(**about["decoding"])
@@ -169,5 +173,5 @@ def of_artefact(path: os.PathLike | str) -> Served:
         "calibrated": about["calibration"] is not None,
         "test": {key: about["metrics"][key] for key in ("accuracy", "num_examples") if key in about["metrics"]},
     }
-    preprocessing = {"program": sha256_of(pathlib.Path(path)), "decoding": about["decoding"]}
+    preprocessing = {"program": _digest(pathlib.Path(path)), "decoding": about["decoding"]}
     return Served(str(path), version, preprocessing, classes, shape, decoding, said, program, None)

@@ -22,7 +22,7 @@ def open_service(flags, database: str) -> Service:
 
 def _drift(source: str, served: model.Served) -> Drift:
     """Of a run against its test images; takes as long as it takes to open its data."""
-    run = not places.is_url(source) and not pathlib.Path(source).is_file()
+    run = not places.is_url(source) and served.explainer is not None
     step = str(served.about["checkpoint"]["step"])
     return Drift(len(served.class_names), drift.reference(pathlib.Path(source), step) if run else None)
 
