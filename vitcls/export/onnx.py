@@ -42,8 +42,12 @@ def write(
 
     model = _converted(answer, image_shape)
     _einsum_to_matmul(model)
+    del model.graph.value_info[:]  # jax2onnx says of some padded arrays that their batch is that of the images
     if precision == "int8":
-        model = _quantized(model, calibration)
+        try:
+            model = _quantized(model, calibration)
+        except Exception as error:  # of onnxruntime, whose classes have no public name
+            raise RunError(f"onnxruntime cannot quantize this network: {str(error)[:200]}") from None
     onnx.helper.set_model_props(model, {_ABOUT: json.dumps(about)})
     if model.ByteSize() > _MOST_BYTES:
         raise UserError("an ONNX file holds at most 2 GB, and this network is larger; take --format=stablehlo")

@@ -257,8 +257,14 @@ def avg_pool(x: jax.Array, size: int, stride: int, padding: str | int = 0, *, co
 
     With `count_padding` the places around the image count as zeros.
     """
-    window, strides, padding = (size, size), (stride, stride), _pool_padding(x, size, stride, padding)
-    return nn.avg_pool(x, window, strides, padding, count_include_pad=count_padding).astype(x.dtype)
+    margins = _pool_padding(x, size, stride, padding)
+    return nn.avg_pool(
+        x,
+        window_shape=(size, size),
+        strides=(stride, stride),
+        padding=margins if any(map(any, margins)) else "VALID",  # what jax2onnx knows is the name
+        count_include_pad=count_padding,
+    ).astype(x.dtype)
 
 
 def _pool_padding(x: jax.Array, size: int, stride: int, padding: str | int) -> list[tuple[int, int]]:
