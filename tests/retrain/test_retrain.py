@@ -1,5 +1,6 @@
 """A class that was mislabelled in training, corrected by users, retrained, promoted: with a server and without."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -24,7 +25,6 @@ from vitcls.retrain.verdict import ALPHA, Verdict
 from vitcls.serve.promotion import current
 from vitcls.train import train_and_evaluate
 from vitcls.training import build, run_dir
-from vitcls.training.opened import open_with_data
 
 NEW, IN_TRAINING = 30, 20  # photos of fours that users show
 
@@ -101,9 +101,10 @@ def retrain(root, *flags, database="feedback.db"):
     return cli.run(main, [f"--workdir={root}/run", f"--feedback={url}", *out, "--total=100 steps", *flags])
 
 
-def right(run, split="test"):
-    labels, probabilities = open_with_data(run, splits=(split,)).predictions(split)
-    return probabilities.argmax(axis=1) == labels
+def right(run, arrays):
+    """Which test images are right as the run is served."""
+    classify = predict.make_classifier(run_dir.open_workdir(run))
+    return classify(arrays["x_test"]).argmax(axis=1) == arrays["y_test"]
 
 
 def weights(run):
@@ -120,13 +121,17 @@ def test_the_whole_loop(loop, capsys, no_pictures):
     assert retrain(root, "--weight=20", "--total=200 steps", "--config.optimizer.learning_rate=2e-3") == 0
     now = answers(root, current(root / "run"))
     assert current(root / "run") == root / "run2" and now.count("4") >= 47
-    before, after = right(root / "run"), right(root / "run2")
+    with np.load(root / "digits.npz") as arrays:
+        before, after = right(root / "run", arrays), right(root / "run2", arrays)
     lost, won = np.count_nonzero(before & ~after), np.count_nonzero(after & ~before)
     found = json.loads((root / "run2" / "report" / "retraining.json").read_text())
     assert (found["test_lost"], found["test_won"], found["test_challenger"]) == (lost, won, after.sum())
     assert found["p_worse"] >= ALPHA and found["promoted"] and won > 20
+    by_file = dict(zip(sorted(path.stem for path in root.glob("*.png")), now, strict=True))
+    uploads = {hashlib.sha256(path.read_bytes()).hexdigest(): by_file[path.stem] for path in root.glob("*.png")}
     held_out = list((root / "run2" / "corrections" / "held_out").rglob("*.png"))
     assert found["held_out_images"] == len(held_out) and found["held_out_champion"] < found["held_out_challenger"]
+    assert found["held_out_challenger"] == sum(uploads[path.stem] == "4" for path in held_out)  # what is served
     assert found["words"] in capsys.readouterr().out and found["words"].endswith("It is promoted.")
 
     record = json.loads((root / "run2" / "corrections" / "corrections.json").read_text())
@@ -156,6 +161,7 @@ def test_it_goes_on_to_the_same_bits_wherever_it_is(loop, no_pictures):
     flags = ("--config.checkpoint_every=20 steps", "--config.checkpoint.keep=9")
     assert retrain(root, *flags) == 0
     want = weights(root / "run2")
+    assert answers(root, root / "run2").count("4") >= 40  # what calibration, on labels with errors, must not undo
     for step in (60, 80, 100):
         shutil.rmtree(root / "run2" / "checkpoints" / str(step))
     store.add(Correction(encoded(np.full((8, 8, 1), 99, np.uint8)), "a", "m", "1", 0.5, "2", "eve"))

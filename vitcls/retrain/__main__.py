@@ -47,18 +47,22 @@ def main(argv: list[str]) -> None:
     config = retrained(workdir, flags, overrides)
     out = pathlib.Path(flags.out)
     train_and_evaluate(config, out, data_dir=flags.data_dir)
+    measure_again(pathlib.Path(config.init.weights), out, flags.data_dir)
     found = verdict.judge(pathlib.Path(config.init.weights), out, data_dir=flags.data_dir)
     found.write(out)
     if found.promoted:
-        measure_again(pathlib.Path(config.init.weights), out, flags.data_dir)
         promotion.promote(workdir, out)
     print(found.words())
 
 
 def measure_again(champion: pathlib.Path, out: pathlib.Path, data_dir: str) -> None:
-    """Calibrates the new run, and finds its threshold of what is unknown, where the old one had that."""
+    """Calibrates the new run, and finds its threshold of what is unknown, where the old one had that.
+
+    By a temperature, which changes no answer: the validation split may have the errors that users have corrected, and
+    other methods would learn them.
+    """
     for has, measure in (
-        (CALIBRATION_FILE, lambda: calibrate(out, data_dir=data_dir)),
+        (CALIBRATION_FILE, lambda: calibrate(out, method="temperature", data_dir=data_dir)),
         (UNKNOWN_FILE, lambda: _find_threshold(champion, out, data_dir)),
     ):
         if (champion / has).exists():

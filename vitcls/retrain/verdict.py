@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 
+from vitcls import data, predict
 from vitcls.core.errors import UserError
 from vitcls.data import corrections
 from vitcls.metrics.significance import mcnemar_exact_one_sided
@@ -14,6 +16,7 @@ from vitcls.training.opened import open_with_data
 
 ALPHA = 0.05  # a challenger that is no worse is called worse at most so often
 FILE = "retraining.json"
+_AT_A_TIME = 1_000  # images that are decoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +80,15 @@ def judge(champion: pathlib.Path, challenger: pathlib.Path, *, data_dir: str = "
 
 
 def _right(run: pathlib.Path, root: pathlib.Path, data_dir: str) -> tuple[np.ndarray, np.ndarray]:
-    """Which images of the test split and of the held-out corrections a run gets right, bool [N] each."""
+    """Which test images and held-out corrections a run gets right as it is served, bool [N] each."""
     opened = open_with_data(run, splits=("test",), data_dir=data_dir)
-    labels, probabilities = opened.predictions("test")
-    names = opened.trained.info.class_names
-    held_out = corrections.read(root, corrections.HELD_OUT, names, opened.dataset.test.decoding)
-    classes = opened.classes(opened.batches_of(held_out), len(held_out.labels))
-    return probabilities.argmax(axis=1) == labels, classes == held_out.labels
+    test, info = opened.dataset.test, opened.trained.info
+    held_out = corrections.read(root, corrections.HELD_OUT, info.class_names, test.decoding)
+    classify = predict.make_classifier(opened.trained)  # calibrated, which can change an answer
+    return tuple(_answers(classify, split, info.image_shape) == split.labels for split in (test, held_out))
+
+
+def _answers(classify: Callable, split: data.Split, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """The most probable classes, int [N], of some images at a time."""
+    parts = np.array_split(np.arange(len(split.labels)), -(-len(split.labels) // _AT_A_TIME))
+    return np.concatenate([classify(data.pixels(split.take(part), image_shape)).argmax(axis=1) for part in parts])
