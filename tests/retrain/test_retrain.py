@@ -141,7 +141,8 @@ def test_the_whole_loop(loop, capsys, no_pictures):
     train = old.num_examples["train"] - len(record["replaced"]["train"]) + 20 * record["images"]["train"]
     assert info.num_examples["train"] == train and info.num_examples["test"] == old.num_examples["test"]
 
-    assert (root / "run2" / "calibration.json").exists()  # as the served run has one
+    calibrated = json.loads((root / "run2" / "calibrate" / "metrics.json").read_text())  # as the served run is
+    assert calibrated["method"] == "temperature"  # no other leaves all answers as they are
 
     store.add(Correction(encoded(np.full((8, 8, 1), 99, np.uint8)), "a", "m", "1", 0.5, "2", "eve"))
     assert retrain(root, f"--out={root}/run3", "--total=1 steps") == 0  # from what is served now
