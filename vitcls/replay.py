@@ -1,10 +1,10 @@
 """Compute an answer of a server again, to the bit, or say what has changed.
 
-vitcls replay ID [--workdir=DIR | --database=URL] [--image=FILE]
+vitcls replay ID [--workdir=DIR] [--database=URL] [--image=FILE]
 
-ID is what the server gave with its answer; the receipt is in its database, that of a workdir in DIR/feedback.db, or,
-without either flag, in one of those that this machine has served. The image is the file that was sent, or the one
-that came with feedback on the answer. Exit code 0: the same bits; 1: not.
+ID is what the server gave with its answer; the receipt is in its database: URL, else DIR/feedback.db, else one of those
+that this machine has served. DIR is where the run is now, if it has moved. The image is the file that was sent, or the
+one that came with feedback on the answer. Exit code 0: the same bits; 1: not.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from vitcls.training import places
 from vitcls.training.files import CONFIG_FILE
 
 
-def replay(id: str, databases: Sequence[str], image: pathlib.Path | None = None) -> list[str]:
+def replay(id: str, databases: Sequence[str], image: pathlib.Path | None = None, workdir: str = "") -> list[str]:
     """Lines that say of each receipt of an answer, in the first of some databases, that the outputs are the same bits.
 
     Raises UserError where there is no receipt or no image, RunError, which says what has changed, where they differ.
@@ -29,11 +29,12 @@ def replay(id: str, databases: Sequence[str], image: pathlib.Path | None = None)
     from vitcls.serve import receipts
 
     for database in databases:
-        with contextlib.closing(open_store(database)) as store:
+        with contextlib.closing(open_store(database, create=False)) as store:
             if found := receipts.find(store, id):
                 data = _image(store, found[0], image)
-                return [_again(receipt, data) for receipt in found]
-    raise UserError(f"no answer has the id {id} in {len(databases)} databases; they keep the newest alone")
+                return [_again(receipt, data, workdir) for receipt in found]
+    where = ", ".join(databases)
+    raise UserError(f"no answer has the id {id} in {where}; they keep the newest; --database=URL names another")
 
 
 def _image(store, receipt, image: pathlib.Path | None) -> bytes:
@@ -54,15 +55,29 @@ def _image(store, receipt, image: pathlib.Path | None) -> bytes:
     return data
 
 
-def _again(receipt, data: bytes) -> str:
-    from vitcls.serve import model, receipts
+def _opened(receipt, workdir: str):
+    """The model of a receipt, from where it was or is now; raises RunError where its weights are no more."""
+    from vitcls.serve import model
 
-    path = receipt.source
-    is_run = places.is_url(path) or pathlib.Path(path, CONFIG_FILE).exists()
-    served = model.of_workdir(path, str(receipt.step)) if is_run else model.of_artefact(path)
+    whys = []
+    for path in filter(None, (workdir, receipt.source)):
+        try:
+            is_run = places.is_url(path) or pathlib.Path(path, CONFIG_FILE).exists()
+            served = model.of_workdir(path, str(receipt.step)) if is_run else model.of_artefact(path)
+        except UserError as error:
+            whys.append(str(error))
+            continue
+        if served.version == receipt.model:
+            return served
+        whys.append(f"those in {path} are others ({served.version[:12]}, then {receipt.model[:12]})")
+    raise RunError(f"{receipt.id}: the weights that answered are no more: {'; '.join(whys)}")
+
+
+def _again(receipt, data: bytes, workdir: str) -> str:
+    from vitcls.serve import receipts
+
+    served = _opened(receipt, workdir)
     changed = []
-    if served.version != receipt.model:
-        changed.append(f"the weights in {path} are others ({served.version[:12]}, then {receipt.model[:12]})")
     if served.preprocessing_json != receipt.preprocessing:
         changed.append("preprocessing, calibration or threshold are others")
     if receipts.device() != receipt.device:
@@ -86,10 +101,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--image", type=pathlib.Path, metavar="FILE", help="the file that was sent")
     cli.add_import_argument(parser)
     flags = parser.parse_args(argv)
-    if flags.workdir and flags.database:
-        raise UserError("--workdir and --database both say where the receipt is; give one of them")
     cli.start_jax()
-    print("\n".join(replay(flags.id, _databases(flags), flags.image)))
+    print("\n".join(replay(flags.id, _databases(flags), flags.image, flags.workdir)))
 
 
 def _databases(flags) -> list[str]:

@@ -49,6 +49,10 @@ def test_a_bad_image_fails_alone(served, answers):
     assert all(one["error"].startswith(said) for one, said in zip(bad, words, strict=True))
     assert [one["file"] for one in bad] == ["bad.png", "empty.png", "cut.png"]
     assert served.predict(("bad.png", b"no image")).status_code == 422
+    large = served.predict(("good.png", good), ("large.png", b"x" * 11 * 2**20)).json()["predictions"]
+    assert "id" in large[0] and large[1]["error"] == "the file has 11.0 MiB; at most 10 are taken"
+    several = requests.post(f"{served.url}/v1/predict", json={"images": [base64_of(good), "!!!", 5, None]})
+    assert ["error" in one for one in several.json()["predictions"]] == [False, True, True, True]
 
 
 def load(served, answers, tmp_path, *flags):

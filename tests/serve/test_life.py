@@ -73,6 +73,37 @@ def test_two_processes_are_one_server(trained, tmp_path):
         assert not any(worker.is_running() for worker in workers)
 
 
+def test_feedback_may_meet_another_process(trained, tmp_path):
+    """At once, when the receipt of the answer is in the memory of the one that gave it; nobody forges who speaks."""
+    with server(f"--workdir={trained}", f"--database=sqlite:///{tmp_path}/f.db", "--workers=2") as running:
+        clients = set()
+        for i in range(60):
+            (answer,) = running.predict(("a.png", png(i))).json()["predictions"]
+            said = requests.post(
+                f"{running.url}/v1/feedback",
+                data={"id": answer["id"], "label": "class 1"},
+                files={"file": png(i)} if i % 6 else None,  # without the file it takes until the receipt is written
+                headers={"X-Forwarded-For": f"1.2.3.{i}"},
+            )
+            assert said.status_code in (200, 409) if i % 6 == 0 else said.status_code == 200, said.text
+            clients |= {said.json().get("client")} - {None}
+        assert len(clients) == 1
+
+
+def test_a_proxy_that_is_named_says_who_speaks(trained, tmp_path):
+    with server(f"--workdir={trained}", f"--database=sqlite:///{tmp_path}/f.db", "--proxy=127.0.0.1") as running:
+        (answer,) = running.predict(("a.png", png())).json()["predictions"]
+        clients = {
+            requests.post(
+                f"{running.url}/v1/feedback",
+                data={"id": answer["id"], "right": "true"},
+                headers={"X-Forwarded-For": f"1.2.3.{i}"},
+            ).json()["client"]
+            for i in range(3)
+        }
+        assert len(clients) == 3
+
+
 def test_processes_end_with_the_one_that_started_them(trained, tmp_path):
     with server(f"--workdir={trained}", f"--database=sqlite:///{tmp_path}/f.db", "--workers=2") as running:
         workers = psutil.Process(running.process.pid).children()
@@ -142,6 +173,7 @@ def test_feedback_is_of_an_answer(served):
     status, said = say(id=answer["id"], label="clas 1")
     assert status == 422 and "did you mean 'class 1'?" in said["error"]
     assert say(label=other)[0] == 400 and say(id=answer["id"])[0] == 400
+    assert say(id=answer["id"], label=other, right="true")[0] == 400
     response = requests.post(url, json={"id": answer["id"], "right": True})
     assert response.status_code == 200 and response.json()["stored"] is False
     path = pathlib.Path(served.database.removeprefix("sqlite:///"))

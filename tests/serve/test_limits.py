@@ -36,7 +36,7 @@ def claiming(width, height):
 @pytest.mark.parametrize(
     ("request_", "status", "words"),
     [
-        (dict(data=b"x" * (10 * 2**20 + 1)), 413, "an image has at most 10,485,760 bytes"),
+        (dict(data=b"x" * (11 * 2**20)), 422, "the file has 11.0 MiB; at most 10 are taken"),
         (dict(data=b"x" * (Limits().body_bytes + 1)), 413, "a request has at most"),
         (dict(files=[("file", png())] * 17), 413, "a request has at most 16 images"),
         (dict(json={"images": [base64_of(png())] * 17}), 413, "a request has at most 16 images"),
@@ -45,8 +45,8 @@ def claiming(width, height):
         (dict(data=b"{", headers={"Content-Type": "application/json"}), 400, "the body is not JSON"),
         (dict(data=b"[" * 10**5, headers={"Content-Type": "application/json"}), 400, "the body is not JSON"),
         (dict(json=[1]), 400, "the JSON is to be an object"),
-        (dict(json={"image": "not base64!"}), 400, "an image in JSON is to be base64"),
-        (dict(json={"images": [3]}), 400, "an image in JSON is to be base64"),
+        (dict(json={"image": "not base64!"}), 422, "the file is not base64"),
+        (dict(json={"images": [3, None]}), 422, "the file is not base64"),
         (dict(data=b"a", headers={"Content-Type": "text/plain"}), 415, "send images as multipart/form-data, image/*"),
         (dict(data=b"a", headers={"Content-Type": "multipart/form-data"}), 400, "the form cannot be read"),
         (dict(data=claiming(9000, 9000)), 422, "claims 9000x9000 pixels"),
@@ -99,6 +99,8 @@ def test_pages_of_other_sites_and_other_names_are_not_answered(served):
     url = f"{served.url}/v1/predict"
     assert requests.post(url, data=png(), headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
     assert requests.post(url, data=png(), headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
+    assert requests.post(url, data=png(), headers={"Origin": "http://evil.example"}).status_code == 403
+    assert requests.post(url, data=png(), headers={"Origin": served.url}).status_code == 200
     response = requests.post(url, data=png(), headers={"Host": "evil.example"})
     assert response.status_code == 403 and "names of its own machine" in response.json()["error"]
 
@@ -124,10 +126,14 @@ def test_another_address_demands_a_token(trained, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], "give --workdir=DIR or --artefact=FILE"),
+        ([], "give one of --workdir=DIR and --artefact=FILE"),
+        (["--artefact=/nowhere.zip"], "--artefact=/nowhere.zip is not there"),
         (["--workdir=/nowhere/at/all"], "/nowhere/at/all is not a directory"),
         (["--workdir=.", "--database=sqlite://"], "a database of feedback is sqlite:///PATH or postgresql://"),
-        (["--workdir=tests", "--database=sqlite:////dev/null/f.db"], "cannot be used"),
+        (
+            ["--workdir=tests", "--database=sqlite:////dev/null/f.db"],
+            "/dev/null/f.db cannot be: /dev/null is not a directory",
+        ),
         (["--workdir=tests", "--port=99999999"], "cannot be listened on"),
         (["--workdir=tests", "--workers=0"], "--workers=0 must be at least 1"),
         (["--workdir=tests", "--token_file=/nowhere"], "--token_file=/nowhere cannot be read: No such file"),

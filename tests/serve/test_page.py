@@ -103,8 +103,11 @@ def test_feedback_is_one_click(trained, open_page, tmp_path):
         first.locator(".right").click()
         playwright.expect(first.locator(".thanks")).to_contain_text(f"Kept: {best(running, 4)['class']}.")
         wrong = next(name for name in ("class 0", "class 1") if name != best(running, 5)["class"])
-        second.locator(".feedback select").select_option(wrong)
+        second.locator(".instead", has_text=wrong).click()  # one of the five
         playwright.expect(second.locator(".thanks")).to_contain_text(f"Kept: {wrong}.")
+        second.locator(".feedback select").select_option(wrong)
+        second.locator(".wrong").click()  # any of all
+        playwright.expect(second.locator(".thanks")).to_contain_text(f"Known already: {wrong}.")
         words = "1 answer was right, 1 was corrected, of 2 images."
         playwright.expect(page.locator("#learned-words")).to_have_text(words)
         assert requests.get(f"{running.url}/v1/feedback").json()["by_class"][wrong] >= 1
@@ -130,6 +133,16 @@ def test_what_is_no_image_is_said(served, open_page):
     playwright.expect(page.locator("article")).to_have_count(1)
     page.set_input_files("#file", {"name": "b.txt", "mimeType": "text/plain", "buffer": b"hello"})
     playwright.expect(page.locator("#message")).to_have_text("b.txt: the file is not an image.")
+
+
+def test_many_files_are_sent_in_parcels(served, open_page):
+    page = open_page(served.url)
+    page.set_input_files("#file", [picture(f"{i}.png", i) for i in range(20)])
+    playwright.expect(page.locator("article")).to_have_count(20)
+    large = {"name": "large.png", "mimeType": "image/png", "buffer": b"x" * 11 * 2**20}
+    page.set_input_files("#file", [picture("c.png"), large])
+    playwright.expect(page.locator("#message")).to_have_text("large.png: the file has 11.0 MiB; at most 10 are taken.")
+    playwright.expect(page.locator("article")).to_have_count(21)
 
 
 def test_what_was_never_seen_is_said(trained, open_page, tmp_path):
@@ -173,15 +186,14 @@ def test_the_keyboard_is_enough(served, open_page):
     playwright.expect(page.locator("article")).to_have_count(1)
     page.evaluate("document.activeElement.blur()")
     reached = []
-    for _ in range(6):
+    for _ in range(7):
         page.keyboard.press("Tab")
         reached.append(
             page.evaluate(
                 "document.activeElement.id || document.activeElement.className || document.activeElement.tagName"
             )
         )
-    assert reached == ["file", "photo", "right", "SELECT", "SUMMARY", "A"]
-    page.keyboard.press("Shift+Tab")
+    assert reached == ["file", "photo", "instead", "instead", "right", "SELECT", "SUMMARY"]
     page.keyboard.press("Enter")
     playwright.expect(page.locator(".overlay")).to_be_visible()
 

@@ -50,10 +50,21 @@ def test_an_answer_is_computed_again(answered, capsys):
         ([id, f"--workdir={workdir}", f"--image={other}"], "is not the file of this answer"),
         ([id, f"--workdir={file.parent}"], "has no feedback.db; serve it, or give --database=URL"),
         (["0" * 32, f"--workdir={workdir}"], "no answer has the id 000"),
-        ([id, f"--workdir={workdir}", "--database=sqlite:///x"], "give one of them"),
+        ([id, "--database=sqlite:///nowhere.db"], "there is no database nowhere.db"),
     ):
         code, said = again(capsys, *arguments)
         assert code == 2 and words in said, said
+
+
+def test_a_run_that_has_moved_or_is_no_more(answered, capsys):
+    workdir, file, id, _ = answered
+    moved = workdir.rename(workdir.with_name("moved"))
+    assert again(capsys, id, f"--workdir={moved}", f"--image={file}")[0] == 0
+    code, said = again(capsys, id, f"--database=sqlite:///{moved}/feedback.db", f"--image={file}")
+    assert code == 1 and "the weights that answered are no more" in said
+    shutil.rmtree(moved / "checkpoints" / "12")
+    code, said = again(capsys, id, f"--workdir={moved}", f"--image={file}")
+    assert code == 1 and "the weights that answered are no more: checkpoint '12' is not there" in said
 
 
 def test_what_is_forgotten_has_no_receipt(answered, capsys):

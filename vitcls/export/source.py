@@ -75,8 +75,7 @@ class Source:
     def about(self, scale: Scaling | None, precision: str, activations: str) -> dict[str, Any]:
         """What an exported file says of itself."""
         trained = self.opened.trained
-        report = trained.path / "report" / "metrics.json"
-        metrics = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+        metrics = trained.reported(self.opened.step)
         manifest = trained.path / CHECKPOINTS / str(self.opened.step) / checkpoint.MANIFEST
         return {
             "vitcls": vitcls.__version__,

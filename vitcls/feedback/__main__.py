@@ -25,7 +25,7 @@ from vitcls.feedback.store import Row, Store, open_store
 
 def main(argv: list[str]) -> None:
     flags = _parse(argv)
-    store = open_store(flags.database)
+    store = open_store(flags.database, create=False)
     try:
         flags.run(store, flags)
     finally:
@@ -97,11 +97,16 @@ def _export(store: Store, flags: argparse.Namespace) -> None:
 
 def _forget(store: Store, flags: argparse.Namespace) -> None:
     if flags.image is None:
-        print(f"{store.forget_client(flags.client):,} corrections of {flags.client} are gone")
+        count = store.forget_client(flags.client)
+        if not count:
+            raise UserError(f"--client={flags.client} has said nothing here; vitcls feedback list shows who has")
+        print(f"{count:,} corrections of {flags.client} are gone")
         return
     if not re.fullmatch("[0-9a-f]{64}", flags.image):
         raise UserError(f"--image={flags.image} is no SHA-256; vitcls feedback list shows them")
-    print(f"the image and {store.forget_image(flags.image):,} corrections of it are gone")
+    count = store.forget_image(flags.image)
+    gone = f"the image and {count:,} corrections of it are gone" if count else "nothing was said of this image"
+    print(f"{gone}; of its receipts, if there were any, nothing is left")
 
 
 if __name__ == "__main__":

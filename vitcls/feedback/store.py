@@ -5,6 +5,7 @@ An image is kept once, by the SHA-256 of its file, however many speak of it. A c
 
 import contextlib
 import hashlib
+import os
 import pathlib
 import time
 from collections.abc import Iterator
@@ -48,8 +49,10 @@ class Row(NamedTuple):
     time: float  # seconds since 1970
 
 
-def open_store(url: str, *, client_per_day: int = 500, total_bytes: int = 10 * 2**30) -> "Store":
+def open_store(url: str, *, create: bool = True, client_per_day: int = 500, total_bytes: int = 10 * 2**30) -> "Store":
     """The store at 'sqlite:///PATH' or 'postgresql://USER@HOST/DATABASE', whose tables are made where they are not.
+
+    Without `create` a file must be there already.
 
     Args:
       client_per_day: corrections that are taken from one client in 24 hours.
@@ -68,6 +71,8 @@ def open_store(url: str, *, client_per_day: int = 500, total_bytes: int = 10 * 2
     if place is None or place.drivername not in _ENGINES or not place.database:  # not shown: it may hold a password
         raise UserError("a database of feedback is sqlite:///PATH or postgresql://USER@HOST/DATABASE")
     public = place.set(password=None, query={}).render_as_string()
+    if place.drivername == "sqlite":
+        _check_file(pathlib.Path(place.database).expanduser(), create)
     engine = _ENGINES[place.drivername](place)
     store = Store(engine, public, client_per_day=client_per_day, total_bytes=total_bytes)
     try:
@@ -76,6 +81,15 @@ def open_store(url: str, *, client_per_day: int = 500, total_bytes: int = 10 * 2
         store.close()
         raise UserError(str(error)) from None
     return store
+
+
+def _check_file(path: pathlib.Path, create: bool) -> None:
+    if not create and not path.exists():
+        raise UserError(f"there is no database {path}")
+    if not path.parent.is_dir():
+        raise UserError(f"the database {path} cannot be: {path.parent} is not a directory")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"the database {path} cannot be written; give another with --database=URL")
 
 
 def _sqlite(place):

@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import pathlib
+import shutil
 import sys
 
 from vitcls import cli, config_file
@@ -90,12 +91,13 @@ def retrained(workdir: pathlib.Path, flags: argparse.Namespace, overrides: list)
         if not begun.dataset.corrections or not begun.init.weights:
             raise UserError(f"--out={out} holds a run that retrain has not begun; name another directory")
         champion = run_dir.open_workdir(begun.init.weights)
-    else:
-        champion = run_dir.open_workdir(promotion.current(workdir))
+        config = _config(champion, out, flags, overrides)
+        _logger.info("goes on with the feedback that it began with; what has come since is for another --out")
+        return config
+    champion = run_dir.open_workdir(promotion.current(workdir))
     config = _config(champion, out, flags, overrides)
-    root = out / CORRECTIONS
-    if not root.is_dir():
-        _collect(flags.feedback, champion, config.dataset.data_dir, root)
+    shutil.rmtree(out / CORRECTIONS, ignore_errors=True)  # of a start that did not come to training
+    _collect(flags.feedback, champion, config.dataset.data_dir, out / CORRECTIONS)
     return config
 
 
@@ -123,7 +125,7 @@ def _config(champion: run_dir.Workdir, out: pathlib.Path, flags: argparse.Namesp
 
 
 def _collect(url: str, champion: run_dir.Workdir, place: str, root: pathlib.Path) -> None:
-    store = open_store(url)
+    store = open_store(url, create=False)
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         record = collect(store, champion, place, root)

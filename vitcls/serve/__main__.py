@@ -1,7 +1,7 @@
 """Serve a run, or an exported program, over HTTP with a page.
 
 vitcls serve --workdir=DIR|--artefact=FILE [--host=127.0.0.1] [--port=8000] [--token_file=FILE] [--database=URL]
-    [--workers=N] [--checkpoint=last|best|STEP]
+    [--workers=N] [--checkpoint=last|best|STEP] [--proxy=IP]
 
 / is the page, /docs the routes. Answers are kept as receipts and feedback as corrections in a database: feedback.db in
 the workdir, or sqlite:///FILE or postgresql://... SIGTERM lets requests end and then stops with exit code 0. Another
@@ -44,25 +44,28 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--token_file", default="", metavar="FILE", help="the token that whoever asks must bear")
     parser.add_argument("--database", default="", metavar="URL", help="of receipts and feedback")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes on this machine")
+    parser.add_argument("--proxy", default="", metavar="IP", help="of your proxy, whose X-Forwarded-For is believed")
     parser.add_argument("--listen_fd", type=int, default=-1, help=argparse.SUPPRESS)  # from the process above
     cli.add_import_argument(parser)
     flags = parser.parse_args(argv)
     _require_extra()
     if bool(flags.workdir) == bool(flags.artefact):
-        raise UserError("give --workdir=DIR or --artefact=FILE")
+        raise UserError("give one of --workdir=DIR and --artefact=FILE")
     if flags.workers < 1:
         raise UserError(f"--workers={flags.workers} must be at least 1")
     token = _token(flags.token_file)
     if not _is_loopback(flags.host) and not token:
         raise UserError(f"--host={flags.host} can be reached from other machines: give --token_file=FILE with a token")
     listening = _listening(flags)
+    database = _database(flags)
     if flags.workers > 1 and flags.listen_fd < 0:
+        _announce(flags.host, listening)
         return _supervise(listening, argv, flags.workers)
     if flags.listen_fd >= 0:
         threading.Thread(target=_end_with_supervisor, daemon=True).start()
     cli.start_jax()
     with asyncio.Runner(loop_factory=_fast_loop()) as runner:
-        return runner.run(_serve(flags, listening, token))
+        return runner.run(_serve(flags, listening, database, token))
 
 
 def _require_extra() -> None:
@@ -116,9 +119,12 @@ def _listening(flags) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--host={flags.host} --port={flags.port} cannot be listened on: {reason}") from None
-    host = f"[{flags.host}]" if ":" in flags.host else flags.host
-    _logger.info("listening on http://%s:%d", host, listening.getsockname()[1])
     return listening
+
+
+def _announce(host: str, listening: socket.socket) -> None:
+    host = f"[{host}]" if ":" in host else host
+    _logger.info("listening on http://%s:%d", host, listening.getsockname()[1])
 
 
 def _database(flags) -> str:
@@ -131,11 +137,13 @@ def _database(flags) -> str:
     file = databases.of_workdir(workdir) if flags.workdir else artefact
     if not file.parent.is_dir():
         raise UserError(f"{file.parent} is not a directory")
+    if flags.artefact and not pathlib.Path(flags.artefact).exists():
+        raise UserError(f"--artefact={flags.artefact} is not there")
     databases.remember(file)
     return databases.url(file)
 
 
-async def _serve(flags, listening: socket.socket, token: str) -> int:
+async def _serve(flags, listening: socket.socket, database: str, token: str) -> int:
     """One process, until SIGTERM or Ctrl-C."""
     import uvicorn
 
@@ -143,7 +151,7 @@ async def _serve(flags, listening: socket.socket, token: str) -> int:
     from vitcls.serve.opened import open_service
 
     sys.setswitchinterval(5e-4)  # the event loop does not wait for threads that decode for Python's 5 ms
-    service = open_service(flags, _database(flags))
+    service = open_service(flags, database)
     app = make_app(service, token=token, loopback=_is_loopback(flags.host))
     config = uvicorn.Config(
         app,
@@ -153,6 +161,8 @@ async def _serve(flags, listening: socket.socket, token: str) -> int:
         lifespan="off",
         limit_concurrency=_CONNECTIONS,
         timeout_graceful_shutdown=_DRAIN,
+        proxy_headers=bool(flags.proxy),
+        forwarded_allow_ips=flags.proxy or None,
     )
     server = uvicorn.Server(config)
 
@@ -163,6 +173,8 @@ async def _serve(flags, listening: socket.socket, token: str) -> int:
 
     server.handle_exit = drain
     running = asyncio.create_task(service.run())
+    if flags.listen_fd < 0:
+        _announce(flags.host, listening)
     if flags.listen_fd >= 0:  # the others answer meanwhile
         await asyncio.wait((running, asyncio.create_task(service.started.wait())), return_when=asyncio.FIRST_COMPLETED)
     serving = asyncio.create_task(server.serve(sockets=[listening]))

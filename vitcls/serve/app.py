@@ -1,7 +1,6 @@
 """The routes over HTTP: who may ask, what is read, what is said, and in which status."""
 
 import asyncio
-import hashlib
 import hmac
 import importlib.resources
 import logging
@@ -141,7 +140,7 @@ def _add_work(app: FastAPI, service: Service) -> None:
         async with asyncio.timeout(limits.seconds):
             uploads = (await bodies.read(request, limits)).uploads
             if not uploads:
-                raise Refused(400, "there is no image in the request")
+                raise Refused(400, "there is no image in the request: send a form, image/* or JSON; see /docs")
             predictions = await _unless_gone(request, service.predict(uploads))
         status = 422 if all("error" in one for one in predictions) else 200
         return JSONResponse({"predictions": predictions}, status)
@@ -155,7 +154,7 @@ def _add_work(app: FastAPI, service: Service) -> None:
         """Says of an answer that it is right, or what it should have been."""
         async with asyncio.timeout(limits.seconds):
             body = await bodies.read(request, limits)
-            return JSONResponse(await service.feedback(body, _client(request)))
+            return JSONResponse(await service.feedback(body, request.client.host if request.client else ""))
 
     @app.post("/v1/explain", openapi_extra=_IMAGES)
     async def explain(request: Request, method: str = "", label: str = "") -> Response:
@@ -187,11 +186,6 @@ async def _unless_gone(request: Request, work: Coroutine) -> Any:
         raise
     finally:
         watching.cancel()
-
-
-def _client(request: Request) -> str:
-    """Who speaks, as a name that says nothing: a part of the SHA-256 of the address."""
-    return hashlib.sha256(f"vitcls {request.client.host if request.client else ''}".encode()).hexdigest()[:16]
 
 
 class _Guard:
@@ -229,12 +223,15 @@ class _Guard:
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if self._loopback and name not in _LOOPBACK:
             return _error(403, "this server answers by the names of its own machine alone, as 127.0.0.1")
-        if scope["method"] == "POST" and headers.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin"):
+        origin = headers.get(b"origin", b"").decode("latin-1").partition("://")[2]
+        site = headers.get(b"sec-fetch-site", b"none")
+        if scope["method"] == "POST" and (origin not in ("", host) or site not in (b"none", b"same-origin")):
             return _error(403, "pages of other sites may not ask")
         if self._token and scope["path"] not in _OPEN:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, b"Bearer " + self._token.encode()):
-                return _error(401, "a token is asked for: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
+                words = "this is not the token" if given else "a token is asked for: Authorization: Bearer TOKEN"
+                return _error(401, words, {"WWW-Authenticate": "Bearer"})
         return None
 
 

@@ -20,6 +20,7 @@ class Upload(NamedTuple):
 
     name: str
     data: bytes
+    refused: str = ""  # why it is not looked at
 
 
 class Body(NamedTuple):
@@ -102,16 +103,24 @@ def _json(data: bytes, limits: Limits) -> Body:
     images += [fields.pop("image")] if "image" in fields else []
     if len(images) > limits.images:
         raise Refused(413, f"a request has at most {limits.images} images")
+    return _bounded(Body([_of_base64(image) for image in images], fields), limits)
+
+
+def _of_base64(image: Any) -> Upload:
     try:
-        uploads = [Upload("", base64.b64decode(image, validate=True)) for image in images]
+        return Upload("", base64.b64decode(image, validate=True))
     except (binascii.Error, ValueError, TypeError):
-        raise Refused(400, "an image in JSON is to be base64") from None
-    return _bounded(Body(uploads, fields), limits)
+        return Upload("", b"", "is not base64")
 
 
 def _bounded(body: Body, limits: Limits) -> Body:
     if len(body.uploads) > limits.images:
         raise Refused(413, f"a request has at most {limits.images} images")
-    if any(len(upload.data) > limits.image_bytes for upload in body.uploads):
-        raise Refused(413, f"an image has at most {limits.image_bytes:,} bytes")
-    return body
+    return body._replace(uploads=[_small(upload, limits) for upload in body.uploads])
+
+
+def _small(upload: Upload, limits: Limits) -> Upload:
+    if len(upload.data) <= limits.image_bytes:
+        return upload
+    most = limits.image_bytes >> 20
+    return Upload(upload.name, b"", f"has {len(upload.data) / 2**20:.1f} MiB; at most {most} are taken")

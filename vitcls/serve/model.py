@@ -130,8 +130,7 @@ def _program(
 
 def _about(trained: run_dir.Workdir, step: int, version: str) -> dict[str, Any]:
     """What is said of a run to those who use it: no path, and nothing of the machine."""
-    report = trained.path / "report" / "metrics.json"
-    metrics = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+    metrics = trained.reported(step)
     return {
         "model": trained.config.model.name,
         "dataset": trained.info.name,

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import logging
 import queue
+import secrets
 import threading
 import time
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from vitcls.feedback.store import ANSWERS, Store
 from vitcls.serve.batcher import Answer
 
 _MOST = 100_000  # receipts that are kept; older ones go
-_PERIOD = 0.2  # seconds between two transactions
+PERIOD = 0.2  # seconds between two transactions
 _logger = logging.getLogger("vitcls")
 _tables = sql.MetaData()
 _answers = sql.Table(
@@ -39,6 +40,14 @@ _answers = sql.Table(
     sql.Column("outputs", sql.LargeBinary, nullable=False),  # float32 [K]
     sql.Column("predicted", sql.String(256), nullable=False),
     sql.Column("probability", sql.Float, nullable=False),
+)
+
+
+_salts = sql.Table(
+    "salt",
+    _tables,
+    sql.Column("one", sql.Integer, primary_key=True),
+    sql.Column("value", sql.String(32), nullable=False),
 )
 
 
@@ -95,8 +104,16 @@ class Receipts:
         self._lost = 0  # receipts of an outage of the database
         with store.writing() as connection:
             _tables.create_all(connection)
+            self._salt = connection.scalar(sql.select(_salts.c.value))
+            if self._salt is None:
+                self._salt = secrets.token_hex(16)
+                connection.execute(sql.insert(_salts).values(one=1, value=self._salt))
         self._new: queue.SimpleQueue[Receipt | threading.Event] = queue.SimpleQueue()
         threading.Thread(target=self._keep_up, daemon=True).start()
+
+    def client(self, address: str) -> str:
+        """A name for an address, the same for all servers on this database, from which nobody gets the address."""
+        return hashlib.sha256(f"{self._salt} {address}".encode()).hexdigest()[:16]
 
     def add(self, receipt: Receipt) -> None:
         self._new.put(receipt)
@@ -116,7 +133,7 @@ class Receipts:
         while True:
             some = [self._new.get()]
             if isinstance(some[0], Receipt):
-                time.sleep(_PERIOD)
+                time.sleep(PERIOD)
             while not self._new.empty():
                 some.append(self._new.get())
             rows = [one._asdict() for one in some if isinstance(one, Receipt)]

@@ -154,7 +154,7 @@ class Service:
     async def _predict_one(self, upload: Upload) -> dict[str, Any]:
         named = {"file": upload.name} if upload.name else {}
         try:
-            answer, receipt = await self._answer(upload.data)
+            answer, receipt = await self._answer(upload)
         except BadImage as error:
             self.gauges.bad_image()
             return named | {"error": f"the file {error}"}
@@ -166,15 +166,18 @@ class Service:
         unknown = {} if answer.unknown is None else {"unknown": answer.unknown}
         return named | {"id": receipt.id} | predict.said(answer.probabilities, answer.model.class_names) | unknown
 
-    async def _answer(self, data: bytes) -> tuple[Answer, Receipt]:
+    async def _answer(self, upload: Upload) -> tuple[Answer, Receipt]:
         batcher = self.batcher
         loop = asyncio.get_running_loop()
-        pixels, digest = await loop.run_in_executor(self._decoders, self._decoded, batcher.model, data)
+        pixels, digest = await loop.run_in_executor(self._decoders, self._decoded, batcher.model, upload)
         answer = await batcher.answer(pixels)
         return answer, receipts.make(answer, digest)
 
-    def _decoded(self, model: Served, data: bytes):
+    def _decoded(self, model: Served, upload: Upload):
         """The pixels and the SHA-256 of a file; raises BadImage."""
+        if upload.refused:
+            raise BadImage(upload.refused)
+        data = upload.data
         width, height, _ = image_files.examine(data)
         if width * height > self.limits.pixels:
             raise BadImage(f"claims {width}x{height} pixels; at most {self.limits.pixels:,} are decoded")
@@ -182,16 +185,14 @@ class Service:
 
     # Feedback.
 
-    async def feedback(self, body: Body, client: str) -> dict[str, Any]:
-        """Stores what a client says of an answer, once; raises Refused."""
+    async def feedback(self, body: Body, address: str) -> dict[str, Any]:
+        """Stores what somebody at an address says of an answer, once; raises Refused."""
+        client = self._receipts.client(address)
         id, label = body.fields.get("id"), body.fields.get("label")
         right = body.fields.get("right") in (True, "true")
-        if not isinstance(id, str) or not (right or isinstance(label, str)):
-            raise Refused(400, "feedback has the id of an answer, and its right label or right=true")
-        found = await self._aside(self._receipts.find, id)
-        if not found:
-            raise Refused(404, "no answer has this id")
-        receipt = found[0]
+        if not isinstance(id, str) or right == isinstance(label, str):
+            raise Refused(400, "feedback has the id of an answer, and either right=true or its right label as text")
+        receipt = await self._receipt(id, body.uploads)
         label = receipt.predicted if right else label
         names = self.batcher.model.class_names
         if label not in names:
@@ -215,9 +216,22 @@ class Service:
                 self._drift.feedback(label == receipt.predicted)
         return {"stored": new, "label": label, "client": client}
 
+    async def _receipt(self, id: str, uploads: list[Upload]) -> Receipt:
+        """That of an answer; one that another process has just given may not be written yet, but can be made again."""
+        found = await self._aside(self._receipts.find, id)
+        if not found and uploads:
+            with contextlib.suppress(BadImage, Busy), self.batcher.room(1):
+                found = [(await self._answer(uploads[0]))[1]]
+        elif not found:
+            await asyncio.sleep(2 * receipts.PERIOD)
+            found = await self._aside(self._receipts.find, id)
+        if not found or found[0].id != id:
+            raise Refused(404, "no answer has this id")
+        return found[0]
+
     async def _image_of(self, receipt: Receipt, uploads: list[Upload]) -> bytes:
         """The file of an answer: sent again, or remembered."""
-        data = uploads[0].data if uploads else self._recent.get(receipt.id)
+        data = uploads[0].data if uploads and not uploads[0].refused else self._recent.get(receipt.id)
         if data is None:
             raise Refused(409, "the image is not remembered any more; send it with the feedback")
         if receipts.sha256(data) != receipt.image_sha256:
@@ -260,14 +274,14 @@ class Service:
             raise Refused(503, "another explanation is being made; try again soon", {"Retry-After": "5"})
         async with self._explaining:
             try:
-                return await self._aside(self._explained, model, upload.data, method, label)
+                return await self._aside(self._explained, model, upload, method, label)
             except BadImage as error:
                 raise Refused(422, f"the file {error}") from None
             except errors.UserError as error:
                 raise Refused(422, str(error)) from None
 
-    def _explained(self, model: Served, data: bytes, method: str, label: str) -> dict[str, Any]:
-        pixels, _ = self._decoded(model, data)
+    def _explained(self, model: Served, upload: Upload, method: str, label: str) -> dict[str, Any]:
+        pixels, _ = self._decoded(model, upload)
         if self._explainer is None or self._explainer[0] is not model:
             self._explainer = model, explanations.Explain(model)
         return self._explainer[1](pixels, method, label)

@@ -54,6 +54,12 @@ class Workdir:
         dataset = self.config.dataset
         return Decoding(self.info.max_value, dataset.eval_crop, dataset.interpolation)
 
+    def reported(self, step: int) -> dict[str, Any]:
+        """metrics.json of the report, where it is of the checkpoint of this step; else {}."""
+        report = self.path / "report" / "metrics.json"
+        metrics = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+        return metrics if metrics.get("checkpoint_step") == step else {}
+
     def find_step(self, which: str) -> int:
         """The step of the checkpoint 'last', 'best' or a number; it is whole. Raises UserError where there is none."""
         folder = self.path / CHECKPOINTS

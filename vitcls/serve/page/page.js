@@ -5,6 +5,7 @@ const percent = (p) => (p < 0.001 ? "< 0.1" : p > 0.999 ? "> 99.9" : (p * 100).t
 const count = (n, one, many) => n + " " + (n === 1 ? one : many);
 let classes = [];
 let explains = false;
+let limits = { images: 16, image_bytes: 10 * 2 ** 20 };
 
 // What the server says, or an Error with a line for people.
 async function ask(path, options = {}) {
@@ -14,7 +15,7 @@ async function ask(path, options = {}) {
   try {
     response = await fetch(path, { ...options, headers });
   } catch {
-    throw new Error("The server cannot be reached. Is it running? What you do now is tried anew.");
+    throw new Error("The server cannot be reached. Try again when it is running.");
   }
   const said = await response.json().catch(() => ({}));
   if (response.status === 401) {
@@ -38,6 +39,7 @@ async function begin() {
     $("token-form").hidden = true;
     classes = model.classes;
     explains = model.explains;
+    limits = model.limits;
     document.title = model.dataset + " · vitcls";
     $("name").textContent = "What is it? " + model.classes.length + " classes of " + model.dataset;
     const accuracy = model.test.accuracy === undefined ? "" :
@@ -63,26 +65,42 @@ async function learned() {
   $("drift-words").textContent = "Images of late differ from those of the training: " + kinds.join(", ") + ".";
 }
 
+// As many at a time as the server takes.
+function parcels(files) {
+  const found = [[]];
+  let bytes = 0;
+  for (const file of files) {
+    bytes += file.size;
+    if (found.at(-1).length === limits.images || (bytes > limits.image_bytes && found.at(-1).length)) {
+      found.push([]);
+      bytes = file.size;
+    }
+    found.at(-1).push(file);
+  }
+  return found;
+}
+
 async function send(files) {
   say(null);
-  const images = [...files].slice(0, 16);
-  if (images.length === 0) return;
-  const form = new FormData();
-  images.forEach((file) => form.append("file", file, file.name || "image"));
+  if (files.length === 0) return;
   document.body.setAttribute("aria-busy", "true");
+  const bad = [];
   try {
-    const said = await ask("v1/predict", { method: "POST", body: form });
-    const bad = [];
-    said.predictions.forEach((answer, i) => {
-      if (answer.error) bad.push((answer.file || "The image") + ": " + answer.error);
-      else show(answer, images[i]);
-    });
-    if (bad.length) say(new Error(bad.join("; ") + "."));
+    for (const images of parcels([...files])) {
+      const form = new FormData();
+      images.forEach((file) => form.append("file", file, file.name || "image"));
+      const said = await ask("v1/predict", { method: "POST", body: form });
+      said.predictions.forEach((answer, i) => {
+        if (answer.error) bad.push((answer.file || "The image") + ": " + answer.error);
+        else show(answer, images[i]);
+      });
+    }
   } catch (error) {
-    say(error);
+    bad.push(error.message.replace(/\.$/, ""));
   } finally {
     document.body.removeAttribute("aria-busy");
   }
+  if (bad.length) say(new Error(bad.join("; ") + "."));
 }
 
 function show(answer, file) {
@@ -93,10 +111,18 @@ function show(answer, file) {
   const best = answer.top[0];
   card.querySelector("h2").textContent = best.class + ", " + percent(best.probability);
   card.querySelector(".strange").hidden = !answer.unknown;
+  const give = feedback(card, answer, file);
   for (const { class: name, probability } of answer.top) {
     const row = document.createElement("li");
-    const [label, track, value, bar] = ["span", "span", "span", "i"].map((tag) => document.createElement(tag));
+    const isBest = name === best.class;
+    const tags = [isBest ? "span" : "button", "span", "span", "i"];
+    const [label, track, value, bar] = tags.map((tag) => document.createElement(tag));
     label.textContent = name;
+    if (!isBest) {
+      label.className = "instead";
+      label.title = "That is wrong: it is " + name;
+      label.addEventListener("click", () => give("label", name));
+    }
     track.className = "track";
     track.setAttribute("aria-hidden", "true");
     bar.style.width = 100 * probability + "%";
@@ -105,21 +131,19 @@ function show(answer, file) {
     row.append(label, track, value);
     card.querySelector(".bars").append(row);
   }
-  feedback(card, answer, file);
   explanation(card, file);
   $("answers").prepend(card);
 }
 
 function feedback(card, answer, file) {
   const right = card.querySelector(".right");
-  const wrong = card.querySelector(".feedback select");
-  classes.filter((name) => name !== answer.top[0].class).forEach((name) => wrong.append(new Option(name)));
+  const [choice, wrong] = [".feedback select", ".wrong"].map((name) => card.querySelector(name));
+  classes.filter((name) => name !== answer.top[0].class).forEach((name) => choice.append(new Option(name)));
   const give = async (field, value) => {
     const form = new FormData();
     form.append("id", answer.id);
     form.append(field, value);
     form.append("file", file, file.name || "image");
-    right.disabled = wrong.disabled = true;
     try {
       const said = await ask("v1/feedback", { method: "POST", body: form });
       card.querySelector(".thanks").textContent = "Thank you. " + (said.stored ? "Kept: " : "Known already: ") + said.label +
@@ -127,12 +151,12 @@ function feedback(card, answer, file) {
       await learned();
     } catch (error) {
       card.querySelector(".thanks").textContent = error.message;
-    } finally {
-      right.disabled = wrong.disabled = false;
     }
   };
   right.addEventListener("click", () => give("right", "true"));
-  wrong.addEventListener("change", () => wrong.value && give("label", wrong.value));
+  choice.addEventListener("change", () => { wrong.disabled = !choice.value; });
+  wrong.addEventListener("click", () => give("label", choice.value));
+  return give;
 }
 
 function explanation(card, file) {
@@ -145,6 +169,7 @@ function explanation(card, file) {
     form.append("file", file, file.name || "image");
     try {
       const said = await ask("v1/explain?method=" + encodeURIComponent(name), { method: "POST", body: form });
+      card.querySelector(".method").hidden = false;
       if (method.length === 0) said.methods.forEach((one) => method.append(new Option(one)));
       method.value = said.method;
       const bytes = Uint8Array.from(atob(said.overlay_png), (letter) => letter.charCodeAt(0));
