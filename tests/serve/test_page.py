@@ -171,7 +171,7 @@ def test_a_token_is_asked_for(trained, open_page, tmp_path):
         page = open_page(running.url)
         page.get_by_label("This server asks for a token").fill("wrong wrong wrong")
         page.keyboard.press("Enter")
-        playwright.expect(page.locator("#message")).to_contain_text("a token is asked for")
+        playwright.expect(page.locator("#message")).to_contain_text("this is not the token")
         page.get_by_label("This server asks for a token").fill(token.read_text())
         page.keyboard.press("Enter")
         playwright.expect(page.locator("h1")).to_contain_text("3 classes")

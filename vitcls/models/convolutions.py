@@ -16,6 +16,8 @@ def strided(x: jax.Array, stride: int) -> jax.Array:
     """Every `stride`-th row and column of [B, H, W, C]; as a slice also where B is symbolic, of which indexing would
     make a gather that not every runtime has.
     """
+    if stride == 1:
+        return x
     for axis in (1, 2):
         x = jax.lax.slice_in_dim(x, 0, None, stride, axis)
     return x

@@ -421,9 +421,11 @@ def _checkpoint(name: str) -> str | None:
     return match and match[0]
 
 
-def _order(name: str) -> tuple[bool, bool, str]:
-    """Checkpoints after the rest, their manifests after all of them."""
-    return name.startswith(f"{CHECKPOINTS}/"), name.endswith(f"/{MANIFEST}"), name
+def _order(name: str) -> tuple[bool, bool, int, str]:
+    """Checkpoints after the rest, their manifests after all of them, the oldest first."""
+    folder = _checkpoint(name)
+    step = int(folder.rpartition("/")[2]) if folder else 0
+    return name.startswith(f"{CHECKPOINTS}/"), name.endswith(f"/{MANIFEST}"), step, name
 
 
 def _signature(path: pathlib.Path) -> tuple[int, int, int]:
