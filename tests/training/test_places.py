@@ -222,7 +222,7 @@ def test_a_checkpoint_that_is_cut_off_on_the_way_is_not_taken_for_one(finished, 
 def test_the_manifest_of_an_older_checkpoint_goes_up_first():
     manifests = [f"checkpoints/{step}/manifest.json" for step in (8, 12, 100)]
     files = ["metrics.jsonl", "checkpoints/8/tree/d/0", "checkpoints/12/tree/d/0", *manifests]
-    assert sorted(reversed(files), key=places._order) == files
+    assert sorted(set(files), key=places._order) == files
 
 
 @pytest.mark.filterwarnings("ignore:Sending a large body")  # of aiohttp, about gcsfs's way
