@@ -1,7 +1,6 @@
 """Formats of other runtimes: any batch, what they carry, smaller weights, and which block is named where one is off."""
 
 import json
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitcls import calibrate, cli, models
+from vitcls import cli, models
 from vitcls.export import __main__ as export
 from vitcls.export import artefact, compress, make, onnx, tflite
 from vitcls.export.source import open_source
@@ -47,13 +46,6 @@ def call(arguments, capsys):
     capsys.readouterr()
     code = cli.run(export.main, [str(argument) for argument in arguments])
     return code, *capsys.readouterr()
-
-
-@pytest.fixture(scope="module")
-def calibrated(trained, tmp_path_factory):
-    path = shutil.copytree(trained, tmp_path_factory.mktemp("calibrated") / "run")
-    assert cli.run(calibrate.main, [f"--workdir={path}", "--method=vector"]) == 0
-    return path
 
 
 def about_of(path, format):

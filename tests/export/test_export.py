@@ -1,7 +1,6 @@
 """vitcls export: what a file answers by itself, what it carries, and that one with other answers is not written."""
 
 import json
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import make_tiny_config
-from vitcls import calibrate, cli, config, models, train
+from vitcls import cli, config, models, train
 from vitcls.export import __main__ as export
 from vitcls.export import artefact, compress, make, program
 from vitcls.export.source import open_source
@@ -37,13 +36,6 @@ def call(arguments, capsys):
     capsys.readouterr()
     code = cli.run(export.main, [str(argument) for argument in arguments])
     return code, *capsys.readouterr()
-
-
-@pytest.fixture(scope="module")
-def calibrated(trained, tmp_path_factory):
-    path = shutil.copytree(trained, tmp_path_factory.mktemp("calibrated") / "run")
-    assert cli.run(calibrate.main, [f"--workdir={path}", "--method=vector"]) == 0
-    return path
 
 
 @pytest.fixture(scope="module")
