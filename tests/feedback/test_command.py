@@ -111,3 +111,10 @@ def test_a_label_is_no_path(database, tmp_path, capsys):
     assert cli.run(main, ["export", f"--database={database}", f"--out={tmp_path}/photos"]) == 2
     assert "cannot be the name of a directory" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("feedback.db")) == []
+
+
+def test_a_database_that_is_not_there_is_not_made(tmp_path, capsys):
+    for verb in (["list"], ["forget", "--client=ann"], ["export", f"--out={tmp_path}/out"]):
+        assert cli.run(main, [*verb, f"--database=sqlite:///{tmp_path}/typo.db"]) == 2
+        assert f"there is no database {tmp_path}/typo.db" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

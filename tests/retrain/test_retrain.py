@@ -172,6 +172,23 @@ def test_it_goes_on_to_the_same_bits_wherever_it_is(loop, no_pictures):
     assert len(got) > 10 and all(np.array_equal(got[path], want[path]) for path in want | got)
 
 
+def test_a_start_that_failed_leaves_no_old_feedback(loop, no_pictures):
+    """What was forgotten since is in no training; a folder that is not ours stays."""
+    root, store = loop
+    correct(store, root, answers(root, root / "run"))
+    assert retrain(root, "--weight=-1") == 2
+    photo = hashlib.sha256((root / "00.png").read_bytes()).hexdigest()
+    store.forget_image(photo)
+    assert retrain(root, "--total=1 steps") == 0
+    kept = {path.stem for path in (root / "run2" / "corrections").rglob("*.png")}
+    assert len(kept) > 40 and photo not in kept
+    theirs = root / "theirs" / "corrections" / "notes.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    assert retrain(root, "--total=1 steps", f"--out={root}/theirs") == 2
+    assert theirs.read_text() == "mine"
+
+
 def test_a_challenger_that_is_no_better_is_not_served(loop, capsys, no_pictures):
     root, store = loop
     correct(store, root, answers(root, root / "run"), label="0")  # wrong: nothing to be learned in a step

@@ -91,6 +91,17 @@ def test_what_has_changed_is_said(answered, capsys):
     assert code == 1 and "differ by up to" in said and "preprocessing, calibration or threshold are others" in said
 
 
+def test_figures_are_those_of_the_checkpoint(trained, tmp_path):
+    """Not of another one, of which the report or the calibration is."""
+    from vitcls.serve import model
+
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    assert cli.run(calibrate.main, [f"--workdir={workdir}"]) == 0
+    last, earlier = model.of_workdir(workdir).about, model.of_workdir(workdir, "8").about
+    assert last["test"]["num_examples"] == 24 and last["calibrated"]
+    assert earlier["checkpoint"]["step"] == 8 and earlier["test"] == {} and not earlier["calibrated"]
+
+
 def test_a_batch_does_not_change_the_bits_of_its_images(trained):
     """What is beside an image in a batch of one size is of no matter, which is what makes a receipt enough."""
     from vitcls.serve import model

@@ -20,6 +20,7 @@ from vitcls import config as configs
 from vitcls.calibrate import calibrate
 from vitcls.core import cluster
 from vitcls.core.errors import UserError
+from vitcls.data.corrections import RECORD
 from vitcls.feedback.store import open_store
 from vitcls.retrain import verdict
 from vitcls.retrain.collect import collect
@@ -96,7 +97,8 @@ def retrained(workdir: pathlib.Path, flags: argparse.Namespace, overrides: list)
         return config
     champion = run_dir.open_workdir(promotion.current(workdir))
     config = _config(champion, out, flags, overrides)
-    shutil.rmtree(out / CORRECTIONS, ignore_errors=True)  # of a start that did not come to training
+    if (out / CORRECTIONS / RECORD).exists():  # of a start that did not come to training
+        shutil.rmtree(out / CORRECTIONS)
     _collect(flags.feedback, champion, config.dataset.data_dir, out / CORRECTIONS)
     return config
 

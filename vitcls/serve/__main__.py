@@ -11,6 +11,7 @@ address than this machine's own needs a token. Needs pip install "vitcls[serve]"
 import argparse
 import asyncio
 import functools
+import importlib.util
 import ipaddress
 import logging
 import os
@@ -69,15 +70,9 @@ def main(argv: list[str]) -> int:
 
 
 def _require_extra() -> None:
-    try:
-        import fastapi
-        import multipart  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import sqlalchemy  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"serving needs more packages ({error.name}): pip install 'vitcls[serve]'") from None
-    del fastapi
+    for module in ("fastapi", "multipart", "prometheus_client", "sqlalchemy", "uvicorn"):
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"serving needs more packages ({module}): pip install 'vitcls[serve]'")
 
 
 def _fast_loop():
@@ -175,7 +170,7 @@ async def _serve(flags, listening: socket.socket, database: str, token: str) -> 
     running = asyncio.create_task(service.run())
     if flags.listen_fd < 0:
         _announce(flags.host, listening)
-    if flags.listen_fd >= 0:  # the others answer meanwhile
+    else:  # the others answer meanwhile
         await asyncio.wait((running, asyncio.create_task(service.started.wait())), return_when=asyncio.FIRST_COMPLETED)
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     await asyncio.wait((serving, running), return_when=asyncio.FIRST_COMPLETED)

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -19,7 +20,7 @@ from vitcls.data import images as image_files
 from vitcls.data.images import Decoding
 from vitcls.export import artefact
 from vitcls.models.weights.hub import sha256_of
-from vitcls.training import build, checkpoint, novelty, run_dir
+from vitcls.training import build, calibration, checkpoint, novelty, run_dir
 from vitcls.training.files import CALIBRATION_FILE, CHECKPOINTS, UNKNOWN_FILE
 
 
@@ -101,16 +102,15 @@ def of_workdir(path: os.PathLike | str, which: str = "") -> Served:
         tuple(info.image_shape),
         trained.decoding,
         _about(trained, step, version),
-        _program(trained, step, variables, kept if kept and kept.checkpoint_step == step else None),
+        _program(trained, model, step, variables, kept if kept and kept.checkpoint_step == step else None),
         lambda: make_explainer(build.make_explained(config, model, info), variables, tuple(info.image_shape)),
     )
 
 
 def _program(
-    trained: run_dir.Workdir, step: int, variables: Any, kept: novelty.Novelty | None
+    trained: run_dir.Workdir, model: nn.Module, step: int, variables: Any, kept: novelty.Novelty | None
 ) -> Callable[[np.ndarray], Answers]:
     config, info = trained.config, trained.info
-    model = build.make_model(config, info)
     logits_of = build.make_predict(config, model, info)
     outputs_step = build.make_outputs_step(config, model, info)
     scale = predict.scaling_of(trained, step)
@@ -129,15 +129,36 @@ def _program(
 
 
 def _about(trained: run_dir.Workdir, step: int, version: str) -> dict[str, Any]:
-    """What is said of a run to those who use it: no path, and nothing of the machine."""
-    metrics = trained.reported(step)
+    """Of a run: what of it is of this checkpoint."""
+    calibrated, info = calibration.read(trained.path), trained.info
+    return _said(
+        trained.config.model.name,
+        info.name,
+        info.class_names,
+        info.image_shape,
+        {"step": step, "sha256": version},
+        calibrated is not None and calibrated.checkpoint_step == step,
+        trained.reported(step),
+    )
+
+
+def _said(
+    model: str,
+    dataset: str,
+    classes: Sequence[str],
+    image_shape: Sequence[int],
+    checkpoint: dict[str, Any],
+    calibrated: bool,
+    metrics: dict[str, Any],
+) -> dict[str, Any]:
+    """What is said of a model to those who use it: no path, and nothing of the machine."""
     return {
-        "model": trained.config.model.name,
-        "dataset": trained.info.name,
-        "classes": list(trained.info.class_names),
-        "image_shape": list(trained.info.image_shape),
-        "checkpoint": {"step": step, "sha256": version},
-        "calibrated": (trained.path / CALIBRATION_FILE).exists(),
+        "model": model,
+        "dataset": dataset,
+        "classes": list(classes),
+        "image_shape": list(image_shape),
+        "checkpoint": checkpoint,
+        "calibrated": calibrated,
         "test": {key: metrics[key] for key in ("accuracy", "num_examples") if key in metrics},
     }
 
@@ -163,14 +184,15 @@ def of_artefact(path: os.PathLike | str) -> Served:
         probabilities = answer(images)
         return Answers(probabilities, probabilities)
 
-    said = {
-        "model": about["config"]["model"]["name"],
-        "dataset": about["config"]["dataset"]["name"],
-        "classes": list(classes),
-        "image_shape": list(shape),
-        "checkpoint": about["checkpoint"],
-        "calibrated": about["calibration"] is not None,
-        "test": {key: about["metrics"][key] for key in ("accuracy", "num_examples") if key in about["metrics"]},
-    }
+    names, calibrated = about["config"], about["calibration"] is not None
+    said = _said(
+        names["model"]["name"],
+        names["dataset"]["name"],
+        classes,
+        shape,
+        about["checkpoint"],
+        calibrated,
+        about["metrics"],
+    )
     preprocessing = {"program": _digest(pathlib.Path(path)), "decoding": about["decoding"]}
     return Served(str(path), version, preprocessing, classes, shape, decoding, said, program, None)
