@@ -4,6 +4,7 @@ import hashlib
 import os
 import pathlib
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -163,6 +164,17 @@ def test_processes_start_and_add_at_once_and_none_is_lost(url):
     assert added == len(list(store.rows())) == 100  # the two of ann say the same
     assert store.summary()["images"] == 50
     store.close()
+
+
+def test_a_new_file_that_another_process_opens_is_waited_for(tmp_path):
+    path = tmp_path / "feedback.db"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    ending = threading.Timer(0.5, other.rollback)
+    ending.start()
+    open_store(f"sqlite:///{path}").close()
+    ending.join()
+    other.close()
 
 
 def test_threads_add_at_once_and_keep_the_limit(url):

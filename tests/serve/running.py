@@ -29,7 +29,7 @@ class Server:
         self.lines = [self.process.stderr.readline()]
         port = re.search(r"listening on http://\S+:(\d+)", self.lines[0])
         if not port:
-            raise AssertionError(self.lines[0] + self.process.stderr.read())
+            raise AssertionError(self.lines[0] + self.process.communicate()[1])
         self.port = int(port[1])
         self.url = f"http://127.0.0.1:{port[1]}"
         if wait:
@@ -43,7 +43,7 @@ class Server:
                     return
             time.sleep(0.1)
         self.process.kill()
-        raise AssertionError(self.process.stderr.read())
+        raise AssertionError(self.process.communicate()[1])
 
     def predict(self, *files, **options):
         return requests.post(f"{self.url}/v1/predict", files=[("file", file) for file in files], **options)

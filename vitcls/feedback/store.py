@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import sqlite3
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -102,10 +103,24 @@ def _sqlite(place):
     @sqlalchemy.event.listens_for(engine, "connect")
     def prepare(connection, _):
         connection.isolation_level = None  # a transaction is begun by `_BEGIN`, not by the driver
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        _set_wal(connection)
+        for pragma in ("synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}").close()
 
     return engine
+
+
+def _set_wal(connection: sqlite3.Connection) -> None:
+    """Waits for others who open the file in the same moment, as SQLite does not for this pragma."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL").close()
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 def _postgresql(place):
