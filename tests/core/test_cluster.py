@@ -59,7 +59,9 @@ def test_slurm_agrees_with_what_jax_detects(monkeypatch):
 def test_open_mpi_agrees_with_what_jax_detects(monkeypatch):
     from jax._src.clusters.ompi_cluster import OmpiCluster
 
-    for uri in (OPEN_MPI["OMPI_MCA_orte_hnp_uri"], "1314521088.0;tcp6://[fe80::b9b:ac5d:9cf0:b858,26::3:2]:43370"):
+    tcp6 = "tcp6://[fe80::b9b:ac5d:9cf0:b858,26::3:2]:43370"
+    ipv4 = "1531576320.0;tcp://10.96.0.1:57027"
+    for uri in (OPEN_MPI["OMPI_MCA_orte_hnp_uri"], f"1314521088.0;{tcp6}", f"{ipv4};{tcp6}"):
         for name, value in (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": uri}).items():
             monkeypatch.setenv(name, value)
         ours = cluster.find(None, None, None)

@@ -123,10 +123,10 @@ def _from_open_mpi(environment: Mapping[str, str]) -> Cluster | None:
 
 
 def _open_mpi_coordinator(environment: Mapping[str, str]) -> str:
-    """The host of mpirun: 'JOB.0;tcp://10.0.0.1,10.1.0.1:PORT' or 'JOB.0;tcp6://[ADDRESS]:PORT'."""
+    """The host of mpirun: 'JOB.0;tcp://10.0.0.1,10.1.0.1:PORT;tcp6://[ADDRESS]:PORT', one of the two or both."""
     uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
-    job, _, address = uri.partition(";")
-    _, _, address = address.partition("://")
+    job, _, addresses = uri.partition(";")
+    _, _, address = addresses.partition(";")[0].partition("://")
     host = address.strip("[").partition("]")[0] if address.startswith("[") else address.rpartition(":")[0]
     host = host.partition(",")[0]
     if not host:
