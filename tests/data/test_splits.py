@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+from sklearn.model_selection import train_test_split
 
 from vitcls.core.errors import UserError
+from vitcls.data import splits
 from vitcls.data.splits import fold_split, stratified_split
 
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), [100, 60, 30, 10])).astype(np.int32)
@@ -20,6 +22,20 @@ def test_split_depends_on_the_seed_alone():
     first, again, other = (stratified_split(LABELS, 0.2, seed)[1] for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_split_is_that_of_scikit_learn():
+    random = np.random.default_rng(0)
+    for trial in range(300):
+        labels = random.integers(0, random.integers(1, 40), size=random.integers(2, 400))
+        labels = labels[np.bincount(labels)[labels] > 1]
+        if trial % 3 == 0:  # classes of one size, whose remainders are equal
+            labels = random.permutation(np.repeat(np.arange(random.integers(1, 30)), random.integers(2, 20)))
+        number, num_classes = int(random.uniform(0.1, 0.9) * len(labels)), len(np.unique(labels))
+        if not 0 < num_classes <= number <= len(labels) - num_classes:
+            continue
+        _, held = train_test_split(np.arange(len(labels)), test_size=number, stratify=labels, random_state=trial)
+        np.testing.assert_array_equal(np.sort(splits._draw(labels, number, trial)), np.sort(held))
 
 
 def test_split_holds_out_every_class_of_a_small_set():

@@ -1,4 +1,4 @@
-"""Deterministic, stratified splits, through scikit-learn."""
+"""Deterministic, stratified splits, which are those of scikit-learn."""
 
 import logging
 from collections.abc import Sequence
@@ -24,8 +24,6 @@ def stratified_split(
     says. Raises UserError where `fraction` is outside (0, 1) or no class has two examples. Messages call the part held
     out `split` ('validation', 'test' or 'unused') and classes by `class_names` or number.
     """
-    from sklearn.model_selection import train_test_split
-
     if not 0 < fraction < 1:
         raise UserError(f"a split cannot hold out the fraction {fraction:g}; it must be above 0 and below 1")
     counts = np.bincount(labels)
@@ -35,11 +33,40 @@ def stratified_split(
         raise UserError(f"no class has two examples, so no {split} split can be carved; {_WITHOUT[split]}")
     _warn_of_singles(np.flatnonzero(counts == 1), class_names, split)
     held_out = min(max(round(fraction * len(divisible)), num_classes), len(divisible) - num_classes)
-    _, held = train_test_split(divisible, test_size=held_out, stratify=labels[divisible], random_state=seed)
+    held = divisible[_draw(labels[divisible], held_out, seed)]
     # A large fraction can take all of a small class: training gets its first example back.
     wanting = np.flatnonzero((counts > 1) & (np.bincount(labels[held], minlength=len(counts)) == counts))
     held = np.setdiff1d(held, [np.argmax(labels == label) for label in wanting])
     return np.setdiff1d(np.arange(len(labels)), held), held
+
+
+def _draw(labels: np.ndarray, number: int, seed: int) -> np.ndarray:
+    """Which `number` examples scikit-learn's `train_test_split` holds out, drawn from the same random numbers.
+
+    Drawn here, as every process of every run needs them first, and scikit-learn takes a second to import.
+    """
+    random = np.random.RandomState(seed)
+    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    kept = _shares(counts, len(labels) - number, random)
+    drawn = _shares(counts - kept, number, random)
+    members = np.split(np.argsort(classes, kind="stable"), np.cumsum(counts)[:-1])
+    orders = [random.permutation(count) for count in counts]
+    return np.concatenate([m[o[k : k + d]] for m, o, k, d in zip(members, orders, kept, drawn, strict=True)])
+
+
+def _shares(counts: np.ndarray, number: int, random: np.random.RandomState) -> np.ndarray:
+    """How many of each class make `number`, in proportion: the largest remainders are rounded up, equal ones by lot."""
+    exact = counts / counts.sum() * number
+    shares = np.floor(exact)
+    remainders, left = exact - shares, int(number - shares.sum())
+    for remainder in np.unique(remainders)[::-1]:
+        if left == 0:
+            break
+        equal = np.flatnonzero(remainders == remainder)
+        chosen = random.choice(equal, min(left, len(equal)), replace=False)
+        shares[chosen] += 1
+        left -= len(chosen)
+    return shares.astype(int)
 
 
 def _warn_of_singles(singles: np.ndarray, class_names: Sequence[str], split: str) -> None:
