@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from vitcls.core import extras
 from vitcls.core.errors import RunError, UserError
 
 # One writer at a time, so that quotas are exact.
@@ -61,10 +62,8 @@ def open_store(url: str, *, create: bool = True, client_per_day: int = 500, tota
 
     Raises UserError for another URL, a database that cannot be reached, and a missing package.
     """
-    try:
+    with extras.needed("the database of feedback", "serve"):
         import sqlalchemy
-    except ImportError:
-        raise UserError("the database of feedback needs another package: pip install 'vitcls[serve]'") from None
     try:
         place = sqlalchemy.make_url(url)
     except sqlalchemy.exc.ArgumentError:
@@ -126,10 +125,8 @@ def _set_wal(connection: sqlite3.Connection) -> None:
 def _postgresql(place):
     import sqlalchemy
 
-    try:
+    with extras.needed("postgresql://...", "postgres"):
         import psycopg  # noqa: F401
-    except ImportError:
-        raise UserError("postgresql://... needs another package: pip install 'vitcls[postgres]'") from None
     place = place.set(drivername="postgresql+psycopg")
     options = {"connect_timeout": 10, "tcp_user_timeout": 10_000, "application_name": "vitcls"}
     return sqlalchemy.create_engine(place, pool_pre_ping=True, connect_args=options)
