@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitcls import cli, models
+from tests.conftest import make_tiny_config
+from vitcls import cli, config, models, train
 from vitcls.export import __main__ as export
 from vitcls.export import artefact, compress, make, onnx, tflite
 from vitcls.export.source import open_source
@@ -152,6 +153,23 @@ def test_the_first_block_that_differs_is_named(format, trained, tmp_path, capsys
     code, _, err = call([f"--workdir={trained}", f"--format={format}", f"--out={out}"], capsys)
     assert code == 1 and "the first block that differs is 'block_0'" in err and len(err.splitlines()) == 1, err
     assert not list(tmp_path.iterdir())
+
+
+def test_lenet_becomes_onnx_with_its_frame(tmp_path, capsys):
+    """Images of 28 pixels, which it pads by their edges."""
+    pytest.importorskip("jax2onnx")
+    made, base = config.default_config("lenet5"), make_tiny_config()
+    for key in ("batch_size", "log_every", "eval_every", "checkpoint_every", "steps_per_call"):
+        made[key] = base[key]
+    made.total = "4 steps"
+    made.dataset.update(name="synthetic", num_examples=120, num_classes=3, image_size=28)
+    made.report.timing = False
+    train.train_and_evaluate(made, tmp_path / "run")
+    out = tmp_path / "lenet.onnx"
+    code, said, err = call([f"--workdir={tmp_path / 'run'}", "--format=onnx", f"--out={out}"], capsys)
+    assert code == 0 and "of the run" in said, err
+    expected = open_source(tmp_path / "run").expected(None)
+    np.testing.assert_allclose(artefact.load(str(out)).answer(expected.images), expected.of_run, atol=1e-5)
 
 
 def test_pruning_sets_the_smallest_of_each_kernel_to_zero(trained, tmp_path, capsys):
