@@ -19,6 +19,7 @@ from vitcls.core.errors import RunError, UserError
 _BEGIN = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(860423)"}
 _PATIENCE = 30  # seconds in which SQLite waits for another writer
 _DAY = 86_400.0
+VERSION = 1  # of the tables of the database, with those of receipts; a newer one is not touched
 ANSWERS = "answers"  # the table of receipts, where a server keeps them here (vitcls/serve/receipts.py)
 
 
@@ -77,7 +78,7 @@ def open_store(url: str, *, create: bool = True, client_per_day: int = 500, tota
     store = Store(engine, public, client_per_day=client_per_day, total_bytes=total_bytes)
     try:
         store.create()
-    except RunError as error:
+    except (RunError, UserError) as error:
         store.close()
         raise UserError(str(error)) from None
     return store
@@ -136,7 +137,7 @@ _ENGINES = {"sqlite": _sqlite, "postgresql": _postgresql}
 
 
 def _tables():
-    """The tables `feedback_images` and `feedback`."""
+    """The tables `feedback_images`, `feedback` and `feedback_version`, which has one row."""
     import sqlalchemy as sa
 
     images = sa.Table(
@@ -158,7 +159,10 @@ def _tables():
         sa.UniqueConstraint("image", "client"),
         sa.Index("feedback_by_client", "client", "time"),
     )
-    return images, corrections
+    version = sa.Table(
+        "feedback_version", images.metadata, sa.Column("version", sa.Integer, primary_key=True, autoincrement=False)
+    )
+    return images, corrections, version
 
 
 class Store:
@@ -172,12 +176,22 @@ class Store:
         self._engine = engine
         self._client_per_day = client_per_day
         self._total_bytes = total_bytes
-        self._images, self._corrections = _tables()
+        self._images, self._corrections, self._version = _tables()
 
     def create(self) -> None:
-        """Makes the tables where they are not."""
+        """Makes the tables where they are not; raises UserError where a newer vitcls has made them."""
+        import sqlalchemy as sa
+
         with self.writing() as connection:
             self._images.metadata.create_all(connection)
+            version = connection.scalar(sa.select(self._version.c.version))
+            if version is None:
+                connection.execute(sa.insert(self._version).values(version=VERSION))
+            elif version > VERSION:
+                raise UserError(
+                    f"{self.url} has tables of version {version}, and this vitcls knows {VERSION}: update vitcls, or "
+                    "give another database"
+                )
 
     def add(self, correction: Correction) -> bool:
         """Keeps a correction, on the disk before it returns; False where this client has said the same before.
