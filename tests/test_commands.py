@@ -365,6 +365,15 @@ def test_the_installed_script_knows_the_verbs(capsys, monkeypatch):
     assert "nowhere is not the workdir of a run" in capsys.readouterr().err
 
 
+def test_flags_that_help_does_not_tell_are_not_suggested(capsys):
+    from vitcls.serve import __main__ as serve
+
+    assert cli.run(serve.main, ["--workdir=x", "--listen_fdd=3"]) == 2
+    said = capsys.readouterr().err
+    assert "flag '--listen_fdd' is not known" in said and "--artefact" in said and "--listen_fd," not in said
+    assert "did you mean '--listen_fd'" not in said
+
+
 def test_the_help_of_training_names_every_flag(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vitcls", "train", "--help"])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # which python -m pytest has

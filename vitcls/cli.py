@@ -84,9 +84,10 @@ class Parser(argparse.ArgumentParser):
         return flags
 
     def _flags(self) -> set[str]:
-        """Of the command and of those inside it."""
+        """Of the command and of those inside it, but for what its help does not tell."""
         inner = [action.choices.values() for action in self._actions if isinstance(action, argparse._SubParsersAction)]
-        known = set(self._option_string_actions).union(*(parser._flags() for parsers in inner for parser in parsers))
+        told = (action.option_strings for action in self._actions if action.help is not argparse.SUPPRESS)
+        known = set().union(*told, *(parser._flags() for parsers in inner for parser in parsers))
         return {flag for flag in known if flag.startswith("--")}
 
     def error(self, message: str):

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from vitcls import cli
+from vitcls.core import extras
 from vitcls.core.errors import RunError, UserError
 from vitcls.training import lock
 
@@ -252,10 +253,8 @@ def _sqlite(place: str) -> Database:
 
 def _postgresql(place: str) -> Database:
     """PostgreSQL, as libpq reads the URL, the environment (PGPASSWORD) and ~/.pgpass."""
-    try:
+    with extras.needed("--storage=postgresql://...", "postgres"):
         import psycopg
-    except ImportError:
-        raise UserError("--storage=postgresql://... needs another package: pip install 'vitcls[postgres]'") from None
     options = {"connect_timeout": 10, "tcp_user_timeout": 10_000, "application_name": "vitcls"}
     return Database(
         _public(place),

@@ -1,6 +1,7 @@
 """Formats of other runtimes: any batch, what they carry, smaller weights, and which block is named where one is off."""
 
 import json
+import pathlib
 import subprocess
 import sys
 import zipfile
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitcls import cli, models
+from tests.conftest import make_tiny_config
+from vitcls import cli, config, models, train
 from vitcls.export import __main__ as export
 from vitcls.export import artefact, compress, make, onnx, tflite
 from vitcls.export.source import open_source
@@ -46,6 +48,17 @@ def call(arguments, capsys):
     capsys.readouterr()
     code = cli.run(export.main, [str(argument) for argument in arguments])
     return code, *capsys.readouterr()
+
+
+def like_tiny(model, **dataset):
+    """The config of `trained` with another model, for four steps."""
+    made, base = config.default_config(model), make_tiny_config()
+    for key in ("batch_size", "log_every", "eval_every", "checkpoint_every", "steps_per_call"):
+        made[key] = base[key]
+    made.total = "4 steps"
+    made.dataset.update(name="synthetic", num_examples=120, num_classes=3, **dataset)
+    made.report.timing = False
+    return made
 
 
 def about_of(path, format):
@@ -137,21 +150,84 @@ def test_int8_is_smaller_and_calibrated_on_training_images(format, trained, tmp_
     assert not {image.tobytes() for image in source.expected(None).images} & rows
 
 
-@pytest.mark.parametrize("format", ["stablehlo", "saved_model"])
-def test_the_first_block_that_differs_is_named(format, trained, tmp_path, capsys, monkeypatch):
-    """Where the weights of one block are spoiled on their way into the program."""
-    round_weights = compress.round_weights
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """Of a family that every format has."""
+    path = tmp_path_factory.mktemp("vit") / "run"
+    made = like_tiny("vit_tiny_patch4", image_size=8)
+    made.model.update(depth=2, hidden_dim=16, num_heads=2, mlp_dim=24)
+    train.train_and_evaluate(made, path)
+    return path
 
-    def spoiled(variables, precision):
-        found = jax.tree.map(np.array, round_weights(variables, precision))
-        found["params"]["block_0"]["feed_forward"]["expand"]["kernel"] *= -3
-        return found
 
-    monkeypatch.setattr(compress, "round_weights", spoiled)
-    out = tmp_path / f"run{make.FORMATS[format].ending}"
-    code, _, err = call([f"--workdir={trained}", f"--format={format}", f"--out={out}"], capsys)
-    assert code == 1 and "the first block that differs is 'block_0'" in err and len(err.splitlines()) == 1, err
+def spoil(path, weights, factor=-3):
+    """Multiplies `weights`, in whatever layout a file or directory has them."""
+    if path.suffix == ".zip":  # which has checksums
+        with zipfile.ZipFile(path) as archive:
+            program, about = (archive.read(name) for name in ("program.stablehlo", "about.json"))
+        path.write_bytes(artefact.pack_program(changed(program, weights, factor), json.loads(about)))
+        return
+    for file in filter(pathlib.Path.is_file, path.rglob("*") if path.is_dir() else [path]):
+        file.write_bytes(changed(file.read_bytes(), weights, factor))
+
+
+def changed(content, weights, factor):
+    for layout in (weights, weights.T):
+        spoiled = (layout * factor).astype(layout.dtype)
+        content = content.replace(layout.tobytes(), spoiled.tobytes())
+    return content
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("format", make.FORMATS)
+def test_the_first_block_that_differs_is_named(format, precision, vit, tmp_path, capsys, monkeypatch):
+    """The weights of one are spoiled in the bytes that the format's writer has written."""
+    if format in NEEDS:
+        pytest.importorskip(NEEDS[format])
+    params, whole = open_source(vit).variables["params"], make.FORMATS[format]
+    weights = params["block_1"]["feed_forward"]["expand"]["kernel"].astype(precision)
+
+    def write(job, answer, place):
+        whole.write(job, answer, place)
+        spoil(place, weights)
+
+    monkeypatch.setitem(make.FORMATS, format, whole._replace(write=write))
+    out = tmp_path / f"run{whole.ending}"
+    arguments = [f"--workdir={vit}", f"--format={format}", f"--out={out}"]
+    code, _, err = call([*arguments, f"--quantize={precision}"][: 3 + (precision != "float32")], capsys)
+    assert code == 1 and "the first block that differs is 'block_1'" in err and len(err.splitlines()) == 1, err
     assert not list(tmp_path.iterdir())
+
+
+def test_rounding_excuses_no_fault(vit, tmp_path, capsys, monkeypatch):
+    """A file of bfloat16 answers as JAX does with the same weights: closer than rounding them has changed them."""
+    arguments = [f"--workdir={vit}", "--format=stablehlo", "--quantize=bfloat16", f"--out={tmp_path / 'run.zip'}"]
+    assert call(arguments, capsys)[0] == 0
+    expected, given = open_source(vit).expected(None, "bfloat16"), artefact.load(str(tmp_path / "run.zip")).answer
+    by_rounding = np.abs(expected.of_rounded - expected.of_network).max()
+    assert np.abs(given(expected.images) - expected.of_rounded).max() < 1e-5 < by_rounding
+
+    head, write = open_source(vit).variables["params"]["head"]["kernel"].astype(jnp.bfloat16), make._stablehlo
+
+    def spoiled(job, answer, place):
+        write(job, answer, place)
+        spoil(place, head, factor=1.03125)
+
+    monkeypatch.setitem(make.FORMATS, "stablehlo", make.FORMATS["stablehlo"]._replace(write=spoiled))
+    (tmp_path / "run.zip").unlink()
+    code, _, err = call(arguments, capsys)
+    assert code == 1 and "the first block that differs is 'head'" in err and not list(tmp_path.iterdir()), err
+
+
+def test_lenet_becomes_onnx_with_its_frame(tmp_path, capsys):
+    """Images of 28 pixels, which it pads by their edges."""
+    pytest.importorskip("jax2onnx")
+    train.train_and_evaluate(like_tiny("lenet5", image_size=28), tmp_path / "run")
+    out = tmp_path / "lenet.onnx"
+    code, said, err = call([f"--workdir={tmp_path / 'run'}", "--format=onnx", f"--out={out}"], capsys)
+    assert code == 0 and "of the run" in said, err
+    expected = open_source(tmp_path / "run").expected(None)
+    np.testing.assert_allclose(artefact.load(str(out)).answer(expected.images), expected.of_run, atol=1e-5)
 
 
 def test_pruning_sets_the_smallest_of_each_kernel_to_zero(trained, tmp_path, capsys):

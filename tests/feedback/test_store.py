@@ -29,7 +29,7 @@ def url(request, tmp_path):
     server = request.getfixturevalue("postgres")
     yield server.url
     with psycopg.connect(server.url) as connection:
-        connection.execute("DROP TABLE IF EXISTS feedback, feedback_images")
+        connection.execute("DROP TABLE IF EXISTS feedback, feedback_images, feedback_version")
 
 
 @pytest.fixture
@@ -224,6 +224,22 @@ def test_a_database_that_comes_back_is_used_again(postgres):
     assert store.add(CAT._replace(client="eve"))  # though its connections are those of before
     assert store.forget_image(next(store.rows()).image) == 3
     store.close()
+
+
+def test_tables_of_a_newer_version_are_left_alone(url):
+    """Those without a version are of the first."""
+    opened = open_store(url)
+    opened.add(CAT)
+    with opened.writing() as connection:
+        connection.exec_driver_sql("DROP TABLE feedback_version")
+    opened.close()
+    again = open_store(url)
+    assert [row.label for row in again.rows()] == ["cat"]
+    with again.writing() as connection:
+        connection.exec_driver_sql(f"UPDATE feedback_version SET version = {stores.VERSION + 1}")
+    again.close()
+    with pytest.raises(UserError, match=rf"tables of version 2, and this vitcls knows {stores.VERSION}: update"):
+        open_store(url)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,9 @@ def test_what_it_says_of_itself(served, trained):
     assert about["explains"] and not about["calibrated"]
     assert str(trained) not in json.dumps(about)
     assert requests.get(f"{served.url}/healthz").json() == {"alive": True}
-    assert set(requests.get(f"{served.url}/openapi.json").json()["paths"]) >= {"/v1/predict", "/v1/feedback"}
+    paths = requests.get(f"{served.url}/openapi.json").json()["paths"]
+    assert set(paths) >= {"/v1/predict", "/v1/feedback"}
+    assert "image/*" in paths["/v1/predict"]["post"]["requestBody"]["content"]
 
 
 def test_an_explanation_has_its_evidence(served):

@@ -49,8 +49,9 @@ def claiming(width, height):
         (dict(json={"images": [3, None]}), 422, "the file is not base64"),
         (dict(data=b"a", headers={"Content-Type": "text/plain"}), 415, "send images as multipart/form-data, image/*"),
         (dict(data=b"a", headers={"Content-Type": "multipart/form-data"}), 400, "the form cannot be read"),
-        (dict(data=claiming(9000, 9000)), 422, "claims 9000x9000 pixels"),
-        (dict(data=claiming(100_000, 100_000)), 422, "claims"),
+        (dict(data=claiming(9000, 9000)), 422, "claims 9000x9000 pixels; at most 33,554,432 are decoded"),
+        (dict(data=claiming(6000, 6000)), 422, "claims 6000x6000 pixels; at most 33,554,432 are decoded"),
+        (dict(data=claiming(100_000, 100_000)), 422, "claims more than 33,554,432 pixels"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

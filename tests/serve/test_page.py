@@ -7,8 +7,9 @@ import shutil
 import pytest
 import requests
 
-from tests.serve.running import png, server
+from tests.serve.running import png, server, wait_until
 from vitcls.metrics.unknown import MaximumSoftmax
+from vitcls.serve import promotion
 from vitcls.training import novelty
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
@@ -152,6 +153,18 @@ def test_what_was_never_seen_is_said(trained, open_page, tmp_path):
         page = open_page(running.url)
         page.set_input_files("#file", picture())
         playwright.expect(page.locator(".strange")).to_contain_text("unlike anything that was seen in training")
+
+
+def test_it_says_when_another_model_is_served(trained, open_page, tmp_path):
+    first, second = (shutil.copytree(trained, tmp_path / name) for name in ("first", "second"))
+    with server(f"--workdir={first}") as running:
+        page = open_page(running.url)
+        page.wait_for_selector("#learned:not([hidden])")
+        assert "Served since" not in page.locator("#about").inner_text()
+        promotion.promote(first, second)
+        wait_until(lambda: requests.get(f"{running.url}/v1/model").json()["since"])
+        page.set_input_files("#file", picture())
+        playwright.expect(page.locator("#about")).to_contain_text("Served since")
 
 
 def test_a_server_that_is_away_is_said(trained, open_page, tmp_path):

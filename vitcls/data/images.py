@@ -83,12 +83,12 @@ class EncodedImages(Protocol):
     def take(self, indices: np.ndarray) -> "EncodedImages": ...
 
 
-def examine(data: bytes) -> tuple[int, int, int]:
+def examine(data: bytes, most: int = MAX_PIXELS) -> tuple[int, int, int]:
     """Returns (width, height, channels) of an encoded image, upright, by its header alone; channels is 1 or 3.
 
-    Raises BadImage for what is empty, no image, or larger than MAX_PIXELS.
+    Raises BadImage for what is empty, no image, or has more than `most` pixels.
     """
-    with _opened(data) as image:
+    with _opened(data, most) as image:
         width, height = image.size
         if _orientation(image) in _QUARTER_TURNS:
             width, height = height, width
@@ -294,19 +294,19 @@ def verify(path: pathlib.Path) -> tuple[int, int, int]:
     return found
 
 
-def _opened(data: bytes) -> Image.Image:
+def _opened(data: bytes, most: int = MAX_PIXELS) -> Image.Image:
     if not data:
         raise BadImage("is empty")
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadImage(f"claims more than {MAX_PIXELS:,} pixels") from None
+        raise BadImage(f"claims more than {most:,} pixels") from None
     except Exception:  # as in `decode`
         start = data[:200].lstrip().lower()
         kind = "an HTML page" if start.startswith((b"<!doctype html", b"<html")) else "not an image"
         raise BadImage(f"is {kind}") from None
-    if not 0 < image.width * image.height <= MAX_PIXELS:
-        raise BadImage(f"claims {image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are decoded")
+    if not 0 < image.width * image.height <= most:
+        raise BadImage(f"claims {image.width}x{image.height} pixels; at most {most:,} are decoded")
     return image
 
 

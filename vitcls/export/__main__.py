@@ -82,7 +82,7 @@ def _cells(found: Passport | str) -> tuple[str, ...]:
 
 
 def _words(passport: Passport) -> str:
-    times = ", ".join(f"{1e3 * seconds:.1f} ms for a batch of {size}" for size, seconds in passport.seconds.items())
+    times = ", ".join(f"{1e3 * seconds:.2f} ms for a batch of {size}" for size, seconds in passport.seconds.items())
     return (
         f"{passport.bytes / 1e6:.2f} MB; accuracy {passport.accuracy:.2%}, of the run {passport.accuracy_run:.2%} "
         f"({passport.images:,} test images); probabilities differ by at most {passport.largest_difference:.1g}, the "

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax import export
 
-from vitcls.core import terminal
+from vitcls.core import extras, terminal
 from vitcls.core.errors import RunError, UserError
 
 _ABOUT = "vitcls"  # the key of the file's metadata
@@ -59,10 +59,8 @@ def _converted(answer: Callable, image_shape: tuple[int, int, int]) -> Any:
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
+        with extras.needed("an ONNX file", "onnx"):
             from jax2onnx import to_onnx
-        except ImportError:
-            raise UserError("ONNX files need another package: pip install 'vitcls[onnx]'") from None
         shape = export.symbolic_shape(f"batch, {', '.join(map(str, image_shape))}")
         images = jax.ShapeDtypeStruct(shape, np.uint8)
         try:
@@ -126,10 +124,8 @@ def _fold(plain: str, folded: str) -> None:
 
 def runtime() -> Any:
     """The module onnxruntime; raises UserError where there is none."""
-    try:
+    with extras.needed("an ONNX file", "onnx"):
         import onnxruntime
-    except ImportError:
-        raise UserError("ONNX files need another package: pip install 'vitcls[onnx]'") from None
     return onnxruntime
 
 

@@ -48,29 +48,41 @@ class Source:
     @functools.cached_property
     def calibration_images(self) -> np.ndarray:
         """Training images uint8 [N, H, W, C], by which the range of activations is found."""
-        return self._some("train", _CALIBRATION)[0]
+        return self._pixels(self._some("train", _CALIBRATION))
 
-    def expected(self, scale: Scaling | None) -> Expected:
-        """Some test images, and what the run and the pruned network say of them."""
-        images, rows = self._some("test", _CHECKED)
-        labels, of_run, of_network = self._predictions
-        scaled = ((scale(p).astype(np.float32) if scale else p)[rows] for p in (of_run, of_network))
-        return Expected(images, labels[rows], *scaled)
+    def expected(self, scale: Scaling | None, precision: str = "float32") -> Expected:
+        """Some test images, and what the run, the pruned network and that with rounded weights say of them, in JAX."""
+        rounded = self._of_network
+        if precision != "float32":
+            rounded = self._probabilities(compress.restore(compress.round_weights(self.variables, precision)))
+        found = (self._of_run, self._of_network, rounded)
+        scaled = ((scale(p).astype(np.float32) if scale else p) for p in found)
+        return Expected(self._pixels(self._checked), self._checked.labels, *scaled)
 
     @functools.cached_property
-    def _predictions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Labels, and the probabilities of the run and of the pruned network, of the test split."""
-        labels, of_run = self.opened.predictions("test")
-        if not self.prune:
-            return labels, of_run, of_run
-        variables = self.opened.partition.replicate(self.variables)
-        return labels, of_run, dataclasses.replace(self.opened, variables=variables).predictions("test")[1]
+    def _of_run(self) -> np.ndarray:
+        return self._probabilities(self.opened.variables)
 
-    def _some(self, name: str, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """Up to `most` images of a split, always the same, and their places."""
+    @functools.cached_property
+    def _of_network(self) -> np.ndarray:
+        return self._probabilities(self.variables) if self.prune else self._of_run
+
+    def _probabilities(self, variables: PyTree) -> np.ndarray:
+        """Of the test images that are checked, float32 [N, K], without calibration."""
+        opened = dataclasses.replace(self.opened, variables=self.opened.partition.replicate(variables))
+        return opened.probabilities(opened.batches_of(self._checked), len(self._checked.labels))
+
+    @functools.cached_property
+    def _checked(self) -> data.Split:
+        return self._some("test", _CHECKED)
+
+    def _some(self, name: str, most: int) -> data.Split:
+        """Up to `most` images of a split, always the same."""
         split = getattr(self.opened.dataset, name)
-        rows = np.sort(np.random.default_rng(0).permutation(len(split.labels))[:most])
-        return data.pixels(split.take(rows), self.opened.trained.info.image_shape), rows
+        return split.take(np.sort(np.random.default_rng(0).permutation(len(split.labels))[:most]))
+
+    def _pixels(self, split: data.Split) -> np.ndarray:
+        return data.pixels(split, self.opened.trained.info.image_shape)
 
     def about(self, scale: Scaling | None, precision: str, activations: str) -> dict[str, Any]:
         """What an exported file says of itself."""

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from vitcls.core import terminal
-from vitcls.core.errors import RunError, UserError
+from vitcls.core import extras, terminal
+from vitcls.core.errors import RunError
 from vitcls.export import saved_model
 
 ABOUT, LABELS = "about.json", "labels.txt"
@@ -62,10 +62,8 @@ def _converted(answer: Callable, image_shape: tuple[int, int, int], *, float16: 
 
 def _quantized(model: bytes, calibration: np.ndarray) -> bytes:
     """In eight bits by ai-edge-quantizer: symmetric weights per channel, activations by their smallest and largest."""
-    try:
+    with extras.needed("int8 for TFLite", "tflite"):
         from ai_edge_quantizer import qtyping, quantizer
-    except ImportError:
-        raise UserError("int8 for TFLite needs another package: pip install 'vitcls[tflite]'") from None
     found = quantizer.Quantizer(model)
     for name in _QUANTIZED:
         operation = getattr(qtyping.TFLOperationName, name)
@@ -78,10 +76,8 @@ def _quantized(model: bytes, calibration: np.ndarray) -> bytes:
 
 def interpreter() -> type:
     """LiteRT's; raises UserError where there is none."""
-    try:
+    with extras.needed("a TFLite file", "tflite"):
         from ai_edge_litert.interpreter import Interpreter
-    except ImportError:
-        raise UserError("TFLite files need another package: pip install 'vitcls[tflite]'") from None
     return Interpreter
 
 

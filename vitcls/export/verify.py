@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,23 +26,36 @@ def opened(path: str) -> Callable[[np.ndarray], np.ndarray]:
     return _by_weights(path) if path.endswith(".safetensors") else artefact.load(path).answer
 
 
-def _by_weights(path: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Of weights and the config that goes with them: the model of `vitcls` that `from_torch` fills."""
-    import jax
+class Weights(NamedTuple):
+    """What a file of weights says."""
 
+    config: Any
+    info: Any  # a DatasetInfo
+    variables: Any  # of the model, float32
+
+
+def read_weights(path: str) -> Weights:
+    """The variables that `from_torch` makes of a file, by the config that goes with them."""
     from vitcls import config as configs
     from vitcls.data import DatasetInfo
     from vitcls.models.weights.from_torch import from_torch
     from vitcls.models.weights.safetensors import read_safetensors
-    from vitcls.training import build
 
     arrays, metadata = read_safetensors(path)
     config, info = configs.from_json(metadata["config"]), DatasetInfo.from_json(metadata["dataset"])
     fields = {key: value for key, value in config.model.items() if key != "name"}
     shape = info.image_shape
     variables = from_torch(config.model.name, arrays, num_classes=info.num_classes, image_shape=shape, **fields)
+    return Weights(config, info, compress.restore(variables))
+
+
+def _by_weights(path: str) -> Callable[[np.ndarray], np.ndarray]:
+    import jax
+
+    from vitcls.training import build
+
+    config, info, variables = read_weights(path)
     predict = jax.jit(build.make_predict(config, build.make_model(config, info), info))
-    variables = compress.restore(variables)
     return lambda images: np.asarray(jax.nn.softmax(predict(variables, images), axis=-1))
 
 

@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from vitcls.core import extras
 from vitcls.core.errors import RunError, UserError
 
 # One writer at a time, so that quotas are exact.
 _BEGIN = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(860423)"}
 _PATIENCE = 30  # seconds in which SQLite waits for another writer
 _DAY = 86_400.0
+VERSION = 1  # of the tables of the database, with those of receipts; a newer one is not touched
 ANSWERS = "answers"  # the table of receipts, where a server keeps them here (vitcls/serve/receipts.py)
 
 
@@ -61,10 +63,8 @@ def open_store(url: str, *, create: bool = True, client_per_day: int = 500, tota
 
     Raises UserError for another URL, a database that cannot be reached, and a missing package.
     """
-    try:
+    with extras.needed("the database of feedback", "serve"):
         import sqlalchemy
-    except ImportError:
-        raise UserError("the database of feedback needs another package: pip install 'vitcls[serve]'") from None
     try:
         place = sqlalchemy.make_url(url)
     except sqlalchemy.exc.ArgumentError:
@@ -78,7 +78,7 @@ def open_store(url: str, *, create: bool = True, client_per_day: int = 500, tota
     store = Store(engine, public, client_per_day=client_per_day, total_bytes=total_bytes)
     try:
         store.create()
-    except RunError as error:
+    except (RunError, UserError) as error:
         store.close()
         raise UserError(str(error)) from None
     return store
@@ -126,10 +126,8 @@ def _set_wal(connection: sqlite3.Connection) -> None:
 def _postgresql(place):
     import sqlalchemy
 
-    try:
+    with extras.needed("postgresql://...", "postgres"):
         import psycopg  # noqa: F401
-    except ImportError:
-        raise UserError("postgresql://... needs another package: pip install 'vitcls[postgres]'") from None
     place = place.set(drivername="postgresql+psycopg")
     options = {"connect_timeout": 10, "tcp_user_timeout": 10_000, "application_name": "vitcls"}
     return sqlalchemy.create_engine(place, pool_pre_ping=True, connect_args=options)
@@ -139,7 +137,7 @@ _ENGINES = {"sqlite": _sqlite, "postgresql": _postgresql}
 
 
 def _tables():
-    """The tables `feedback_images` and `feedback`."""
+    """The tables `feedback_images`, `feedback` and `feedback_version`, which has one row."""
     import sqlalchemy as sa
 
     images = sa.Table(
@@ -161,7 +159,10 @@ def _tables():
         sa.UniqueConstraint("image", "client"),
         sa.Index("feedback_by_client", "client", "time"),
     )
-    return images, corrections
+    version = sa.Table(
+        "feedback_version", images.metadata, sa.Column("version", sa.Integer, primary_key=True, autoincrement=False)
+    )
+    return images, corrections, version
 
 
 class Store:
@@ -175,12 +176,22 @@ class Store:
         self._engine = engine
         self._client_per_day = client_per_day
         self._total_bytes = total_bytes
-        self._images, self._corrections = _tables()
+        self._images, self._corrections, self._version = _tables()
 
     def create(self) -> None:
-        """Makes the tables where they are not."""
+        """Makes the tables where they are not; raises UserError where a newer vitcls has made them."""
+        import sqlalchemy as sa
+
         with self.writing() as connection:
             self._images.metadata.create_all(connection)
+            version = connection.scalar(sa.select(self._version.c.version))
+            if version is None:
+                connection.execute(sa.insert(self._version).values(version=VERSION))
+            elif version > VERSION:
+                raise UserError(
+                    f"{self.url} has tables of version {version}, and this vitcls knows {VERSION}: update vitcls, or "
+                    "give another database"
+                )
 
     def add(self, correction: Correction) -> bool:
         """Keeps a correction, on the disk before it returns; False where this client has said the same before.

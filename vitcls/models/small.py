@@ -39,9 +39,7 @@ class LeNet5(nn.Module):
         checks.check_fields(self, {"pooling": tuple(_POOLINGS)})
         checks.check_same_length(self, "widths", length=3)
         checks.check_size(images.shape, 28)
-        missing = [max(0, 32 - side) for side in images.shape[1:3]]
-        frame = [(0, 0), *((count // 2, count - count // 2) for count in missing), (0, 0)]
-        x = jnp.pad(images.astype(self.dtype), frame, mode="edge")
+        x = _framed(images.astype(self.dtype))
         conv = layers.checkpointed(layers.ConvNorm, self.remat)
         for i, width in enumerate(self.widths, start=1):
             x = conv(
@@ -58,6 +56,18 @@ class LeNet5(nn.Module):
             x = _POOLINGS[self.pooling](x, 2, 2) if i < 3 else x
         x = nn.Dense(self.hidden_width, dtype=self.dtype, name="hidden")(x.reshape(x.shape[0], -1))
         return layers.classify(self, layers.activation(self.activation)(x), train=train)
+
+
+def _framed(images: jax.Array) -> jax.Array:
+    """Images [B, H, W, C] with their border repeated up to 32 pixels a side."""
+    for axis in (1, 2):
+        size = images.shape[axis]
+        missing = max(0, 32 - size)
+        first, last = (jax.lax.slice_in_dim(images, at, at + 1, axis=axis) for at in (0, size - 1))
+        # Not jnp.pad(mode="edge"), which jax2onnx 0.13 exports wrongly.
+        parts = [first] * (missing // 2) + [images] + [last] * (missing - missing // 2)
+        images = jnp.concatenate(parts, axis)
+    return images
 
 
 class PaperCNN(nn.Module):

@@ -22,7 +22,7 @@ from flax import traverse_util
 
 import vitcls
 from vitcls import data
-from vitcls.core import errors
+from vitcls.core import errors, extras
 from vitcls.core.cache import cache_dir, load_arrays, store_arrays
 from vitcls.core.errors import RunError, UserError
 from vitcls.core.progress import show_progress
@@ -81,10 +81,8 @@ def _hog(image_shape: tuple[int, int, int]) -> Callable[[np.ndarray], np.ndarray
     """Histograms of oriented gradients (Dalal & Triggs 2005): 9 orientations, 8 cells along the shorter side, blocks
     of 2x2 cells.
     """
-    try:
+    with extras.needed("hog", "classical"):
         from skimage.feature import hog
-    except ImportError:
-        raise UserError("hog needs scikit-image: pip install 'vitcls[classical]'") from None
     cell = max(4, min(image_shape[:2]) // _CELLS)
     if min(image_shape[:2]) < 2 * cell:
         height, width, _ = image_shape

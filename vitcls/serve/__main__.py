@@ -11,7 +11,7 @@ address than this machine's own needs a token. Needs pip install "vitcls[serve]"
 import argparse
 import asyncio
 import functools
-import importlib.util
+import importlib
 import ipaddress
 import logging
 import os
@@ -25,6 +25,7 @@ import threading
 import time
 
 from vitcls import cli
+from vitcls.core import extras
 from vitcls.core.errors import UserError
 from vitcls.serve import databases
 from vitcls.training import places
@@ -49,7 +50,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--listen_fd", type=int, default=-1, help=argparse.SUPPRESS)  # from the process above
     cli.add_import_argument(parser)
     flags = parser.parse_args(argv)
-    _require_extra()
+    with extras.needed("vitcls serve", "serve"):
+        for module in ("fastapi", "multipart", "prometheus_client", "sqlalchemy", "uvicorn"):
+            importlib.import_module(module)
     if bool(flags.workdir) == bool(flags.artefact):
         raise UserError("give one of --workdir=DIR and --artefact=FILE")
     if flags.workers < 1:
@@ -67,12 +70,6 @@ def main(argv: list[str]) -> int:
     cli.start_jax()
     with asyncio.Runner(loop_factory=_fast_loop()) as runner:
         return runner.run(_serve(flags, listening, database, token))
-
-
-def _require_extra() -> None:
-    for module in ("fastapi", "multipart", "prometheus_client", "sqlalchemy", "uvicorn"):
-        if importlib.util.find_spec(module) is None:
-            raise UserError(f"serving needs more packages ({module}): pip install 'vitcls[serve]'")
 
 
 def _fast_loop():

@@ -29,15 +29,19 @@ class Answer(NamedTuple):
     model: Served
     outputs: np.ndarray  # float32 [K]
     probabilities: np.ndarray  # float32 [K]
+    best: int  # the most probable class
     unknown: bool | None
     distance: float | None
     batch_size: int
 
 
-def _one(model: Served, found: Answers, i: int, size: int) -> Answer:
-    """The answer to image `i` of a batch."""
-    unknown, distance = (None, None) if found.unknown is None else (bool(found.unknown[i]), float(found.distance[i]))
-    return Answer(model, found.outputs[i], found.probabilities[i], unknown, distance, size)
+def _each(model: Served, found: Answers, size: int) -> Iterator[Answer]:
+    """The answers to the images of a batch, in order."""
+    best = found.probabilities.argmax(axis=1).tolist()
+    nothing = [None] * len(best)
+    unknown, distance = (nothing if part is None else part.tolist() for part in (found.unknown, found.distance))
+    for answer in zip(found.outputs, found.probabilities, best, unknown, distance, strict=True):
+        yield Answer(model, *answer, size)
 
 
 class _Waiting(NamedTuple):
@@ -88,7 +92,7 @@ class Batcher:
         while True:
             batch = await self._next()
             model, size = self.model, next(size for size in SIZES if size >= len(batch))
-            images = np.stack([waiting.image for waiting in batch])
+            images = [waiting.image for waiting in batch]
             try:
                 found = await loop.run_in_executor(self._device, model.answer, images, size)
             except Exception as error:
@@ -97,9 +101,9 @@ class Batcher:
                         waiting.answer.set_exception(error)
                 continue
             self._observe(len(batch), size)
-            for i, waiting in enumerate(batch):
+            for waiting, answer in zip(batch, _each(model, found, size), strict=True):
                 if not waiting.answer.done():
-                    waiting.answer.set_result(_one(model, found, i, size))
+                    waiting.answer.set_result(answer)
 
     async def _next(self) -> list[_Waiting]:
         """The next images, at least one, of those that somebody still waits for."""

@@ -57,10 +57,10 @@ class Served:
         for size in sizes:
             self.program(np.zeros((size, *self.image_shape), np.uint8))
 
-    def answer(self, images: np.ndarray, size: int) -> Answers:
-        """Of images uint8 [n, H, W, C], in a batch of `size`; raises RunError where the model has diverged."""
+    def answer(self, images: Sequence[np.ndarray], size: int) -> Answers:
+        """Of n images uint8 [H, W, C], in a batch of `size`; raises RunError where the model has diverged."""
         batch = np.zeros((size, *self.image_shape), np.uint8)
-        batch[: len(images)] = images
+        np.stack(images, out=batch[: len(images)])
         found = Answers(*(part if part is None else part[: len(images)] for part in self.program(batch)))
         if not np.isfinite(found.probabilities).all():
             raise RunError("the model gives probabilities that are not finite; serve an earlier --checkpoint")

@@ -79,7 +79,6 @@ def sha256(data: bytes) -> str:
 
 
 def make(answer: Answer, image_sha256: str) -> Receipt:
-    best = int(answer.probabilities.argmax())
     return Receipt(
         answer.model.name_of_answer(image_sha256),
         answer.batch_size,
@@ -91,8 +90,8 @@ def make(answer: Answer, image_sha256: str) -> Receipt:
         answer.model.about["checkpoint"]["step"],
         image_sha256,
         np.asarray(answer.outputs, np.float32).tobytes(),
-        answer.model.class_names[best],
-        float(answer.probabilities[best]),
+        answer.model.class_names[answer.best],
+        float(answer.probabilities[answer.best]),
     )
 
 

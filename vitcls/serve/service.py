@@ -161,8 +161,7 @@ class Service:
         self._receipts.add(receipt)
         self._recent.put(receipt.id, upload.data)
         if self._drift is not None:
-            best = int(answer.probabilities.argmax())
-            self._drift.observe(best, float(answer.probabilities[best]), answer.unknown, answer.distance)
+            self._drift.observe(answer.best, receipt.probability, answer.unknown, answer.distance)
         unknown = {} if answer.unknown is None else {"unknown": answer.unknown}
         return named | {"id": receipt.id} | predict.said(answer.probabilities, answer.model.class_names) | unknown
 
@@ -178,9 +177,7 @@ class Service:
         if upload.refused:
             raise BadImage(upload.refused)
         data = upload.data
-        width, height, _ = image_files.examine(data)
-        if width * height > self.limits.pixels:
-            raise BadImage(f"claims {width}x{height} pixels; at most {self.limits.pixels:,} are decoded")
+        image_files.examine(data, self.limits.pixels)
         return model.decode(data), receipts.sha256(data)
 
     # Feedback.

@@ -104,13 +104,14 @@ class Opened:
     def predictions(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Labels int32 [N] and probabilities float32 [N, K] of a split; raises RunError where they are not finite."""
         batches = self.batches(split)
-        return batches.labels, self._probabilities(batches, len(batches.labels))
+        return batches.labels, self.probabilities(batches, len(batches.labels))
 
     def classes(self, batches: Iterable[dict], count: int) -> np.ndarray:
         """The most probable class of the first `count` images of batches, int32 [N]."""
-        return self._probabilities(batches, count).argmax(axis=-1).astype(np.int32)
+        return self.probabilities(batches, count).argmax(axis=-1).astype(np.int32)
 
-    def _probabilities(self, batches: Iterable[dict], count: int) -> np.ndarray:
+    def probabilities(self, batches: Iterable[dict], count: int) -> np.ndarray:
+        """Those of the first `count` images of batches, float32 [N, K]; raises RunError where they are not finite."""
         probabilities = np.empty((count, self.trained.info.num_classes), np.float32)
         self.evaluator(self.variables, batches, probabilities, self.bank)
         if not np.isfinite(probabilities).all():

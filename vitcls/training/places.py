@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from vitcls.core import extras
 from vitcls.core.cache import cache_dir
 from vitcls.core.errors import RunError, UserError
 from vitcls.core.terminal import printable
@@ -374,15 +375,13 @@ def _file_system(url: str):
     scheme, _, rest = url.partition("://")
     bucket = rest.partition("/")[0]
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for credentials that nobody needs
-    try:
+    with extras.needed(f"{scheme}://", EXTRAS[scheme]):
         import fsspec
 
         emulated = scheme == "gs" and "STORAGE_EMULATOR_HOST" in os.environ  # which knows no credentials
         options = {"consistency": "md5"} if scheme == "gs" else {}  # S3's client compares checksums unasked
         options |= {"token": "anon"} if emulated else {}
         files = fsspec.filesystem(scheme, use_listings_cache=False, **options)
-    except ImportError:
-        raise UserError(f"{scheme}:// needs another package: pip install 'vitcls[{EXTRAS[scheme]}]'") from None
     try:
         files.ls(bucket)
     except FileNotFoundError:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vitcls.core.errors import UserError
+from vitcls.core import extras
 from vitcls.ledger import Entry
 from vitcls.tune.space import Choice, Number, Space
 
@@ -38,11 +38,9 @@ class Trial:
 
 
 def optuna():
-    """The library; raises UserError where it is not installed."""
-    try:
+    """The library; raises UserError without it."""
+    with extras.needed("vitcls tune", "tune"):
         import optuna as library
-    except ImportError:
-        raise UserError("vitcls tune needs another package: pip install 'vitcls[tune]'") from None
     library.logging.set_verbosity(library.logging.ERROR)
     return library
 

@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 
+from vitcls.core import extras
 from vitcls.core.cache import cache_dir
 from vitcls.core.errors import UserError
 
@@ -43,10 +44,8 @@ def sha256_of(path: os.PathLike | str) -> str:
 
 def _fetch(name: str, kept: pathlib.Path) -> None:
     """Fetches a file into a directory of the cache; its SHA-256, which is written last, says that it is whole."""
-    try:
+    with extras.needed(f"{name} on the Hugging Face Hub", "hub"):
         import huggingface_hub as hub
-    except ImportError:
-        raise UserError(f"{name} is fetched by huggingface_hub: pip install 'vitcls[hub]'") from None
     url = hub.hf_hub_url(name, FILE, endpoint=os.environ.get("HF_ENDPOINT"))
     elsewhere = f"download {url} and give the file as the weights"
     coming = kept.with_name(f"{kept.name}.{os.getpid()}")

@@ -34,23 +34,28 @@ function say(error) {
 
 async function begin() {
   try {
-    const model = await ask("v1/model");
+    await about();
     say(null);
     $("token-form").hidden = true;
-    classes = model.classes;
-    explains = model.explains;
-    limits = model.limits;
-    document.title = model.dataset + " · vitcls";
-    $("name").textContent = "What is it? " + model.classes.length + " classes of " + model.dataset;
-    const accuracy = model.test.accuracy === undefined ? "" :
-      ", " + percent(model.test.accuracy) + " right on " + model.test.num_examples + " test images";
-    const since = model.since ? " Served since " + new Date(model.since).toLocaleString() + "." : "";
-    const sure = model.calibrated ? "Percentages are calibrated." : "Percentages are not calibrated.";
-    $("about").textContent = model.model + ", step " + model.checkpoint.step + accuracy + ". " + sure + since;
     await learned();
   } catch (error) {
     say(error);
   }
+}
+
+// What is served now, which may be another model than before.
+async function about() {
+  const model = await ask("v1/model");
+  classes = model.classes;
+  explains = model.explains;
+  limits = model.limits;
+  document.title = model.dataset + " · vitcls";
+  $("name").textContent = "What is it? " + model.classes.length + " classes of " + model.dataset;
+  const accuracy = model.test.accuracy === undefined ? "" :
+    ", " + percent(model.test.accuracy) + " right on " + model.test.num_examples + " test images";
+  const since = model.since ? " Served since " + new Date(model.since).toLocaleString() + "." : "";
+  const sure = model.calibrated ? "Percentages are calibrated." : "Percentages are not calibrated.";
+  $("about").textContent = model.model + ", step " + model.checkpoint.step + accuracy + ". " + sure + since;
 }
 
 async function learned() {
@@ -95,6 +100,7 @@ async function send(files) {
         else show(answer, images[i]);
       });
     }
+    await about();
   } catch (error) {
     bad.push(error.message.replace(/\.$/, ""));
   } finally {
@@ -203,6 +209,7 @@ document.addEventListener("drop", (event) => {
   send(event.dataTransfer.files);
 });
 document.addEventListener("paste", (event) => send(event.clipboardData.files));
+document.addEventListener("visibilitychange", () => document.hidden || about().catch(say));
 $("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem("token", $("token").value);
