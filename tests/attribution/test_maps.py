@@ -51,6 +51,43 @@ def test_integrated_gradients_of_a_square_are_its_own_integral():
     np.testing.assert_allclose(found, IMAGES**2 - NOTHING**2, atol=1e-6)
 
 
+# By captum 0.9.0 with torch 2.13.0, in millionths: IntegratedGradients("riemann_middle", n_steps=20, baselines=0.5)
+# of class 1, [4, 5, 2], and LayerGradCam(relu_attributions=True) of class 0 at the map, [4, 5].
+CAPTUM_GRADIENTS = """
+-5743 -21992 -29044 -11738 22074 5565 53953 36468 -5600 280 5436 -3114 -401 8515 -173 -4701 -71990 10700 3968
+-53137 1307 24202 -14684 -70280 -44374 439 -3241 -75090 -8265 59 63 3736 13587 17132 -26787 -5256 7053 -14976
+-222 -26717
+"""
+CAPTUM_GRADCAM = """
+116286 114084 59116 81254 11062 135381 138790 142642 136769 138688 135941 133661 136242 139560 135317 106768
+133599 136441 140506 133186
+"""
+
+
+def test_integrated_gradients_and_gradcam_agree_with_captum():
+    """Of a convolution, tanh, the mean square of its map and a dense layer, all by a seed."""
+    rng = np.random.default_rng(7)
+    image = rng.random((1, 4, 5, 2)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 2, 3)).astype(np.float32)
+    dense = rng.normal(size=(3, 2)).astype(np.float32)
+
+    def map_of(images):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jnp.tanh(jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=layout))
+
+    def head(maps):
+        return jnp.mean(maps**2, axis=(1, 2)) @ dense
+
+    def slope(images):
+        return jax.grad(lambda images: head(map_of(images))[:, 1].sum())(images)
+
+    found = gradients.integrated_gradients(slope, image, NOTHING, 20)
+    np.testing.assert_allclose(1e6 * found.ravel(), np.array(CAPTUM_GRADIENTS.split(), int), atol=2)
+    maps = map_of(image)
+    found = cam.gradcam(maps, jax.grad(lambda maps: head(maps)[:, 0].sum())(maps))
+    np.testing.assert_allclose(1e6 * found.ravel(), np.array(CAPTUM_GRADCAM.split(), int), atol=2)
+
+
 def test_smoothgrad_of_a_linear_model_is_its_weights():
     found = gradients.smoothgrad(gradient, IMAGES, jax.random.key(0), samples=3)
     np.testing.assert_allclose(found, of_classes(), rtol=1e-5)

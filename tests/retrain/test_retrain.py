@@ -24,7 +24,9 @@ from vitcls.retrain.collect import is_held_out
 from vitcls.retrain.verdict import ALPHA, Verdict
 from vitcls.serve.promotion import current
 from vitcls.train import train_and_evaluate
-from vitcls.training import build, run_dir
+from vitcls.training import build, novelty, run_dir
+from vitcls.training.opened import open_with_data
+from vitcls.unknown import unknown
 
 NEW, IN_TRAINING = 30, 20  # photos of fours that users show
 
@@ -153,6 +155,27 @@ def test_the_whole_loop(loop, capsys, no_pictures):
 
     assert cli.run(main, [f"--workdir={root}/run", "--rollback"]) == 0
     assert current(root / "run") == root / "run"
+
+
+def test_the_threshold_of_the_unknown_is_found_again(loop, no_pictures):
+    """Of the new weights, by the score and the strangers of before; so that 95 % of validation images are known."""
+    root, store = loop
+    noise = np.random.default_rng(0).integers(0, 256, (2, 40, 8, 8, 1), np.uint8)
+    labels = np.arange(40, dtype=np.int32) % 2
+    np.savez(root / "noise.npz", x_train=noise[0], y_train=labels, x_test=noise[1], y_test=labels)
+    unknown(root / "run", [str(root / "noise.npz")], score="energy")
+    correct(store, root, answers(root, root / "run"))
+    assert retrain(root, "--total=20 steps") == 0
+    before, after = (novelty.read(root / name) for name in ("run", "run2"))
+    opened = open_with_data(root / "run2", splits=("validation",))
+    assert after.checkpoint_step == opened.step == 20 != before.checkpoint_step
+    assert after.name == before.name == "energy" and after.threshold != before.threshold
+    logits = opened.outputs(opened.dataset.validation).logits.astype(np.float64)
+    energy = np.log(np.exp(logits).sum(axis=1))
+    known = np.mean(energy >= after.threshold)
+    assert 0.95 <= known < 0.95 + 2 / len(energy)
+    judge = predict.make_judge(run_dir.open_workdir(root / "run2"))
+    assert judge(noise[1][:8]).dtype == bool  # it is used: a threshold of another checkpoint would not be
 
 
 def test_it_goes_on_to_the_same_bits_wherever_it_is(loop, no_pictures):

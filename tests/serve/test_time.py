@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import http.client
+import io
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ import time
 import numpy as np
 import requests
 import uvicorn
+from PIL import Image
 
 from tests.serve.running import png
 from vitcls.data.images import BY_FORMAT
@@ -37,10 +39,10 @@ class Slow:
 
 
 @contextlib.contextmanager
-def serving(tmp_path, slow, **limits):
+def serving(tmp_path, slow, kind=Served, **limits):
     """The URL, and the path of the database."""
     about = {"model": "slow", "checkpoint": {"step": 0}}
-    model = Served("here", "", {}, ("a", "b"), (8, 8, 3), BY_FORMAT, about, slow, None)
+    model = kind("here", "", {}, ("a", "b"), (8, 8, 3), BY_FORMAT, about, slow, None)
     store = open_store(f"sqlite:///{tmp_path}/f.db")
     service = Service(
         lambda: Source("here"),
@@ -111,6 +113,24 @@ def test_a_full_house_says_when_to_come_again(tmp_path):
         assert all(response.headers["Retry-After"] == "1" for response in busy)
         assert busy[0].json() == {"error": "too many images are waiting; try again soon"}
         assert requests.post(f"{url}/v1/predict", data=png()).status_code == 200
+
+
+def test_only_small_files_are_decoded_where_they_are_read(tmp_path):
+    """A file of few bytes may hold many pixels, which would keep all others waiting."""
+    threads = []
+
+    class Watched(Served):
+        def decode(self, data):
+            threads.append(threading.current_thread().name.partition("_")[0])
+            return super().decode(data)
+
+    blank = io.BytesIO()
+    Image.new("L", (1500, 1500)).save(blank, "PNG")
+    assert len(blank.getvalue()) < 8192 < len(png(size=(100, 100)))
+    with serving(tmp_path, Slow(0), kind=Watched) as url:
+        for data in (png(), png(size=(100, 100)), blank.getvalue()):
+            assert requests.post(f"{url}/v1/predict", data=data).status_code == 200
+    assert threads[1:] == ["decode", "decode"] and threads[0] != "decode"
 
 
 def test_for_who_has_gone_nothing_is_computed(tmp_path):

@@ -24,7 +24,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000")
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # integers of 16 or 32 bits, floats; all gray
 _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _GRAY_MODES = ("1", "L", "LA", "La", *_DEEP_MODES)
-_WORTH_A_THREAD = 8_192  # bytes; Python holds its lock for most of the time that a smaller file takes
+WORTH_A_THREAD = 8_192  # bytes; Python holds its lock for most of the time that a smaller file takes
 # Bombs are refused here, and broken metadata of a good picture is of no interest. Set once: Pillow runs in threads, and
 # `warnings.catch_warnings` is for one thread only.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -238,7 +238,7 @@ def decode_all(
         raise UserError(f"none of {len(images)} images can be decoded, as {images.name(0)}")
     decoded = np.empty((len(images), *first.shape), np.uint8)
     sample = [len(images.read(index)) for index in range(min(len(images), 16))]
-    if np.mean(sample) < _WORTH_A_THREAD:
+    if np.mean(sample) < WORTH_A_THREAD:
         for index in range(len(images)):
             place(index)
         return decoded

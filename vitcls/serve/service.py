@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from vitcls import predict
 from vitcls.core import errors
 from vitcls.data import images as image_files
@@ -24,6 +26,7 @@ from vitcls.serve.model import Served
 from vitcls.serve.receipts import Receipt, Receipts
 
 _RECENT_BYTES = 64 * 2**20  # of files that feedback may name by an id alone
+_SMALL = 2**14  # pixels of an image that is decoded at once, if its file is small too
 _LOOK = 2.0  # seconds between two looks at what is to be served
 _logger = logging.getLogger("vitcls")
 
@@ -167,18 +170,26 @@ class Service:
 
     async def _answer(self, upload: Upload) -> tuple[Answer, Receipt]:
         batcher = self.batcher
-        loop = asyncio.get_running_loop()
-        pixels, digest = await loop.run_in_executor(self._decoders, self._decoded, batcher.model, upload)
-        answer = await batcher.answer(pixels)
+        model = batcher.model
+        if len(upload.data) <= image_files.WORTH_A_THREAD and self._pixels(upload) <= _SMALL:
+            image, digest = _decode(model, upload.data)  # here: the way to a thread and back takes longer
+        else:
+            loop = asyncio.get_running_loop()
+            image, digest = await loop.run_in_executor(self._decoders, self._decoded, model, upload)
+        answer = await batcher.answer(image)
         return answer, receipts.make(answer, digest)
 
-    def _decoded(self, model: Served, upload: Upload):
-        """The pixels and the SHA-256 of a file; raises BadImage."""
+    def _decoded(self, model: Served, upload: Upload) -> tuple[np.ndarray, str]:
+        """The image and the SHA-256 of a file; raises BadImage."""
+        self._pixels(upload)
+        return _decode(model, upload.data)
+
+    def _pixels(self, upload: Upload) -> int:
+        """How many a file claims; raises BadImage."""
         if upload.refused:
             raise BadImage(upload.refused)
-        data = upload.data
-        image_files.examine(data, self.limits.pixels)
-        return model.decode(data), receipts.sha256(data)
+        width, height, _ = image_files.examine(upload.data, self.limits.pixels)
+        return width * height
 
     # Feedback.
 
@@ -287,6 +298,10 @@ class Service:
         with contextlib.suppress(Exception):
             self._receipts.flush()
         self._store.close()
+
+
+def _decode(model: Served, data: bytes) -> tuple[np.ndarray, str]:
+    return model.decode(data), receipts.sha256(data)
 
 
 class _Recent:
