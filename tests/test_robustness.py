@@ -80,6 +80,14 @@ def test_against_itself_nothing_differs_and_the_mce_is_one(measured, trained, ca
     assert "mCE 100.0%" in capsys.readouterr().out
 
 
+def test_one_image_has_no_interval_of_means(measured):
+    """Its bootstrap would say nothing; its pages are drawn all the same."""
+    assert cli.run(robustness.main, [f"--workdir={measured}", "--only=contrast,shift", "--images=1"]) == 0
+    found = read(measured)
+    assert found["num_examples"] == 1 and found["corruptions"]["contrast"]["mean_error"]["low"] is None
+    assert found["corruptions"]["contrast"]["accuracy"][0]["low"] is not None
+
+
 @pytest.fixture(scope="module")
 def published(trained, tmp_path_factory):
     """Two corruptions as files: one that changes nothing, and black images."""
