@@ -96,7 +96,7 @@ def _html(block: Block, new: pathlib.Path) -> str:
 
 def _in_two_lines(cell: str) -> str | tuple[str, str]:
     """What `interval` says, with its interval below the value: a table of many columns is as narrow as that."""
-    number = r"-?[\d.,]+%?"
+    number = r"[-+]?[\d.,]+%?"
     found = re.fullmatch(rf"({number}) (\[{number}, {number}\].*)", cell)
     return found.groups() if found else cell
 

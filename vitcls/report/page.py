@@ -57,6 +57,7 @@ thead th { position: sticky; top: 0; background: var(--card); color: var(--soft)
   overflow-wrap: normal; }
 tbody th { font-weight: 400; color: var(--soft); width: 14rem; }
 .classes th, .classes td { padding: .4rem .6rem; }
+.classes td { overflow-wrap: normal; }
 .classes tbody th { color: var(--ink); min-width: 11rem; }
 .number { text-align: right; }
 td small, td .value { white-space: nowrap; }
