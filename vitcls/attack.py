@@ -178,7 +178,7 @@ def _write(directory: pathlib.Path, metrics: dict[str, Any]) -> None:
     def drawn():
         from vitcls.report import attack_plots
 
-        return attack_plots.accuracy_by_eps(metrics["curve"])
+        return attack_plots.accuracy_by_eps(metrics["curve"], _LABELS)
 
     if "curve" in metrics:
         caption = "Each image is counted as the worst attack leaves it; what one eps has broken no larger one mends."
