@@ -65,6 +65,13 @@ def test_what_is_no_better_than_random_is_grey():
     assert plain[rows].max() == 0 and plain.max() > 0
 
 
+def test_pictures_have_the_letters_of_names():
+    """Not one sign for all that a font does not know."""
+    pixels, row = np.zeros((8, 8, 3), np.uint8), [overlays.Drawn(np.eye(8), ["gradcam"], True)]
+    drawn = {np.asarray(overlays.sheet(pixels, name, [(name, row)])).tobytes() for name in "\u00e9\u00ea\u0436\u03b1"}
+    assert len(drawn) == 4
+
+
 def test_the_forward_of_a_run_is_what_its_report_says(trained):
     opened = open_with_data(trained, splits=("test",))
     _, probabilities = opened.predictions("test")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -61,6 +62,7 @@ def lines(path):
 
 def test_what_was_planted_is_found(inspected, planted):
     _, wrong = planted
+    assert "mistakes of that classifier" not in (inspected / "index.html").read_text()  # it knows digits
     found = json.loads((inspected / "metrics.json").read_text())
     assert found["splits"]["train"]["num_examples"] == 1200 and found["splits"]["train"]["distinct"] == 1198
     assert found["splits"]["train"]["blank"] == 1 and found["splits"]["test"]["blank"] == 0
@@ -119,6 +121,26 @@ def test_photos_that_look_the_same_are_found(photos, tmp_path, capsys):
     assert "label_errors" not in found and not (tmp_path / "out" / "label_errors.csv").exists()
     sizes = [split[key] for split in found["splits"].values() for key in ("smallest_image", "largest_image")]
     assert [60, 60] in sizes and [96, 96] in sizes
+
+
+def test_a_folder_with_broken_files_and_labels_by_lot(tmp_path, capsys):
+    """Sizes are height x width; what cannot be used is named; a classifier that knows nothing is no judge."""
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        folder = tmp_path / "photos" / ("cat", "dog")[rng.integers(2)]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(folder / f"{i}.png")
+    (folder / "broken.png").write_bytes(b"none")
+    os.rename(folder / "39.png", os.fsencode(folder) + b"/caf\xe9.png")
+    os.link(os.fsencode(folder) + b"/caf\xe9.png", folder / "again.png")
+    out = tmp_path / "out"
+    code, said, _ = call([f"--data_dir={tmp_path / 'photos'}", f"--out={out}", "--features=color"], capsys)
+    assert code == 0 and "files that cannot be used: 1, see skipped.csv" in said
+    assert "most doubts are rather mistakes of that classifier" in said
+    assert [line["File"] for line in lines(out / "skipped.csv")] == [f"{folder.name}/broken.png"]
+    assert b"/caf\xe9.png" in (out / "duplicates.csv").read_bytes()
+    found = json.loads((out / "metrics.json").read_text())
+    assert found["skipped_files"] == 1 and found["splits"]["train"]["largest_image"] == [20, 30]
 
 
 def test_a_run_looks_by_its_own_features(trained, capsys, tmp_path):

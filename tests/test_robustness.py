@@ -77,7 +77,17 @@ def test_against_itself_nothing_differs_and_the_mce_is_one(measured, trained, ca
     assert found["num_examples"] == 10 and against["mce"]["value"] == 1
     rows = [against["difference"]["clean"], *against["difference"]["gaussian_noise"], *against["difference"]["shift"]]
     assert all(row == {"value": 0, "low": 0, "high": 0} for row in rows)
-    assert "mCE 100.0%" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "mCE over 1 of 15 corruptions 100.0%" in out and "mean error over gaussian_noise and" in out
+    assert "\nshift: " in out and "as they are, +0.00% [+0.00%, +0.00%] more are right" in out
+
+
+def test_one_image_has_no_interval_of_means(measured):
+    """Its bootstrap would say nothing; its pages are drawn all the same."""
+    assert cli.run(robustness.main, [f"--workdir={measured}", "--only=contrast,shift", "--images=1"]) == 0
+    found = read(measured)
+    assert found["num_examples"] == 1 and found["corruptions"]["contrast"]["mean_error"]["low"] is None
+    assert found["corruptions"]["contrast"]["accuracy"][0]["low"] is not None
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from vitcls.training.opened import Opened, open_with_data
 PART = "attack"  # of the workdir
 ATTACKS = ("fgsm", "pgd", "apgd", "square")
 _MULTIPLES = (0.25, 0.5, 1, 2)  # of eps, on the curve
-_CHECKED = 100  # images
+_CHECKED = 100  # images, of twice as many
 _BATCH = 100  # images at a time, at most
 _LABELS = {"fgsm": "FGSM", "pgd": "PGD", "apgd": "APGD", "square": "Square"}
 
@@ -78,15 +78,12 @@ def attack(
     opened = open_with_data(path, splits=("test",), checkpoint=checkpoint, data_dir=data_dir)
     forward = opened.forward
     images, labels, which = _test_images(opened, num_images)
-    runner = _runner(opened, forward, len(images))
+    runner = _runner(opened, forward)
     right = runner.logits(images).argmax(axis=1) == labels
-    if not right.any():
+    checked = _right_ones(opened, runner)
+    if not right.any() or not len(checked[1]):
         raise RunError("the model classifies none of the images right, so there is nothing to attack")
-    first = np.flatnonzero(right)[:_CHECKED]
-    checks = check(
-        runner, images[first], labels[first], which[first],
-        norm=budget.norm, eps=eps, steps=budget.steps, queries=budget.queries,
-    )  # fmt: skip
+    checks = check(runner, *checked, norm=budget.norm, eps=eps, steps=budget.steps, queries=budget.queries)
     metrics = {
         "dataset": opened.trained.info.name,
         "checkpoint_step": opened.step,
@@ -95,7 +92,7 @@ def attack(
         "eps": eps,
         "steps": {name: budget.attack(name).steps for name in names},
         "clean_accuracy": proportion(right),
-        "checked_images": len(first),
+        "checked_images": len(checked[1]),
         "checks": [each._asdict() for each in checks],
     }
     failed = [each for each in checks if not each.passed]
@@ -107,7 +104,7 @@ def attack(
     _write(where / PART, metrics)
     places.publish(path, where, PART)
     if failed:
-        raise RunError(_refusal(failed))
+        raise RunError(_refusal(failed, budget.steps))
     return metrics
 
 
@@ -121,9 +118,16 @@ def _test_images(opened: Opened, count: int) -> tuple[np.ndarray, np.ndarray, np
     return pixels.astype(np.float32) / 255, split.labels, chosen
 
 
-def _runner(opened: Opened, forward: Callable, count: int) -> attacks.Runner:
+def _right_ones(opened: Opened, runner: attacks.Runner) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same for the checks, all classified right: of few images luck would decide, however few are attacked."""
+    images, labels, which = _test_images(opened, 2 * _CHECKED)
+    right = np.flatnonzero(runner.logits(images).argmax(axis=1) == labels)[:_CHECKED]
+    return images[right], labels[right], which[right]
+
+
+def _runner(opened: Opened, forward: Callable) -> attacks.Runner:
     partition = opened.partition
-    batch_size = partition.round_up(min(opened.trained.config.batch_size, _BATCH, count))
+    batch_size = partition.round_up(min(opened.trained.config.batch_size, _BATCH, len(opened.dataset.test.labels)))
     spread = partition.sharding(AXIS)
     return attacks.Runner(
         forward, opened.variables, batch_size=batch_size, put=lambda rows: jax.device_put(rows, spread)
@@ -160,12 +164,13 @@ def _point(eps: float, left: dict[str, np.ndarray]) -> dict[str, Any]:
     return {"eps": eps, "worst": proportion(worst), "attacks": {name: proportion(own) for name, own in left.items()}}
 
 
-def _refusal(failed: Sequence[Check]) -> str:
+def _refusal(failed: Sequence[Check], steps: int) -> str:
     names = ", ".join(f"'{each.name}'" for each in failed)
     many = "checks fail" if len(failed) > 1 else "check fails"
     return (
         f"no robust accuracy is given, because attacks cannot be trusted on this model: {names} {many}: "
         + "; ".join(each.words for each in failed)
+        + (f"; --steps={steps} may be too few for PGD" if steps < Budget.steps else "")
     )
 
 
@@ -173,7 +178,7 @@ def _write(directory: pathlib.Path, metrics: dict[str, Any]) -> None:
     def drawn():
         from vitcls.report import attack_plots
 
-        return attack_plots.accuracy_by_eps(metrics["curve"])
+        return attack_plots.accuracy_by_eps(metrics["curve"], _LABELS)
 
     if "curve" in metrics:
         caption = "Each image is counted as the worst attack leaves it; what one eps has broken no larger one mends."
@@ -219,10 +224,15 @@ def _checks_table(metrics: dict[str, Any]) -> Table:
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog=cli.program("attack"), description=__doc__.splitlines()[0])
     cli.add_run_arguments(parser)
-    parser.add_argument("--attack", default=",".join(ATTACKS), metavar="A,A", help=f"default: {','.join(ATTACKS)}")
+    parser.add_argument(
+        "--attack", default=",".join(ATTACKS), metavar="A,A", help="default: fgsm,pgd,apgd,square, all there are"
+    )
     parser.add_argument("--norm", choices=attacks.NORMS, default="linf", help="default: linf")
     parser.add_argument(
-        "--eps", default="8/255", metavar="E", help="how far values in [0, 1] may move; or E,E,... for a curve"
+        "--eps",
+        default="8/255",
+        metavar="E",
+        help="how far values in [0, 1] may move, or E,E,... for a curve; default: 8/255",
     )
     parser.add_argument(
         "--images", type=int, default=1_000, metavar="N", help="of the test split; 0 for all; default: 1000"

@@ -38,6 +38,7 @@ _FOLDER_SIZE = 64  # pixels to which photos of a folder are resized, where nothi
 _MOST_BY_FEATURES = 200_000  # images, of which all are compared with all
 _SHOWN = 24  # pictures of a kind
 _LISTED = 100_000  # lines of duplicates.csv
+_JUDGES = 0.8  # of the labels, on which a classifier that doubts others should agree
 
 
 class Images(NamedTuple):
@@ -261,6 +262,9 @@ def _write(out: pathlib.Path, images: Images, found: Found, metrics: dict[str, A
                 lambda: plots.labelled(_doubted(images, found)),
             ),
         ]
+    if images.dataset.skipped:
+        rows = [[skipped.path, skipped.reason] for skipped in images.dataset.skipped]
+        blocks.append(Table("Files that cannot be used", ["File", "Why"], rows, "skipped"))
     findings.write(
         out,
         title=f"The data: {metrics['dataset']}",
@@ -293,11 +297,19 @@ def _lines(metrics: dict[str, Any]) -> list[str]:
             f"probable label errors: {errors['found']:,}, {interval(errors['share'], '{:.2%}')} of the images; a "
             f"classifier of {errors['features']} features agrees with {errors['accuracy']['value']:.1%} of the labels"
         )
+        if errors["accuracy"]["value"] < _JUDGES:
+            lines.append(
+                f"{errors['features']} features tell these classes apart too seldom to judge labels: most doubts are "
+                "rather mistakes of that classifier; --features of a run or of published weights find fewer and surer"
+            )
+    if metrics["skipped_files"]:
+        lines.append(f"files that cannot be used: {metrics['skipped_files']:,}, see skipped.csv")
     return lines
 
 
 def _split_table(metrics: dict[str, Any]) -> Table:
-    head = ["Split", "Images", "Distinct", "Blank", "Smallest", "Largest", "Mean of channels", "Deviation of channels"]
+    head = ["Split", "Images", "Distinct", "Blank", "Smallest, height x width", "Largest"]
+    head += ["Mean of channels, 0 to 1", "Deviation of channels"]
     rows = [
         [
             name,

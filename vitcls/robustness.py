@@ -268,18 +268,25 @@ def _lines(metrics: dict[str, Any]) -> list[str]:
     """What it came to."""
     lines = [f"{interval(metrics['clean'], '{:.2%}')} of the images are right as they are."]
     if metrics["mean_error"] is not None:
-        count = sum(name not in VALIDATION for name in metrics["corruptions"])
-        lines[0] += (
-            f" The mean error over {count} corruptions and five severities is "
-            f"{interval(metrics['mean_error'], '{:.2%}')}."
-        )
+        names = [name for name in metrics["corruptions"] if name not in VALIDATION]
+        of = f"{len(names)} corruptions" if len(names) > 1 else names[0]
+        lines[0] += f" The mean error over {of} and five severities is {interval(metrics['mean_error'], '{:.2%}')}."
         hardest = max(metrics["corruptions"], key=lambda name: metrics["corruptions"][name]["mean_error"]["value"])
         worst = metrics["corruptions"][hardest]["mean_error"]
         lines.append(f"{hardest} is the hardest: {interval(worst, '{:.2%}')} of its images are wrong.")
-    against = metrics.get("against")
-    if against and "mce" in against:
+    for name, points in metrics["curves"].items():
+        worst = min(points, key=lambda point: point["accuracy"]["value"])
         lines.append(
-            f"Against {against['workdir']}: mCE {interval(against['mce'], '{:.1%}')}, relative mCE "
+            f"{name}: {interval(worst['accuracy'], '{:.2%}')} are right at {worst['level']:g}, the worst level."
+        )
+    against = metrics.get("against")
+    if against:
+        more = interval(against["difference"]["clean"], "{:+.2%}")
+        lines.append(f"Against {against['workdir']}: of the images as they are, {more} more are right.")
+    if against and "mce" in against:
+        count = sum(name not in VALIDATION for name in metrics["corruptions"])
+        lines[-1] += (
+            f" mCE over {count} of 15 corruptions {interval(against['mce'], '{:.1%}')}, relative mCE "
             f"{interval(against['relative_mce'], '{:.1%}')}; below 100 % this run makes fewer errors than that one."
         )
     return lines

@@ -235,3 +235,12 @@ def ridges(images):
 
 def test_more_steps_that_find_less_are_found_out():
     assert "more_steps" in found_by_checks(ridges, np.full((40, 8, 8, 2), 0.5, np.float32), eps=0.1)
+
+
+def test_one_step_is_compared_with_four():
+    """With itself it would always be as strong."""
+    labels = np.asarray(forward(IMAGES[:40])).argmax(axis=1).astype(np.int32)
+    runner = attacks.Runner(lambda _, x: forward(x), {}, batch_size=40)
+    made = check(runner, IMAGES[:40], labels, np.arange(40), norm="linf", eps=0.02, steps=1, queries=5)
+    (words,) = (each.words for each in made if each.name == "more_steps")
+    assert words.startswith("PGD-4 leaves") and "PGD-1 " in words

@@ -1,6 +1,7 @@
 """Groups of images: by their files, and the coarse classes of CIFAR-100."""
 
 import json
+import os
 import pathlib
 
 import pytest
@@ -16,6 +17,16 @@ def test_files_are_named_below_the_root(tmp_path):
     file.write_text("\ufefffile,group\n./cat/2.png,indoors\ncat/1.png,outdoors\n")
     files = ["cat/1.png", "cat/2.png"]
     assert groups.read(file, 2, files.__getitem__) == ["outdoors", "indoors"]
+
+
+def test_names_of_files_need_not_be_utf8(tmp_path):
+    file = tmp_path / "groups.csv"
+    file.write_bytes(b"file,group\ncaf\xe9.png,caf\xc3\xa9\n")
+    assert groups.read(file, 1, [os.fsdecode(b"caf\xe9.png")].__getitem__) == ["caf\u00e9"]
+    for text in (b"file,group\ncaf\xe9.png,caf\xe9\n", "file,group\na.png,a\n".encode("utf-16")):
+        file.write_bytes(text)
+        with pytest.raises(UserError, match="is no CSV file in UTF-8"):
+            groups.read(file, 1, ["a.png"].__getitem__)
 
 
 @pytest.mark.skipif(not CLASSES.exists(), reason="the names of CIFAR-100's classes are not there")

@@ -42,9 +42,10 @@ def look(split: Split, channels: int) -> Look:
         sizes = np.tile(np.int32(split.images.shape[1:3]), (len(digests), 1))
         return Look(_bytes(digests), image_files.resize_all(split.images, (SIDE, SIDE)), sizes)
 
-    def one(index: int) -> tuple[bytes, tuple[int, ...]]:
+    def one(index: int) -> tuple[bytes, tuple[int, int]]:
         content = split.images.read(index)
-        return hashlib.blake2b(content, digest_size=16).digest(), image_files.examine(content)[:2]
+        width, height, _ = image_files.examine(content)
+        return hashlib.blake2b(content, digest_size=16).digest(), (height, width)
 
     with ThreadPoolExecutor() as pool:
         digests, sizes = zip(*pool.map(one, range(len(split.images))), strict=True)

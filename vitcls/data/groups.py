@@ -70,12 +70,15 @@ def read(file: os.PathLike | str, count: int, name: Callable[[int], str] | None)
 
 def _rows(file: os.PathLike | str) -> list[dict[str, str]]:
     try:
-        with open(file, encoding="utf-8-sig", newline="") as opened:
+        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
             rows = list(csv.DictReader(opened))
     except OSError as error:
         raise UserError(f"--groups={file} cannot be read: {error.strerror}") from None
-    except (csv.Error, UnicodeDecodeError) as error:
+    except csv.Error as error:
         raise UserError(f"--groups={file} is no CSV file in UTF-8: {error}") from None
+    said = [text for row in rows for column, cell in row.items() if column != "file" for text in (column, cell)]
+    if any("\udc80" <= letter <= "\udcff" for letter in "".join(map(str, said))):
+        raise UserError(f"--groups={file} is no CSV file in UTF-8; save it as such (names of files may have any bytes)")
     columns = set(rows[0]) if rows else set()
     if "group" not in columns or not columns & {"file", "index"}:
         raise UserError(f"--groups={file} must have a head with file (or index) and group, and a row for each image")

@@ -10,14 +10,14 @@ from vitcls.report.plots import BLUE, GRAY, ORANGE, RED, SKY
 _LOOKS = ((BLUE, "--"), (ORANGE, "-."), (SKY, ":"), (GRAY, (0, (3, 1, 1, 1))))
 
 
-def accuracy_by_eps(curve: Sequence[Mapping[str, Any]]) -> Figure:
+def accuracy_by_eps(curve: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Figure:
     """Accuracy against eps under each attack, and under the worst of them for each image, with its intervals."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     places = [point["eps"] for point in curve]
     for (name, _), (color, dashes) in zip(curve[0]["attacks"].items(), _LOOKS, strict=False):
         values = [100 * point["attacks"][name]["value"] for point in curve]
-        axes.plot(places, values, color=color, ls=dashes, lw=1.5, marker="o", ms=3, label=name)
+        axes.plot(places, values, color=color, ls=dashes, lw=1.5, marker="o", ms=3, label=labels[name])
     worst = {key: [100 * point["worst"][key] for point in curve] for key in ("value", "low", "high")}
     axes.fill_between(places, worst["low"], worst["high"], color=RED, alpha=0.15, lw=0)
     axes.plot(places, worst["value"], color=RED, lw=2, marker="o", ms=4, label="worst of all, 95 % interval")

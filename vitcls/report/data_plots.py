@@ -30,7 +30,7 @@ def class_counts(counts: Mapping[str, Mapping[str, int]]) -> Figure:
     axes.invert_yaxis()
     axes.set(title=f"Images by class{which}", xlabel="images")
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper right", ncols=len(counts))  # beside the title: bars may reach any corner
     return figure
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -68,7 +69,8 @@ def write(
     for block in blocks:
         html.append(_html(block, new))
         if isinstance(block, Table) and block.file:
-            (new / f"{block.file}.csv").write_text(_csv(block), encoding="utf-8")
+            # The name of a file need not be UTF-8; its bytes are kept.
+            (new / f"{block.file}.csv").write_text(_csv(block), encoding="utf-8", errors="surrogateescape")
     (new / "index.html").write_text(printable(page.document(title, html)), encoding="utf-8")
     replace(directory, new)
 
@@ -79,7 +81,8 @@ def _html(block: Block, new: pathlib.Path) -> str:
     if isinstance(block, Text):
         return f"<p>{escape(block.text)}</p>"
     if isinstance(block, Table):
-        return f"<h2>{escape(block.title)}</h2>\n{page.table(block.head, block.rows)}"
+        rows = [[first, *map(_in_two_lines, cells)] for first, *cells in block.rows]
+        return f"<h2>{escape(block.title)}</h2>\n{page.table(block.head, rows)}"
     if isinstance(block, Picture):
         path = new / f"{block.name}.png"
         block.image.save(path, optimize=True)
@@ -89,6 +92,13 @@ def _html(block: Block, new: pathlib.Path) -> str:
     if figure is not None:
         figure.savefig(path, dpi=150)
     return page.figures([(block.title, block.caption, path)])
+
+
+def _in_two_lines(cell: str) -> str | tuple[str, str]:
+    """What `interval` says, with its interval below the value: a table of many columns is as narrow as that."""
+    number = r"[-+]?[\d.,]+%?"
+    found = re.fullmatch(rf"({number}) (\[{number}, {number}\].*)", cell)
+    return found.groups() if found else cell
 
 
 def _csv(table: Table) -> str:

@@ -22,7 +22,6 @@ def accuracy(rows: Sequence[dict[str, Any]]) -> Figure:
         axes.plot([low, high], [place, place], color=color, lw=3, alpha=0.5)
         axes.plot(value, place, "o", color=color, ms=5)
     axes.set_yticks(np.arange(len(rows)), [shorten(row["group"], 30) for row in rows])
-    axes.invert_yaxis()
-    axes.set(xlabel="accuracy [%]")
+    axes.set(xlabel="accuracy [%]", ylim=(len(rows) - 0.5, -0.5))
     axes.grid(axis="y", visible=False)
     return figure

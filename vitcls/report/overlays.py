@@ -1,5 +1,8 @@
 """Pictures of maps of evidence over photos, by Pillow alone: a server can draw them too."""
 
+import functools
+import importlib.util
+import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -65,12 +68,19 @@ def overlay(pixels: np.ndarray, drawn: Drawn) -> Image.Image:
     share = 0.2 + 0.5 * heat[..., None] if drawn.true else 0.75
     picture = Image.fromarray(((1 - share) * gray + share * over).round().astype(np.uint8))
     if not drawn.true:
-        draw, font = ImageDraw.Draw(picture), ImageFont.load_default(_FONT + 2)
+        draw, font = ImageDraw.Draw(picture), _font(_FONT + 2)
         middle = (picture.width // 2, picture.height // 2)
         box = draw.textbbox(middle, WORD, font=font, anchor="mm")
         draw.rectangle([box[0] - 4, box[1] - 3, box[2] + 4, box[3] + 3], fill="white")
         draw.text(middle, WORD, fill=_WARN, font=font, anchor="mm")
     return picture
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """That of the plots, which has the letters of most languages; Pillow's own knows no accents."""
+    (matplotlib,) = importlib.util.find_spec("matplotlib").submodule_search_locations
+    return ImageFont.truetype(pathlib.Path(matplotlib, "mpl-data", "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def beside(pixels: np.ndarray, title: str, drawn: Drawn) -> Image.Image:
@@ -79,20 +89,20 @@ def beside(pixels: np.ndarray, title: str, drawn: Drawn) -> Image.Image:
 
 
 def sheet(pixels: np.ndarray, title: str, rows: Sequence[tuple[str, Sequence[Drawn]]]) -> Image.Image:
-    """The photo on the left, and a row of maps for each class with its name."""
+    """The photo on the left, and a row of maps for each class below its name."""
     first = photo(pixels)
     width, height = first.size
     lines = max(len(drawn.lines) for _, row in rows for drawn in row)
     texts = [line for _, row in rows for drawn in row for line in drawn.lines]
-    column = int(max(width, _SIDE, *map(ImageFont.load_default(_FONT).getlength, texts))) + _GAP
+    column = int(max(width, _SIDE, *map(_font(_FONT).getlength, texts))) + _GAP
     row_height = height + _LINE * (lines + 2) + _GAP
     columns = 1 + max(len(row) for _, row in rows)
     whole = Image.new("RGB", (columns * column + _GAP, _LINE + 2 * _GAP + len(rows) * row_height), "white")
-    draw, font = ImageDraw.Draw(whole), ImageFont.load_default(_FONT)
-    draw.text((_GAP, _GAP), title, fill=_INK, font=ImageFont.load_default(_FONT + 2))
+    draw, font = ImageDraw.Draw(whole), _font(_FONT)
+    draw.text((_GAP, _GAP), title, fill=_INK, font=_font(_FONT + 2))
     for i, (name, row) in enumerate(rows):
         top = 2 * _GAP + _LINE + i * row_height
-        draw.text((_GAP, top), name, fill=_INK, font=font)
+        draw.text((_GAP + column, top), name, fill=_INK, font=font)
         if not i:
             whole.paste(first, (_GAP, top + _LINE))
         for j, drawn in enumerate(row, start=1):

@@ -53,9 +53,12 @@ figcaption b { color: var(--ink); }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .4rem .8rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 tr:last-child > * { border-bottom: 0; }
-thead th { position: sticky; top: 0; background: var(--card); color: var(--soft); white-space: nowrap; }
+thead th { position: sticky; top: 0; background: var(--card); color: var(--soft); vertical-align: bottom;
+  overflow-wrap: normal; }
 tbody th { font-weight: 400; color: var(--soft); width: 14rem; }
-.classes tbody th { color: var(--ink); min-width: 8rem; }
+.classes th, .classes td { padding: .4rem .6rem; }
+.classes td { overflow-wrap: normal; }
+.classes tbody th { color: var(--ink); min-width: 11rem; }
 .number { text-align: right; }
 td small, td .value { white-space: nowrap; }
 ul { margin: 0; padding: .8rem 1rem .8rem 2rem; font-size: .88rem; }

@@ -23,7 +23,7 @@ def means(metrics: Mapping[str, Any]) -> Figure:
     axes = figure.subplots()
     for found, color, label, down in _models(metrics):
         rows = [found["corruptions"][name]["mean_error"] for name in names]
-        value, left, right = (np.array([100 * (1 - row[key]) for row in rows]) for key in ("value", "high", "low"))
+        value, left, right = (100 - _percent(rows, key) for key in ("value", "high", "low"))
         places = np.arange(len(names)) + down
         axes.errorbar(value, places, xerr=[value - left, right - value], fmt="o", color=color, ms=4, label=label)
         clean = 100 * found["clean"]["value"]
@@ -86,8 +86,13 @@ def curves(metrics: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def _percent(rows: Sequence[Mapping[str, float | None]], key: str) -> np.ndarray:
+    """float [N]; NaN where there is none, as an interval of one image."""
+    return 100 * np.array([row[key] for row in rows], float)
+
+
 def _band(axes: Axes, x: Sequence[float], rows: Sequence[Mapping[str, float]], color: str, label: str, ls: Any) -> None:
-    value, low, high = (100 * np.array([row[key] for row in rows]) for key in ("value", "low", "high"))
+    value, low, high = (_percent(rows, key) for key in ("value", "low", "high"))
     axes.plot(x, value, color=color, ls=ls, lw=1.8, marker="o", ms=3, label=label)
     axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
 
