@@ -4,7 +4,7 @@
         --config.dataset.data_dir=photos --workdir=runs/photos
 
 `photos` has one directory per class; photos may differ in size and shape. FILE is a .safetensors as timm or torchvision
-name them, Google's .npz of a ViT, a .weights.h5 or .keras of keras.applications, or the workdir of another run
+name them, Google's .npz of a ViT or BiT, a .weights.h5 or .keras of keras.applications, or the workdir of another run
 (docs/transfer.md). `configs/transfer.py:MODEL,METHOD`:
 
 - `full`, the default: all of it, at a small learning rate.
@@ -59,8 +59,11 @@ def get_config(argument=""):
     config.optimizer.ema_decay = 0.99
     config.schedule.warmup = "10%"
 
-    if models.preset(model).module.__name__ in ("ConvNeXt", "VisionTransformer"):
+    family = models.preset(model).module.__name__
+    if family in ("ConvNeXt", "VisionTransformer"):
         config.optimizer.learning_rate = 1e-4
+    if family == "ResNetV2":  # BiT-HyperRule (Kolesnikov et al. 2020, section 3.3), whose batches are of 512 images
+        config.optimizer.update(name="sgd", learning_rate=0.003, weight_decay=0.0)
     if method == "head":
         config.init.train = "head"
         config.optimizer.learning_rate = 2e-3
