@@ -253,6 +253,7 @@ def test_the_head_of_a_file_is_kept_for_as_many_classes(weights):
     [
         ({"weights": "nowhere.safetensors"}, "is not there, or is no file"),
         ({"weights": "weights.pth"}, "is pickled"),
+        ({"freeze_norm": True}, "keeps statistics that nothing has learned; give config.init.weights"),
         ({"head": "old"}, "config.init.head 'old' is not known"),
         ({"train": "last 9 blocks"}, "config.init.train='last 9 blocks' is impossible"),
         ({"train": "("}, "config.init.train='\\('"),
