@@ -51,7 +51,8 @@ def get_config(argument=""):
     config.dataset.validation = 0.15
     config.augment.flip.probability = 0.5
 
-    config.init.freeze_norm = True  # few images in small batches have no statistics to speak of
+    # Few images in small batches have no statistics to speak of.
+    config.init.freeze_norm = models.fields(model).get("norm") == "batch"
     config.loss.label_smoothing = 0.1
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 5e-4

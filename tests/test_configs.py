@@ -58,6 +58,8 @@ def test_every_model_can_be_fine_tuned_by_every_method():
         for method in ("", ",full", ",head", ",layer_decay"):
             configs.validate(configs.resolve(get_config(name + method)))
     head, decayed = get_config("vit_tiny_patch16,head"), get_config("vit_tiny_patch16,layer_decay")
+    frozen = [get_config(name).init.freeze_norm for name in ("resnet50", "efficientnet_lite0", "vit_tiny_patch16")]
+    assert frozen == [True, True, False]
     bit = get_config("resnetv2_50x1_bit").optimizer
     assert (bit.name, bit.learning_rate, bit.weight_decay) == ("sgd", 0.003, 0.0)
     assert (head.init.train, head.model.drop_path, decayed.init.layer_decay) == ("head", 0.0, 0.75)
