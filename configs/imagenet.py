@@ -10,7 +10,8 @@ same path on made-up JPEGs of real sizes, at 64 pixels, on a CPU in a minute or 
 
 - ResNet, ResNeXt and all others not named below: SGD with Nesterov momentum, 0.1 per 256 images, L2 of 1e-4, 90 epochs,
   5 of them warm-up, no label smoothing (Goyal et al. 2017, arXiv 1706.02677; their ResNet-50: 76.4 %, with steps where
-  this has the cosine). Networks without normalisation, such as VGG, take a tenth of the rate. EfficientNet and
+  this has the cosine). Networks without normalisation, such as VGG, take a tenth of the rate, BiT 0.03 (Kolesnikov et
+  al. 2020, arXiv 1912.11370, section 3.2). EfficientNet and
   MobileNet were published with RMSProp, which is not here; they take this recipe too, with an L2 of 4e-5.
 - ViT: AdamW as DeiT (Touvron et al. 2021, arXiv 2012.12877; their DeiT-S: 79.8 %), without repeated augmentation.
 - ConvNeXt: the same with the values of its paper (Liu et al. 2022, arXiv 2201.03545; their ConvNeXt-T: 82.1 %), but
@@ -70,6 +71,8 @@ def _like_resnet(config, family):
     config.optimizer.nesterov = True
     config.optimizer.base_batch_size = 256
     config.optimizer.learning_rate = 0.1 if models.fields(config.model.name).get("norm", "batch") != "none" else 0.01
+    if family == "ResNetV2":
+        config.optimizer.learning_rate = 0.03
     config.loss.l2 = 4e-5 if family.startswith(("EfficientNet", "MobileNet")) else 1e-4
 
 

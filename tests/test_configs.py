@@ -58,6 +58,10 @@ def test_every_model_can_be_fine_tuned_by_every_method():
         for method in ("", ",full", ",head", ",layer_decay"):
             configs.validate(configs.resolve(get_config(name + method)))
     head, decayed = get_config("vit_tiny_patch16,head"), get_config("vit_tiny_patch16,layer_decay")
+    frozen = [get_config(name).init.freeze_norm for name in ("resnet50", "efficientnet_lite0", "vit_tiny_patch16")]
+    assert frozen == [True, True, False]
+    bit = get_config("resnetv2_50x1_bit").optimizer
+    assert (bit.name, bit.learning_rate, bit.weight_decay) == ("sgd", 0.003, 0.0)
     assert (head.init.train, head.model.drop_path, decayed.init.layer_decay) == ("head", 0.0, 0.75)
 
 
@@ -68,9 +72,10 @@ def test_every_model_has_an_imagenet_recipe():
             config = configs.resolve(get_config(argument))
             configs.validate(config)
             assert config.model.name == name
-    deit, resnet, vgg = (configs.resolve(get_config(name)) for name in ("vit_small_patch16", "resnet50", "vgg16"))
-    rates = [c.optimizer.learning_rate * c.batch_size / c.optimizer.base_batch_size for c in (deit, resnet, vgg)]
-    assert rates == pytest.approx([1e-3, 0.4, 0.04])  # 5e-4 per 512, 0.1 per 256 (and a tenth of it)
+    named = ("vit_small_patch16", "resnet50", "vgg16", "resnetv2_50x1_bit")
+    chosen = [configs.resolve(get_config(name)) for name in named]
+    rates = [c.optimizer.learning_rate * c.batch_size / c.optimizer.base_batch_size for c in chosen]
+    assert rates == pytest.approx([1e-3, 0.4, 0.04, 0.12])  # 5e-4 per 512, 0.1 per 256 (and a tenth of it), 0.03
 
 
 def real_subset(name, directory):

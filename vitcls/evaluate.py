@@ -11,6 +11,7 @@ import os
 import sys
 
 from vitcls import cli
+from vitcls.core.errors import UserError
 from vitcls.metrics.groups import by_group
 from vitcls.report import findings, group_page
 from vitcls.training import calibration, facts, places, run_dir
@@ -37,6 +38,8 @@ def evaluate(
     split, checkpoint or calibration, the data are not what they were, or the groups are not of them.
     """
     opened = open_with_data(path, splits=(split,), checkpoint=checkpoint, data_dir=data_dir)
+    if opened.trained.config.probe.features:
+        raise UserError(f"{path} holds a probe, whose report is that of `vitcls probe`, which makes it anew")
     grouping = opened.groups(groups, split) if groups else None
     report = write_report(
         opened.trained.path,

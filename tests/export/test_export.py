@@ -176,6 +176,7 @@ FAMILIES = {
     "improved_vit_tiny": (16, {"depth": 1, "hidden_dim": 16, "num_heads": 2, "mlp_dim": 16}),
     "lenet5": (28, {}),
     "mobilenet_v2": (32, {}),
+    "resnetv2_50x1_bit": (32, {"depths": (1, 1), "width": 8}),
     "vgg11": (32, {"stem": "small", "head_width": 16}),
     "vit_tiny_patch4": (16, {"depth": 1, "hidden_dim": 16, "num_heads": 2, "mlp_dim": 16}),
 }

@@ -76,6 +76,16 @@ def batch_norm(w, name, x, epsilon=1e-5):
     return (x - mean) / np.sqrt(variance + epsilon) * scale + shift
 
 
+def group_norm(w, name, x, groups=32, epsilon=1e-5):
+    """Of 32 groups of channels, or fewer where 32 do not divide them."""
+    groups = math.gcd(groups, x.shape[1])
+    parts = x.reshape(len(x), groups, -1)
+    parts = parts - parts.mean(axis=-1, keepdims=True)
+    x = (parts / np.sqrt(np.mean(parts**2, axis=-1, keepdims=True) + epsilon)).reshape(x.shape)
+    scale, shift = w.scale(f"{name}.weight", x.shape[1]), w.shift(f"{name}.bias", x.shape[1])
+    return x * scale[:, None, None] + shift[:, None, None]
+
+
 def layer_norm(w, name, x):
     """Over the last axis."""
     x = x - x.mean(axis=-1, keepdims=True)
@@ -155,6 +165,31 @@ def resnet(w, x, classes, depths=(3, 4, 6, 3), kind="bottleneck", groups=1, grou
                 x = batch_norm(w, f"{name}.downsample.1", x)
             x = relu(x + y)
     return linear(w, "fc", x.mean(axis=(2, 3)), classes)
+
+
+def resnetv2(w, x, classes, depths, width):
+    """BiT: Kolesnikov et al. 2020, by timm's names; kernels are standardised (Qiao et al. 2019)."""
+
+    def standard_conv(name, x, features, size, stride=1):
+        kernel = w.kernel(f"{name}.weight", features, x.shape[1], size, size).astype(np.float64)
+        kernel = kernel - kernel.mean(axis=(1, 2, 3), keepdims=True)
+        kernel = kernel / np.sqrt(np.mean(kernel**2, axis=(1, 2, 3), keepdims=True) + 1e-10)
+        return correlate(np.pad(x, ((0, 0), (0, 0), *((size // 2,) * 2,) * 2)), kernel, stride)
+
+    x = np.pad(standard_conv("stem.conv", x, width, 7, stride=2), ((0, 0), (0, 0), (1, 1), (1, 1)))  # zeros take part
+    x = max_pool(x, 3, 2)
+    for stage, depth in enumerate(depths):
+        for i in range(depth):
+            name, stride, inner = f"stages.{stage}.blocks.{i}", 2 if stage > 0 and i == 0 else 1, width << stage
+            y = relu(group_norm(w, f"{name}.norm1", x))
+            if i == 0:
+                x = standard_conv(f"{name}.downsample.conv", y, 4 * inner, 1, stride=stride)
+            y = relu(group_norm(w, f"{name}.norm2", standard_conv(f"{name}.conv1", y, inner, 1)))
+            y = relu(group_norm(w, f"{name}.norm3", standard_conv(f"{name}.conv2", y, inner, 3, stride=stride)))
+            x = x + standard_conv(f"{name}.conv3", y, 4 * inner, 1)
+    features = relu(group_norm(w, "norm", x)).mean(axis=(2, 3))
+    kernel = w.kernel("head.fc.weight", classes, features.shape[1], 1, 1)[:, :, 0, 0]
+    return features @ kernel.T.astype(np.float64) + w.shift("head.fc.bias", classes)
 
 
 def vgg(w, x, classes, depths, norm, widths=(64, 128, 256, 512, 512), head_width=4096):

@@ -95,6 +95,10 @@ _CNN = Tiny(
 TINY = {
     **dict.fromkeys(("resnet18", "resnet34"), _BASIC),
     **dict.fromkeys(("resnet50", "resnet101", "resnet152"), _BOTTLENECK),
+    **dict.fromkeys(
+        (f"resnetv2_{size}_bit" for size in ("50x1", "50x3", "101x1", "101x3", "152x2", "152x4")),
+        _BOTTLENECK._replace(fields={"depths": (1, 1), "width": 8}, maps=_stages((8, 32), (4, 64), stem=(8, 8))),
+    ),
     **dict.fromkeys(("resnext50_32x4d", "resnext101_32x8d"), _RESNEXT),
     "resnext29_8x64d": _RESNEXT._replace(native=("stage_3_map", 8)),
     **dict.fromkeys(("improved_resnext50", "improved_resnext50_lite"), _FUSED),

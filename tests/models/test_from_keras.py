@@ -9,7 +9,11 @@ import pytest
 from flax import traverse_util
 
 from vitcls import models
+from vitcls.data.augment import to_float
+from vitcls.models.weights import load
 from vitcls.models.weights.from_keras import from_keras
+from vitcls.models.weights.preprocessing import BGR, preprocessing_of
+from vitcls.training.steps import make_normalize
 
 CLASSES = 10
 
@@ -235,3 +239,62 @@ def test_models_that_keras_has_no_names_for(name, message):
 def test_every_leaf_is_contiguous_whatever_the_weights_are():
     for leaf in jax.tree.leaves(convert(lambda weights: {path: np.asfortranarray(v) for path, v in weights.items()})):
         assert leaf.flags.c_contiguous
+
+
+# The images that a user of Keras has, bytes in RGB, all the way to the logits.
+
+
+def as_runs_have_them(images, found):
+    """Bytes as a run normalises them for weights of this preprocessing."""
+    return np.asarray(make_normalize(found.mean, found.std)(to_float(images)))
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("resnet50", "resnet"),
+        ("vgg16", "vgg16"),
+        ("vgg19", "vgg19"),
+        ("inception_v3", "inception_v3"),
+        ("densenet121", "densenet"),
+        ("mobilenet_v1", "mobilenet"),
+        ("mobilenet_v2", "mobilenet_v2"),
+    ],
+)
+def test_preprocessing_is_that_of_keras(name, module):
+    import keras
+
+    images = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), np.uint8)
+    expected = getattr(keras.applications, module).preprocess_input(images.astype(np.float32))
+    found = as_runs_have_them(images, preprocessing_of(name, "keras"))
+    if ("keras", models.preset(name).module.__name__) in BGR:
+        expected = expected[..., ::-1]  # which the first layer makes good
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "fields"), [("resnet50", "ResNet50", ON_1X1), ("vgg16", "VGG16", {"stem": "small"})]
+)
+def test_a_photo_has_the_logits_that_keras_gives_it(name, theirs, fields, tmp_path):
+    import keras
+
+    _, weights, _ = build(theirs, 47, 1.0)
+    network = getattr(keras.applications, theirs)(
+        weights=None, input_shape=(47, 47, 3), classes=CLASSES, classifier_activation=None
+    )
+    for variable, value in zip(network.variables, weights.values(), strict=True):
+        variable.assign(value)
+    draw = np.random.default_rng(1)
+    images = np.clip(draw.normal(128, 40, (3, 47, 47, 3)) + draw.normal(0, 60, (3, 1, 1, 3)), 0, 255).astype(np.uint8)
+    expected = network(keras.applications.imagenet_utils.preprocess_input(images, mode="caffe"), training=False).numpy()
+
+    network.save_weights(tmp_path / "w.weights.h5")
+    given = load.convert(name, load.open_weights(str(tmp_path / "w.weights.h5")), head=True, **fields)
+    model = models.create(name, CLASSES, **fields)
+    variables = traverse_util.unflatten_dict(given.variables, sep="/")
+    logits = np.asarray(forward(model, variables, as_runs_have_them(images, given.preprocessing)))
+    largest = np.abs(expected).max()
+    assert np.ptp(expected, axis=0).max() > 1e-2 * largest
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * largest)
+    swapped = np.asarray(forward(model, variables, as_runs_have_them(images[..., ::-1], given.preprocessing)))
+    assert np.abs(swapped - expected).max() > 1e-2 * largest  # the order of the colours matters

@@ -14,6 +14,7 @@ CLASSES = 5
 _VGG = {"widths": (4, 8, 8, 16, 16), "head_width": 32}
 _DENSENET = {"depths": (2, 3, 2), "growth_rate": 8}
 _CONVNEXT = {"depths": (1, 2), "widths": (8, 16)}
+_BIT = {"depths": (1, 2), "width": 16}
 _VIT = {"patch_size": 8, "hidden_dim": 32, "depth": 2, "num_heads": 2, "mlp_dim": 48}
 
 # test id -> model, (height, width), fields of ours, network of the reference, its arguments
@@ -25,6 +26,7 @@ CASES = {
     "inception_v3": ("inception_v3", (75, 83), {"count_padding": True}, "inception_v3", {}),
     "resnet18": ("resnet18", (40, 33), {}, "resnet", {"depths": (2, 2, 2, 2), "kind": "basic"}),
     "resnet50": ("resnet50", (33, 40), {"depths": (1, 2, 1, 1)}, "resnet", {"depths": (1, 2, 1, 1)}),
+    "resnetv2": ("resnetv2_50x1_bit", (33, 40), _BIT, "resnetv2", _BIT),
     "vgg11": ("vgg11", (70, 32), _VGG, "vgg", _VGG | {"depths": (1, 1, 2, 2, 2), "norm": False}),
     "vgg13_bn": ("vgg13_bn", (224, 255), _VGG, "vgg", _VGG | {"depths": (2, 2, 2, 2, 2), "norm": True}),
     "densenet": ("densenet121", (48, 72), _DENSENET, "densenet", _DENSENET),
@@ -101,6 +103,8 @@ def test_every_leaf_comes_from_one_weight_and_every_number_is_used_once(case):
         ("resnext50", "params/stage_3_block_1/shortcut/norm/scale", "layer3.0.downsample.1.weight"),
         ("resnext50", "batch_stats/stage_4_block_1/conv_3/norm/mean", "layer4.0.bn3.running_mean"),
         ("resnext50", "batch_stats/stage_4_block_1/conv_3/norm/var", "layer4.0.bn3.running_var"),
+        ("resnetv2", "params/stage_2_block_1/shortcut/conv/kernel", "stages.1.blocks.0.downsample.conv.weight"),
+        ("resnetv2", "params/head_norm/scale", "norm.weight"),
         ("googlenet", "params/inception_4e/5x5_2/conv/kernel", "inception4e.branch3.1.conv.weight"),
         ("inception_v3", "params/stem_4/conv/kernel", "Conv2d_3b_1x1.conv.weight"),
         ("inception_v3", "batch_stats/mixed_9/7x7_4/norm/var", "Mixed_7a.branch7x7x3_4.bn.running_var"),

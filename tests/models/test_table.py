@@ -17,7 +17,7 @@ describe = functools.cache(table.describe)  # of the presets as they are
 SMALLEST_OF_EACH_FAMILY = (
     *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "improved_resnext50_lite"),
     *("improved_vit_tiny", "inception_v3", "lenet5", "mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small"),
-    *("paper_cnn", "resnet18", "resnext29_8x64d", "vgg11_bn", "vit_tiny_patch16"),
+    *("paper_cnn", "resnet18", "resnetv2_50x1_bit", "resnext29_8x64d", "vgg11_bn", "vit_tiny_patch16"),
 )
 
 

@@ -12,6 +12,7 @@ from vitcls.optim import parts
 SMALL = {
     "vit_tiny_patch16": {"hidden_dim": 16, "depth": 3, "num_heads": 2, "mlp_dim": 16},
     "resnet18": {"depths": (2, 1), "width": 8},
+    "resnetv2_50x1_bit": {"depths": (2, 1), "width": 8},
     "convnext_tiny": {"depths": (1, 2), "widths": (8, 16)},
     "efficientnet_lite0": {"width_multiplier": 0.25},
 }
@@ -30,6 +31,7 @@ def flat(tree):
     [
         ("vit_tiny_patch16", ("class_token", "position_embedding", "stem/kernel"), "block_1/attention/qkv/kernel", 4),
         ("resnet18", ("stem/conv/kernel",), "stage_1_block_2/conv_1/conv/kernel", 4),
+        ("resnetv2_50x1_bit", ("stem/conv/kernel",), "stage_1_block_2/norm_1/scale", 4),
         ("convnext_tiny", ("stem/kernel", "stem_norm/scale"), "downsample_2/kernel", 4),
         ("efficientnet_lite0", ("stem/norm/bias",), "stage_2_block_1/expand/conv/kernel", 17),
     ],

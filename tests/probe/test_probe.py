@@ -3,11 +3,15 @@
 import dataclasses
 import json
 import os
+import shutil
 import sys
 
+import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 from PIL import Image
+from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.pipeline import make_pipeline
@@ -15,13 +19,16 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 import vitcls
+from tests.conftest import make_tiny_config
 from tests.models.test_weight_files import safetensors
-from vitcls import cli, compare, config, data, evaluate, main, status
+from vitcls import cli, compare, config, data, evaluate, main, status, train
 from vitcls.core import sharding
 from vitcls.probe import __main__ as command
 from vitcls.probe import classifiers, features, few_shot
 from vitcls.probe.classifiers import CLASSIFIERS, Examples
 from vitcls.probe.run import prepare, with_features
+from vitcls.training import run_dir
+from vitcls.training.opened import open_with_data
 
 BY_HAND = {
     "linear": lambda value: make_pipeline(StandardScaler(), LogisticRegression(C=value, max_iter=1_000)),
@@ -56,6 +63,11 @@ def test_a_classifier_is_that_of_scikit_learn_with_the_setting_that_is_best_on_v
     assert probabilities.dtype == np.float32 and probabilities.shape == (200, num_classes)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
     assert np.mean(probabilities.argmax(axis=1) == test.labels) == by_hand[best][1]
+    assert (fitted.head is None) == (name in ("knn", "centroid"))
+    if fitted.head:
+        kernel, bias = fitted.head
+        assert (kernel.shape, bias.shape, kernel.dtype, bias.dtype) == ((5, num_classes), (num_classes,), "f4", "f4")
+        np.testing.assert_allclose(softmax(test.features @ kernel + bias, axis=1), probabilities, rtol=0, atol=1e-5)
 
 
 def test_the_temperature_of_scores_has_the_least_loss():
@@ -240,6 +252,34 @@ def test_probes_are_compared_with_a_training(trained, tiny_file, tmp_path, capsy
     assert code == 2 and "holds a probe" in err
     code, _, err = run(capsys, f"--config={tiny_file}", f"--workdir={places[0]}", main=main.main)
     assert code == 2 and "probe.classifier was 'svm', is ''" in err
+
+
+@pytest.mark.parametrize("classifier", ["linear", "svm"])
+def test_a_probe_of_one_layer_predicts_and_is_trained_on(trained, tiny_file, tmp_path, capsys, classifier):
+    place = tmp_path / "probe"
+    arguments = [f"--features={trained}", f"--classifier={classifier}", f"--config={tiny_file}", f"--workdir={place}"]
+    code, _, err = run(capsys, *arguments)
+    assert code == 0, err
+    opened = open_with_data(place, splits=("test",))
+    labels, found = opened.predictions("test")
+    with np.load(place / "report" / "predictions.npz") as kept:
+        np.testing.assert_array_equal(labels, kept["labels"])
+        np.testing.assert_allclose(found, kept["probabilities"], rtol=0, atol=1e-4)
+    images = np.stack([data.read_image(opened.dataset.test, i, opened.trained.info.image_shape) for i in range(3)])
+    np.testing.assert_allclose(vitcls.open_run(place).predict(images), found[:3], rtol=0, atol=1e-4)
+    code, _, err = run(capsys, f"--workdir={place}", main=evaluate.main)
+    assert code == 2 and "holds a probe, whose report is that of" in err
+    shutil.rmtree(place / "report")  # as where it was killed before it ended
+    assert run(capsys, *arguments)[0] == 0
+    again = run_dir.open_workdir(place).restore(opened.model, "best")[1]
+    jax.tree.map(np.testing.assert_array_equal, again, dict(opened.variables))
+    started = make_tiny_config()
+    started.init.update(weights=str(place), head="keep")
+    given = train.prepare(started, None, "", range(0)).start.variables
+    kept = traverse_util.flatten_dict(dict(opened.variables), sep="/")
+    assert given.keys() == kept.keys()
+    for path, leaf in given.items():
+        np.testing.assert_array_equal(leaf, kept[path])
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from flax import traverse_util
 
 from tests.conftest import make_tiny_config
+from tests.core.test_sharding import question, start_two_processes
 from tests.models.test_weight_files import safetensors
 from vitcls import evaluate, train
 from vitcls.core.errors import UserError
@@ -58,7 +59,7 @@ def state_of(path, step=None):
     opened = run_dir.open_workdir(path)
     training = train.prepare(opened.config, path, "", range(0)).training
     shapes = jax.eval_shape(training.create_state, jax.random.key(0))
-    step = step or opened.find_step("last")
+    step = opened.find_step("last") if step is None else step
     template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), shapes)
     tree, _ = checkpoint.restore(path / "checkpoints", step, {"state": template})
     return {jax.tree_util.keystr(place): np.asarray(leaf) for place, leaf in jax.tree.leaves_with_path(tree["state"])}
@@ -120,6 +121,89 @@ def test_a_run_killed_before_its_first_step_does_not_need_the_file(weights, tmp_
     assert train.train_and_evaluate(tiny(file), tmp_path / "run")["accuracy"] >= 0
 
 
+# How a run is laid out or computed, which changes nothing of what it computes.
+LAYOUTS = {
+    "fsdp": {"partition.strategy": "fsdp", "partition.min_shard_elements": 16},
+    "pmap": {"partition.strategy": "pmap"},
+    "accumulate": {"optimizer.accumulate": 2},
+    "remat": {"model.remat": "block"},
+    "all": {"partition.strategy": "fsdp", "optimizer.accumulate": 2, "model.remat": "block"},
+}
+
+
+def few_steps(file, changes=None, **init):
+    """Two steps of plain gradient descent, which makes no more of a difference than there is."""
+    config = tiny(file, layer_decay=0.7, **init)
+    config.optimizer.update(name="sgd", learning_rate=0.05)
+    config.update(total="2 steps", checkpoint_every="1 steps", steps_per_call=1)
+    config.checkpoint.keep = 5
+    config.update_from_flattened_dict(changes or {})
+    return config
+
+
+@pytest.fixture(scope="module")
+def plain(weights, tmp_path_factory):
+    """freeze_norm -> the workdir of those steps by default, on the eight devices."""
+    places = {freeze: tmp_path_factory.mktemp("plain") / "run" for freeze in (False, True)}
+    for freeze, place in places.items():
+        train.train_and_evaluate(few_steps(weights[0], freeze_norm=freeze), place)
+    return places
+
+
+def check_same_steps(path, plain, given):
+    """The first state of a run is that of `plain`, which begins with the weights, to the bit; the next are near it."""
+    first, expected = state_of(path, 0), state_of(plain, 0)
+    assert first.keys() == expected.keys()
+    for place, leaf in expected.items():
+        np.testing.assert_array_equal(first[place], leaf, err_msg=place)
+    for keys, leaf in traverse_util.flatten_dict(given["params"]).items():
+        if keys[0] != "head":
+            np.testing.assert_array_equal(first[".params" + "".join(f"['{key}']" for key in keys)], leaf)
+    for step in (1, 2):
+        found, expected = state_of(path, step), state_of(plain, step)
+        assert not np.array_equal(found[".params['head']['kernel']"], first[".params['head']['kernel']"])
+        for place, leaf in expected.items():
+            np.testing.assert_allclose(found[place], leaf, rtol=0, atol=1e-5 * max(np.abs(leaf).max(), 1e-2))
+
+
+# A part of a batch has statistics of its own, so that these must stay where batches are accumulated.
+@pytest.mark.parametrize(
+    ("layout", "freeze_norm"),
+    [("fsdp", False), ("pmap", False), ("remat", False), ("pmap", True), ("accumulate", True), ("all", True)],
+)
+@pytest.mark.eight_devices
+def test_published_weights_are_trained_alike_in_every_layout(layout, freeze_norm, weights, plain, tmp_path):
+    train.train_and_evaluate(few_steps(weights[0], LAYOUTS[layout], freeze_norm=freeze_norm), tmp_path / "run")
+    check_same_steps(tmp_path / "run", plain[freeze_norm], weights[1])
+
+
+def test_published_weights_are_trained_alike_by_two_processes(weights, plain, tmp_path):
+    questions = []
+    for name in ("fsdp", "pmap"):
+        config = few_steps(weights[0], LAYOUTS[name], freeze_norm=False)
+        questions.append(question(config, tmp_path / name))
+    processes = start_two_processes(questions, tmp_path / "questions.json")
+    for i, process in enumerate(processes):
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        assert (tmp_path / f"questions.json.{i}").read_text().split() == ["done", "done"]
+    for name in ("fsdp", "pmap"):
+        check_same_steps(tmp_path / name, plain[False], weights[1])
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "pmap"])
+@pytest.mark.eight_devices
+def test_a_frozen_backbone_keeps_its_bits_in_every_layout(strategy, weights, tmp_path):
+    train.train_and_evaluate(few_steps(weights[0], LAYOUTS[strategy], train="last 1 blocks"), tmp_path / "run")
+    first, last = state_of(tmp_path / "run", 0), state_of(tmp_path / "run", 2)
+    moved = {place for place in first if not np.array_equal(first[place], last[place])}
+    assert {place.partition("]")[0] for place in moved if place.startswith(".params")} == {
+        ".params['stage_2_block_1'",
+        ".params['head'",
+    }
+    assert not any("opt_state" in place and "stem" in place for place in first)
+
+
 def test_other_weights_are_not_those_of_the_run(weights, tmp_path):
     train.train_and_evaluate(tiny(weights[0]), tmp_path / "run")
     changed = shutil.copy(weights[0], tmp_path / "w.safetensors")
@@ -169,6 +253,7 @@ def test_the_head_of_a_file_is_kept_for_as_many_classes(weights):
     [
         ({"weights": "nowhere.safetensors"}, "is not there, or is no file"),
         ({"weights": "weights.pth"}, "is pickled"),
+        ({"freeze_norm": True}, "keeps statistics that nothing has learned; give config.init.weights"),
         ({"head": "old"}, "config.init.head 'old' is not known"),
         ({"train": "last 9 blocks"}, "config.init.train='last 9 blocks' is impossible"),
         ({"train": "("}, "config.init.train='\\('"),

@@ -2,17 +2,23 @@
 
 import csv
 import json
+import pathlib
+import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from tests.models.test_weight_files import safetensors
-from vitcls import cli, ledger
+from vitcls import cli, ledger, main, models
+from vitcls.models.variables import init_variables
+from vitcls.models.weights.to_torch import to_torch
 from vitcls.worth import __main__ as command
 from vitcls.worth import results
 from vitcls.worth.results import Cell
 
+HERE = pathlib.Path(__file__)
 CONFIG = """
 from tests.conftest import make_tiny_config
 
@@ -39,6 +45,9 @@ def test_the_table_has_every_method_and_is_not_made_twice(arguments, tmp_path, c
         report = json.loads((tmp_path / "out" / "runs" / f"{name}-100" / "report" / "metrics.json").read_text())
         assert row["accuracy"] == pytest.approx(report["accuracy"])
         assert row["low"] <= row["accuracy"] <= row["high"] and row["seconds"] > 0 and row["images"] == 86
+    tuned = json.loads((tmp_path / "out" / "runs" / "fine_tuned-100" / "config.json").read_text())["init"]
+    assert (tuned["weights"], tuned["head"]) == (str(tmp_path / "out" / "runs" / "probe-100"), "keep")
+    assert rows["fine_tuned"]["seconds"] > rows["probe"]["seconds"]
     assert kept["advice"][0] in said and kept["advice"][0].startswith("Use ")
     page = (tmp_path / "out" / "index.html").read_text()
     assert all(name in page for name in ("HOG + SVM", "From scratch", "Probe", "Fine-tuned"))
@@ -106,3 +115,48 @@ def test_the_best_is_advised_where_the_images_tell_or_time_is_no_matter():
 def test_more_images_are_advised_where_the_last_ones_helped(right, words):
     cells = [cell("probe", 0.25, 200, 5), cell("probe", 0.5, right, 10), cell("probe", 1.0, 320, 20)]
     assert words in results.advice(cells)[-1] and "from 250 to 500 images" in results.advice(cells)[-1]
+
+
+GRAY = """
+from vitcls.config import default_config
+
+def get_config():
+    config = default_config("resnet18")
+    config.model.update(depths=(1, 1), width=8, stem="small")
+    config.dataset.update(name="folder", image_size=28, validation=0.2)
+    config.update(batch_size=16, total="4 steps", eval_every="2 steps", checkpoint_every="2 steps")
+    config.init.freeze_norm = True
+    config.report.timing = False
+    return config
+"""
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    """Real gray pictures as PNG files, 200 to learn from and 200 to be tested by, one directory for each class."""
+    unpack = next(filter(pathlib.Path.exists, (p / "shared" / "data" / "unpack.py" for p in HERE.parents)), None)
+    if unpack is None:
+        pytest.skip("no data beside the repository")
+    command = [sys.executable, unpack, "fashion_mnist", "--limit=200", "--format=folder", f"--out={tmp_path}"]
+    subprocess.run(command, check=True, capture_output=True)
+    return tmp_path / "fashion_mnist"
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_gray_pictures_in_folders_are_trained_on_and_judged_with_weights_of_colours(fashion, tmp_path, capsys):
+    fields = {"depths": (1, 1), "width": 8, "stem": "small"}
+    variables = init_variables(models.create("resnet18", 7, **fields), jax.random.key(0), (28, 28, 3))
+    weights = safetensors(tmp_path / "w.safetensors", to_torch("resnet18", variables, **fields))
+    (tmp_path / "gray.py").write_text(GRAY)
+    data = [f"--config={tmp_path / 'gray.py'}", f"--config.dataset.data_dir={fashion}"]
+    assert cli.run(main.main, [*data, f"--config.init.weights={weights}", f"--workdir={tmp_path / 'run'}"]) == 0
+    assert "first layer from 3 to 1 channels" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "run" / "dataset.json").read_text())
+    assert kept["image_shape"] == [28, 28, 1] and kept["num_examples"] == {"train": 160, "validation": 40, "test": 200}
+    assert kept["class_names"] == sorted(path.name for path in (fashion / "train").iterdir())
+
+    arguments = [*data, f"--weights={weights}", f"--workdir={tmp_path / 'out'}", "--shares=100", "--steps=4"]
+    assert cli.run(command.main, arguments) == 0, capsys.readouterr().err
+    rows = json.loads((tmp_path / "out" / "worth.json").read_text())["rows"]
+    assert [row["images"] for row in rows] == [160] * 4
+    assert {row["method"]: row["accuracy"] for row in rows}["hog_svm"] > 0.6  # chance is 0.1

@@ -24,6 +24,7 @@ class Kind(NamedTuple):
     values: Sequence[Any]  # of the setting, from which the validation split chooses; the first of the best is taken
     fit: Callable[[Examples, Any], Callable]  # (training examples, value) -> scores(features) float [N, K]
     scores_are_probabilities: bool
+    affine: bool  # whether scores are features times a matrix, and a bias
 
 
 class Fitted(NamedTuple):
@@ -31,6 +32,7 @@ class Fitted(NamedTuple):
 
     predict: Callable[[np.ndarray], np.ndarray]  # features [N, D] -> probabilities float32 [N, K]
     choice: str  # in words, such as 'C 0.1'
+    head: tuple[np.ndarray, np.ndarray] | None  # kernel [D, K] and bias [K] of its logits, float32; None where none are
 
 
 def fit(name: str, train: Examples, validation: Examples) -> Fitted:
@@ -52,9 +54,21 @@ def fit(name: str, train: Examples, validation: Examples) -> Fitted:
     _, value, score, scores = best
     choice = f"{kind.key} {value:g}" if kind.key else "nothing to choose"
     if kind.scores_are_probabilities:
-        return Fitted(lambda features: score(features).astype(np.float32), choice)
+        return Fitted(lambda features: score(features).astype(np.float32), choice, None)
     temperature = _temperature(scores, validation.labels)
-    return Fitted(lambda features: _softmax(score(features) / temperature).astype(np.float32), choice)
+
+    def predict(features: np.ndarray) -> np.ndarray:
+        return _softmax(score(features) / temperature).astype(np.float32)
+
+    width = train.features.shape[1]
+    return Fitted(predict, choice, _head(score, width, temperature) if kind.affine else None)
+
+
+def _head(score: Callable, width: int, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """The layer whose logits are these scores over the temperature, by what they are of nothing and of each feature."""
+    bias = score(np.zeros((1, width)))
+    kernel = score(np.eye(width)) - bias
+    return (kernel / temperature).astype(np.float32), (bias[0] / temperature).astype(np.float32)
 
 
 def _temperature(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -128,8 +142,8 @@ def _centroid(train: Examples, value: None) -> Callable:
 
 
 CLASSIFIERS = {
-    "linear": Kind("C", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0), _linear, False),
-    "knn": Kind("k", (1, 3, 5, 10, 20), _knn, True),
-    "svm": Kind("C", (1e-5, 1e-4, 1e-3, 1e-2, 1e-1), _svm, False),
-    "centroid": Kind("", (None,), _centroid, False),
+    "linear": Kind("C", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0), _linear, False, True),
+    "knn": Kind("k", (1, 3, 5, 10, 20), _knn, True, False),
+    "svm": Kind("C", (1e-5, 1e-4, 1e-3, 1e-2, 1e-1), _svm, False, True),
+    "centroid": Kind("", (None,), _centroid, False, False),
 }

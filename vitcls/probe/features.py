@@ -43,6 +43,7 @@ class Extractor(NamedTuple):
 
     compute: Callable[[dict], np.ndarray]  # a batch of data.EvaluationBatches -> float32 [B, D], on the host
     identity: str  # a hash of what decides them, but for the images
+    variables: dict[str, np.ndarray] | None = None  # of the network, by path, without its classifier
 
 
 class Features(NamedTuple):
@@ -126,7 +127,7 @@ def _network(config, info: DatasetInfo, start: initial.Start, partition: Partiti
         *map(importlib.metadata.version, _LIBRARIES),
         _code(),
     ]
-    return Extractor(lambda batch: partition.to_host(step(variables, batch)).features, _hash(made_of))
+    return Extractor(lambda batch: partition.to_host(step(variables, batch)).features, _hash(made_of), given)
 
 
 def features_of(

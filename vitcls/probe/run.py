@@ -14,7 +14,7 @@ from vitcls.core import errors, sharding
 from vitcls.core.errors import UserError
 from vitcls.core.progress import show_progress
 from vitcls.models.weights import hub
-from vitcls.probe import classifiers, features, few_shot
+from vitcls.probe import classifiers, features, few_shot, network
 from vitcls.probe.classifiers import CLASSIFIERS, Examples
 from vitcls.training import facts, initial, places, run_dir
 
@@ -42,8 +42,8 @@ def with_features(config: configs.ConfigDict, name: str) -> configs.ConfigDict:
 def probe(config: configs.ConfigDict, path: os.PathLike | str, *, data_dir: str = "") -> dict[str, Any]:
     """Fits `config.probe.classifier` to `config.probe.features` of the config's data; returns the metrics.
 
-    The workdir `path` gets what a training leaves: config.json, dataset.json and the report. Raises UserError, before
-    anything is written, for what cannot work.
+    The workdir `path` gets what a training leaves: config.json, dataset.json, the report and, of a network whose
+    classifier is one layer, a checkpoint. Raises UserError, before anything is written, for what cannot work.
     """
     with places.opened(path) as place:
         prepared = prepare(config, place.path, data_dir)
@@ -53,7 +53,7 @@ def probe(config: configs.ConfigDict, path: os.PathLike | str, *, data_dir: str 
             extractor = features.make_extractor(config, info, start, partition)
             splits, seconds = _examples(config, dataset, extractor, partition)
             run_dir.begin(place.path, config, info, place=source, initial=start and start.record)
-            return _fit_and_report(prepared, place.path, splits, seconds)
+            return _fit_and_report(prepared, place.path, splits, seconds, extractor.variables)
 
 
 class Prepared(NamedTuple):
@@ -73,7 +73,7 @@ def prepare(config: configs.ConfigDict, path: pathlib.Path, data_dir: str) -> Pr
     if config.probe.classifier not in CLASSIFIERS:
         raise errors.unknown("--classifier", config.probe.classifier, CLASSIFIERS)
     source = run_dir.data_dir(path, config, data_dir)
-    start = initial.look(config, path)
+    start = initial.look(config, None)  # whose file is needed each time
     dataset = data.load(config.dataset, data_dir=source, max_value=run_dir.max_value(path))
     if dataset.validation is None:
         raise UserError("a probe chooses its setting on a validation split; set config.dataset.validation above 0")
@@ -111,7 +111,11 @@ def _examples(config, dataset: data.Dataset, extractor, partition) -> tuple[dict
 
 
 def _fit_and_report(
-    prepared: Prepared, path: pathlib.Path, splits: dict[str, Examples], feature_seconds: float
+    prepared: Prepared,
+    path: pathlib.Path,
+    splits: dict[str, Examples],
+    feature_seconds: float,
+    variables: dict[str, np.ndarray] | None,
 ) -> dict[str, Any]:
     config, _, dataset, info, _ = prepared
     name, examples = config.probe.classifier, getattr(dataset, config.report.split)
@@ -120,6 +124,8 @@ def _fit_and_report(
     fitted = classifiers.fit(name, train, validation)
     seconds = time.perf_counter() - since
     _logger.info("fitted    %s, %s by the validation split, in %.1f s", name, fitted.choice, seconds)
+    if variables is not None and fitted.head and network.has_head(config, info):
+        network.keep(path, config, variables, fitted.head)
     probabilities = fitted.predict(tested.features)
     few = [
         few_shot.few_shot(name, shots, train, validation, tested, config.seed)

@@ -211,6 +211,11 @@ def make_training(config, info: DatasetInfo, plan: Plan, partition: Partition) -
 def _parts(config, shapes: PyTree) -> tuple[Trained | None, PyTree | None]:
     """What `config.init` trains of variables of these shapes, and the factors of its learning rates."""
     init = config.init
+    if init.freeze_norm and not init.weights and shapes.get("batch_stats"):
+        raise UserError(
+            "config.init.freeze_norm=True keeps statistics that nothing has learned; give config.init.weights, or set "
+            "it to False"
+        )
     with about("config.init", {"train": "", "layer_decay": 1.0}):
         trained = parts.choose(init.train, shapes, freeze_norm=init.freeze_norm, new_head=init.head == "new")
     if init.layer_decay == 1:

@@ -63,9 +63,11 @@ class Workdir:
     def find_step(self, which: str) -> int:
         """The step of the checkpoint 'last', 'best' or a number; it is whole. Raises UserError where there is none."""
         folder = self.path / CHECKPOINTS
-        if self.config.probe.features:
-            raise UserError(f"{self.path} holds a probe, which has no network of its own; `vitcls probe` makes it anew")
-        if which == "last":
+        if self.config.probe.features and not checkpoint.steps(folder):
+            raise UserError(
+                f"{self.path} holds a probe, which has no network of its own; linear and svm on a network have one"
+            )
+        if which == "last" or (which == "best" and self.config.probe.features):  # which has but one
             step = checkpoint.latest_whole(folder, quarantine=False)
         elif which == "best":
             step = checkpoint.best(folder, self.config.checkpoint.metric)

@@ -49,12 +49,14 @@ def read(runs: Sequence[Run], seconds: Mapping[str, float]) -> tuple[list[Cell],
 def _cell(run: Run, kept: Predictions, seconds: Mapping[str, float]) -> Cell:
     scores, method = comparison.score(kept.labels, kept.probabilities()), run.row.series
     resampled, images = scores.resampled["accuracy"], kept.run.info.num_examples["train"]
-    took = seconds[run.row.name] if method in LEARNED else _seconds_of_probe(run)
+    took = seconds[run.row.name] if method in LEARNED else _seconds_of_probe(run.workdir)
+    if method == "fine_tuned" and run.config.init.head == "keep":
+        took += _seconds_of_probe(pathlib.Path(run.config.init.weights))
     return Cell(method, run.row.x, images, scores.metrics["accuracy"], *bootstrap_interval(resampled), took, resampled)
 
 
-def _seconds_of_probe(run: Run) -> float:
-    report = json.loads((run.workdir / "report" / "metrics.json").read_text(encoding="utf-8"))
+def _seconds_of_probe(workdir: pathlib.Path) -> float:
+    report = json.loads((workdir / "report" / "metrics.json").read_text(encoding="utf-8"))
     return report["feature_seconds"] + report["train_seconds"]
 
 
@@ -186,5 +188,5 @@ def _notes(num_test: int, steps: int) -> list[str]:
         f"From scratch and fine-tuned take {steps:,} steps whatever the share, and the best of four looks at the "
         "validation split, which is the same for all; what more steps would give is not known from this.",
         "Times are those of this machine: of the features of training and validation images and the fit, or of the "
-        "whole process that trained.",
+        "whole process that trained, to which that of the probe is added where fine-tuning goes on from it.",
     ]

@@ -12,7 +12,7 @@ from vitcls import data
 from vitcls.core import sharding
 from vitcls.experiment.table import Row, Run
 from vitcls.models.weights import hub
-from vitcls.probe import features
+from vitcls.probe import features, network
 from vitcls.probe.run import with_features
 from vitcls.training import initial
 
@@ -25,7 +25,7 @@ def plan(config: ConfigDict, weights: str, shares: Sequence[float], steps: int, 
     """The runs, cheap methods and small shares first; the series of a row is its method.
 
     All that are trained take as many steps, with mean and std of the weights and images that are streamed, so that one
-    compiled program serves them all. Raises UserError for weights and data that cannot be used.
+    compiled program serves all of a method. Raises UserError for weights and data that cannot be used.
     """
     config = config.copy_and_resolve_references()
     config.init.weights = weights if hub.is_name(weights) else os.path.abspath(os.path.expanduser(weights))
@@ -42,7 +42,21 @@ def plan(config: ConfigDict, weights: str, shares: Sequence[float], steps: int, 
     for name in METHODS.keys() - LEARNED:  # says now what cannot work
         features.make_extractor(configs.resolve(made[name]), info, start, partition)
     names = sorted(METHODS, key=LEARNED.__contains__)
-    return [_run(name, made[name], share, directory) for name in names for share in sorted(shares)]
+    runs = [_run(name, made[name], share, directory) for name in names for share in sorted(shares)]
+    if network.has_head(configs.resolve(made["probe"]), info):
+        _go_on_from_probes(runs)
+    return runs
+
+
+def _go_on_from_probes(runs: Sequence[Run]) -> None:
+    """Fine-tuning starts from the probe of the same images (LP-FT: Kumar et al. 2022, arXiv 2202.10054).
+
+    A random classifier would bend the features before it has learned anything itself.
+    """
+    probes = {run.row.x: run.workdir for run in runs if run.row.series == "probe"}
+    for run in runs:
+        if run.row.series == "fine_tuned":
+            run.row.config.init.update(weights=os.path.abspath(probes[run.row.x]), head="keep")
 
 
 def _config(method: str, config: ConfigDict, steps: int) -> ConfigDict:

@@ -1,19 +1,19 @@
-"""Weights of Google's ViT and AugReg files, named as their JAX code names them -> the variables of our models."""
+"""Weights of Google's ViT, AugReg and BiT files, named as their own code names them -> the variables of our models."""
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
 
 from vitcls import models
 from vitcls.core.errors import UserError
-from vitcls.models import vit
+from vitcls.models import resnetv2, vit
 from vitcls.models.weights.arrays import Arrays
 from vitcls.models.weights.matching import Rule, collect, shapes_of
 
-STEM = "embedding/kernel"
-HEAD = "head/kernel"
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 _LEFT_OUT = re.compile(r"pre_logits/")  # of a model before fine-tuning
 
@@ -27,37 +27,69 @@ def from_npz(
     head: bool = True,
     **fields: Any,
 ) -> dict:
-    """The variables of the ViT `models.create(name, num_classes, **fields)`: nested dicts of C-contiguous arrays.
+    """The variables of `models.create(name, num_classes, **fields)`: nested dicts of C-contiguous arrays.
 
-    `weights` are by 'Transformer/encoderblock_0/LayerNorm_0/scale' and so on (Dosovitskiy et al. 2021; Steiner et al.
-    2021, arXiv 2106.10270). `image_shape` [H, W, C] says for which size the positions were learned. Without `head` the
-    classifier is left out. Raises UserError as `from_torch` does.
+    `weights` of a ViT are by 'Transformer/encoderblock_0/LayerNorm_0/scale' and so on (Dosovitskiy et al. 2021; Steiner
+    et al. 2021, arXiv 2106.10270), of a BiT by 'resnet/block1/unit01/a/standardized_conv2d/kernel' (Kolesnikov et al.
+    2020). `image_shape` [H, W, C] says for which size a ViT's positions were learned. Without `head` the classifier is
+    left out. Raises UserError as `from_torch` does.
     """
     model = models.create(name, num_classes, **fields)
-    if type(model) is not vit.VisionTransformer:
-        raise UserError(f"{name} cannot take weights of a ViT's .npz file; a vit_* model can")
-    shapes, rules = shapes_of(name, model, image_shape), _rules(model.depth)
+    rules = rules_for(name, model)
+    shapes = shapes_of(name, model, image_shape)
     return collect(name, shapes, functools.partial(_rule, name, rules), weights, _LEFT_OUT, head=head)
+
+
+def rules_for(name: str, model: nn.Module) -> dict[str, Rule]:
+    """Our path of a weight -> what it is made of; the first is of the stem.
+
+    Raises UserError for a model that has no names there.
+    """
+    if type(model) not in _FAMILIES:
+        raise UserError(f"{name} cannot take weights of an .npz file of Google's; a vit_* or a resnetv2_*_bit can")
+    return _FAMILIES[type(model)](model)
 
 
 def _rule(name: str, rules: dict[str, Rule], path: str) -> Rule:
     ours = path.partition("/")[2]
     if ours not in rules:
-        raise UserError(f"{name} cannot take weights of a ViT's .npz file: no name is known for '{path}'")
+        raise UserError(f"{name} cannot take weights of an .npz file of Google's: no name is known for '{path}'")
     return rules[ours]
 
 
-def _rules(depth: int) -> dict[str, Rule]:
-    """What each weight of ours is made of."""
+def _resnetv2(model: resnetv2.ResNetV2) -> dict[str, Rule]:
     rules = {
+        "stem/conv/kernel": _same("resnet/root_block/standardized_conv2d/kernel"),
+        **_norm("head_norm", "resnet"),
+        **_both("head", "resnet/head/conv2d"),
+    }
+    for stage, depth in enumerate(model.depths, start=1):
+        for i in range(1, depth + 1):
+            ours, theirs = f"stage_{stage}_block_{i}", f"resnet/block{stage}/unit{i:02}"
+            units = {"conv_1": "a", "conv_2": "b", "conv_3": "c", "shortcut": "a/proj"}
+            for unit, key in units.items():
+                rules[f"{ours}/{unit}/conv/kernel"] = _same(f"{theirs}/{key}/standardized_conv2d/kernel")
+            for n, key in enumerate("abc", start=1):
+                rules |= _norm(f"{ours}/norm_{n}", f"{theirs}/{key}")
+    return rules
+
+
+def _norm(ours: str, theirs: str) -> dict[str, Rule]:
+    """Of groups."""
+    names = {"scale": "gamma", "bias": "beta"}
+    return {f"{ours}/{leaf}": _same(f"{theirs}/group_norm/{key}") for leaf, key in names.items()}
+
+
+def _vit(model: vit.VisionTransformer) -> dict[str, Rule]:
+    rules = {
+        **_both("stem", "embedding"),
         "class_token": _same("cls"),
         "class_position_embedding": Rule((POSITIONS,), lambda shape, value: _fitted(shape, value[:, :1])),
         "position_embedding": Rule((POSITIONS,), lambda shape, value: _fitted(shape, value[:, 1:])),
-        **_both("stem", "embedding"),
         **_both("head", "head"),
         **_both("norm", "Transformer/encoder_norm", "scale"),
     }
-    for i in range(depth):
+    for i in range(model.depth):
         ours, theirs = f"block_{i}", f"Transformer/encoderblock_{i}"
         attention = f"{theirs}/MultiHeadDotProductAttention_1"
         rules |= _both(f"{ours}/attention_norm", f"{theirs}/LayerNorm_0", "scale")
@@ -91,3 +123,9 @@ def _joined(shape: tuple[int, ...], *parts: np.ndarray) -> np.ndarray | None:
     if any(part.size * 3 != np.prod(shape) for part in parts):
         return None
     return np.concatenate([part.reshape(*shape[:-1], width) for part in parts], axis=-1)
+
+
+_FAMILIES: dict[type[nn.Module], Callable[[Any], dict[str, Rule]]] = {
+    vit.VisionTransformer: _vit,
+    resnetv2.ResNetV2: _resnetv2,
+}

@@ -18,7 +18,19 @@ import numpy as np
 from vitcls import models
 from vitcls.core import errors
 from vitcls.core.errors import UserError
-from vitcls.models import alexnet, convnext, densenet, efficientnet, inception, mobilenet, resnet, resnext, vgg, vit
+from vitcls.models import (
+    alexnet,
+    convnext,
+    densenet,
+    efficientnet,
+    inception,
+    mobilenet,
+    resnet,
+    resnetv2,
+    resnext,
+    vgg,
+    vit,
+)
 from vitcls.models.weights.arrays import Arrays
 from vitcls.models.weights.matching import Rule, collect, shapes_of
 
@@ -119,6 +131,8 @@ def _flattened(side: int) -> tuple[_View, _View]:
     return lambda value: value.reshape(len(value), -1, side, side), flat
 
 
+# A matrix [out, in] as the 1x1 convolution that it is there, and back from ours, [in, out].
+_POINTWISE: tuple = (lambda value: value[:, :, 0, 0], lambda kernel: kernel.T[:, :, None, None])
 # A ViT's positions: of the class token, and of the grid, which follow each other in one array [1, 1 + h w, D].
 _CLASS_POSITION: tuple = (lambda value: value[:, :1], lambda value: value.reshape(1, 1, value.shape[-1]))
 _GRID_POSITIONS: tuple = (lambda value: value[:, 1:], lambda value: value.reshape(1, -1, value.shape[-1]))
@@ -136,6 +150,20 @@ def _resnet(model: resnet.ResNet) -> _Names:
             yield f"{ours}/shortcut/conv", f"{theirs}.downsample.0"
             yield f"{ours}/shortcut/norm", f"{theirs}.downsample.1"
     yield "head", "fc"
+
+
+def _resnetv2(model: resnetv2.ResNetV2) -> _Names:
+    yield "stem/conv", "stem.conv"
+    for stage, depth in enumerate(model.depths, start=1):
+        for i in range(depth):
+            ours, theirs = f"stage_{stage}_block_{i + 1}", f"stages.{stage - 1}.blocks.{i}"
+            for n in (1, 2, 3):
+                yield f"{ours}/norm_{n}", f"{theirs}.norm{n}"
+                yield f"{ours}/conv_{n}/conv", f"{theirs}.conv{n}"
+            yield f"{ours}/shortcut/conv", f"{theirs}.downsample.conv"
+    yield "head_norm", "norm"
+    yield "head", "head.fc"
+    yield "head/kernel", "head.fc.weight", *_POINTWISE
 
 
 def _vgg(model: vgg.VGG) -> _Names:
@@ -342,6 +370,7 @@ def _vit_torchvision(model: vit.VisionTransformer) -> _Names:
 _FAMILIES: dict[type[nn.Module], dict[str, Callable[[Any], _Names]]] = {
     resnet.ResNet: {"torchvision": _resnet},
     resnext.ResNeXt: {"torchvision": _resnet},
+    resnetv2.ResNetV2: {"timm": _resnetv2},
     vgg.VGG: {"torchvision": _vgg, "timm": _vgg_timm},
     alexnet.AlexNet: {"torchvision": _alexnet},
     inception.GoogLeNet: {"torchvision": _googlenet},

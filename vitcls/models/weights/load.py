@@ -103,7 +103,8 @@ def convert(name: str, file: WeightsFile, *, head: bool, **fields: Any) -> Given
 def _ends(name: str, model, file: WeightsFile) -> tuple[str, str]:
     """The keys of the kernels of the first layer and of the classifier."""
     if file.source == "npz":
-        return from_npz.STEM, from_npz.HEAD
+        rules = from_npz.rules_for(name, model)
+        return next(iter(rules.values())).keys[0], rules["head/kernel"].keys[0]
     if file.source == "keras":
         known = from_keras.names_for(name, model)
         keys = next(iter(known.values()))[0], known["head"][0]

@@ -42,6 +42,7 @@ _PYTORCH = {
     "MobileNetV3": (_IMAGENET, 0.875, "bicubic"),
     "ResNeXt": (_IMAGENET, 0.875, "bilinear"),
     "ResNet": (_IMAGENET, 0.875, "bilinear"),
+    "ResNetV2": (_HALF, 0.875, "bilinear"),
     "VGG": (_IMAGENET, 0.875, "bilinear"),
     "VisionTransformer": (_HALF, 0.9, "bicubic"),
 }
@@ -56,7 +57,7 @@ _KERAS = {
     "ResNet": (_CAFFE, 0.875, "bilinear"),
     "VGG": (_CAFFE, 0.875, "bilinear"),
 }
-_NPZ = {"VisionTransformer": (_HALF, 0.9, "bicubic")}
+_NPZ = {"ResNetV2": (_HALF, 0.875, "bilinear"), "VisionTransformer": (_HALF, 0.9, "bicubic")}
 _SOURCES = {"safetensors": _PYTORCH, "keras": _KERAS, "npz": _NPZ}
 _OF_MODELS = {"efficientnet_lite0": (_HALF, 0.875, "bicubic")}  # that differ from their family
 _UNKNOWN = (_IMAGENET, 0.875, "bilinear")
