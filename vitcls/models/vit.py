@@ -6,6 +6,7 @@ detail (`local_conv`, `squeeze_excite`), and an aggregation function g over all 
 """
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -15,10 +16,12 @@ import jax.numpy as jnp
 from vitcls.models import attention, checks, convolutions, layers
 from vitcls.models.preset import Preset
 
+_COLUMNS = 16  # of tokens that the kernels of local detail have registers for
 _CHOICES = {
     "stem": ("patch", "conv"),
     "position_embedding": ("learned", "sincos2d", "none"),
     "attention": attention.FORMS,
+    "feed_forward": ("auto", "xla", "pallas"),
     "local_conv_blocks": ("all", "first_half", "second_half", "alternate"),
     "squeeze_excite_position": ("hidden", "input"),
     "aggregation": ("token", "mean", "gem", "attention", "mean_attention"),
@@ -56,6 +59,7 @@ class VisionTransformer(nn.Module):
     local_conv_blocks: str = "all"  # that have it: 'first_half', 'second_half', 'alternate' (the first, third, ...)
     squeeze_excite: float = 0.0  # width of the feed-forward network's gate, of hidden_dim; 0 for none
     squeeze_excite_position: str = "hidden"  # what it gates: the hidden layer, or the network's 'input'
+    feed_forward: str = "auto"  # 'xla', or with local_conv 'pallas': see models/local_detail.py and forms.py
     aggregation: str = "token"  # g: 'token', 'mean', 'gem', 'attention', 'mean_attention'
     head_norm: bool = False  # a second norm, after the aggregation
     grouped_conv: str = "auto"  # of local_conv; see convolutions.GroupedConv
@@ -217,6 +221,7 @@ class Design:
     local_conv: bool = False
     squeeze_excite: float = 0.0
     squeeze_excite_position: str = "hidden"
+    feed_forward: str = "auto"
     grouped_conv: str = "auto"
     dtype: str = "float32"
 
@@ -316,11 +321,32 @@ class FeedForward(nn.Module):
             gate = layers.SqueezeExcite(reduced, design.dtype, name="squeeze_excite")
         if gate and design.squeeze_excite_position == "input":
             x, gate = gate(x), None
-        hidden = self._hidden(x)
-        hidden = dropout(gate(hidden) if gate else hidden, train=train)
+        if self._fits_kernels(x.shape[1]):
+            hidden = self._by_kernels(x, gate)
+        else:
+            hidden = gate(self._hidden(x)) if gate else self._hidden(x)
+        hidden = dropout(hidden, train=train)
         xavier = nn.initializers.xavier_uniform()
         out = nn.Dense(x.shape[-1], dtype=design.dtype, kernel_init=xavier, name="project")(hidden)
         return dropout(out, train=train)
+
+    def _fits_kernels(self, tokens: int) -> bool:
+        """Whether the hidden layer is made by kernels; its parameters always are by the plain form."""
+        asked = self.design.feed_forward == "pallas" and self.design.local_conv and self.design.activation == "gelu"
+        return asked and tokens == math.prod(self.grid) and not self.is_initializing() and self.grid[1] <= _COLUMNS
+
+    def _by_kernels(self, x: jax.Array, gate: layers.SqueezeExcite | None) -> jax.Array:
+        """The hidden layer, gated: [B, N, D] -> [B, N, M]; the first bias is the kernels', so that its gradient is."""
+        from vitcls.models import local_detail  # Pallas, which nobody else needs, takes half a second
+
+        dtype, params = self.design.dtype, self.variables["params"]
+        expand, local_conv = params["expand"], params["local_conv"]
+        weights = local_detail.Weights(expand["bias"], local_conv["kernel"].reshape(9, -1), local_conv["bias"])
+        product = x.astype(dtype) @ expand["kernel"].astype(dtype)
+        if gate is None:
+            return local_detail.local_detail(self.grid, None, product, weights)
+        factors = functools.partial(_factors, gate.clone(parent=None, name=None))
+        return local_detail.local_detail(self.grid, factors, product, weights, params["squeeze_excite"])
 
     def _hidden(self, x: jax.Array) -> jax.Array:
         """The hidden layer before its gate, [B, N, D] -> [B, N, M]."""
@@ -343,6 +369,10 @@ class FeedForward(nn.Module):
         )
         local = act(local_conv(on_grid))
         return jnp.concatenate([token, patches + local.reshape(patches.shape)], axis=1)
+
+
+def _factors(gate: layers.SqueezeExcite, params: dict, means: jax.Array) -> jax.Array:
+    return gate.apply({"params": params}, means, method="factors")
 
 
 def _size(hidden_dim: int, depth: int, num_heads: int) -> dict:
