@@ -107,7 +107,7 @@ def test_each_device_computes_its_own_images():
 
 
 def test_a_model_has_the_same_parameters_and_gradients_in_either_form():
-    """Two blocks, of which one has the convolution, the other nothing for kernels; computed again as `remat` says."""
+    """Two blocks, of which one has the convolution, the other a gate alone; computed again as `remat` says."""
     fields = {"patch_size": 2, "stem": "patch", "hidden_dim": 8, "depth": 2, "num_heads": 2, "mlp_dim": 32}
     model = models.create(
         "improved_vit_tiny", 3, **fields, local_conv_blocks="first_half", drop_path=0.0, remat="block"
@@ -123,6 +123,10 @@ def test_a_model_has_the_same_parameters_and_gradients_in_either_form():
         for form in ("pallas", "xla")
     )
     assert_near(ours, theirs, 1e-5)
+    text = str(
+        jax.make_jaxpr(lambda x: model.clone(feed_forward="pallas").apply({"params": params}, x, train=False))(images)
+    )
+    assert text.count("local_detail_result") == 2 * 2  # in both blocks, each for NVIDIA and interpreted
 
 
 @pytest.mark.skipif(jax.__version_info__ > (0, 10, 2), reason="later ones need CUDA's plugin to lower")
@@ -146,7 +150,7 @@ def test_all_kernels_are_lowered_for_nvidia(grid):
         ("8.6", {"mlp_dim": 1536}, []),
         ("7.5", {}, ["an NVIDIA GPU, Ampere or later"]),
         ("gfx90a", {}, ["an NVIDIA GPU, Ampere or later"]),
-        ("9.0", {"local_conv": False}, ["local_conv=True"]),
+        ("9.0", {"has_middle": False}, ["local_conv=True, or squeeze_excite of the hidden layer"]),
         (
             "9.0",
             {"activation": "silu", "class_token": True},
@@ -156,7 +160,7 @@ def test_all_kernels_are_lowered_for_nvidia(grid):
     ],
 )
 def test_what_the_kernels_lack(compute_capability, fields, lacks):
-    usual = {"local_conv": True, "activation": "gelu", "class_token": False, "mlp_dim": 64}
+    usual = {"has_middle": True, "activation": "gelu", "class_token": False, "mlp_dim": 64}
     assert local_detail.lacks(compute_capability, **usual | fields) == lacks
 
 

@@ -98,7 +98,7 @@ def test_no_result_depends_on_it_and_a_run_goes_on_with_another_number(tmp_path)
     for step in (8, 12):
         shutil.rmtree(tmp_path / "two" / "checkpoints" / str(step))
     again = train(tmp_path, "two", "--config.partition.cpu_devices=1")
-    assert "1 x cpu" in again and "resumed from step 4" in again
+    assert "1 x cpu" in again and "resumed from step 6" in again
     assert_same(logged(tmp_path / "two"), one)
 
 

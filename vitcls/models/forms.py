@@ -31,7 +31,7 @@ def for_device(model: nn.Module, device: jax.Device, *, training: bool = False) 
     if asked == "cudnn" or (asked == "auto" and training):
         chosen["attention"] = _attention(asked, device, model.dtype, model.hidden_dim // max(model.num_heads, 1))
     asked = getattr(model, "feed_forward", None)
-    if asked == "pallas" or (asked == "auto" and training and model.local_conv and device.platform == "gpu"):
+    if asked == "pallas" or (asked == "auto" and training and device.platform == "gpu"):
         chosen["feed_forward"] = _feed_forward(asked, device, model.dtype, *_of_feed_forward(model))
     return model.clone(**chosen) if chosen else model
 
@@ -52,18 +52,19 @@ def _attention(asked: str, device: jax.Device, dtype: str, head_dim: int) -> str
 
 
 def _of_feed_forward(model: nn.Module) -> tuple[bool, str, bool, int]:
-    return model.local_conv, model.activation, model.aggregation == "token", model.mlp_dim
+    gated = model.squeeze_excite > 0 and model.squeeze_excite_position == "hidden"
+    return model.local_conv or gated, model.activation, model.aggregation == "token", model.mlp_dim
 
 
 @functools.cache
 def _feed_forward(
-    asked: str, device: jax.Device, dtype: str, local_conv: bool, activation: str, class_token: bool, mlp_dim: int
+    asked: str, device: jax.Device, dtype: str, has_middle: bool, activation: str, class_token: bool, mlp_dim: int
 ) -> str:
     """'pallas' where the kernels of local detail run, with a line in the log where they were asked for and do not."""
     from vitcls.models import local_detail  # Pallas takes half a second
 
     lacks = local_detail.lacks(
-        _capability(device), local_conv=local_conv, activation=activation, class_token=class_token, mlp_dim=mlp_dim
+        _capability(device), has_middle=has_middle, activation=activation, class_token=class_token, mlp_dim=mlp_dim
     )
     if asked == "auto" and dtype != "bfloat16":
         return "xla"

@@ -2,8 +2,9 @@
 
     h = gelu(u + b)     l = h + gelu(depthwise3x3(h) + c)     y = l * gate(mean of l over the tokens)
 
-of u [B, N, M], the product of the first layer, on a grid of N tokens: `vit.FeedForward` with `local_conv`, with or
-without `squeeze_excite` after it. Its plain form is the oracle and the fallback of these kernels.
+of u [B, N, M], the product of the first layer, on a grid of N tokens: `vit.FeedForward` with `local_conv`, with
+`squeeze_excite` or with both. Its plain form is the oracle and the fallback of these kernels. Without a convolution its
+weights are 0: what is multiplied in vain takes no bytes.
 
 An image of all channels does not stay on a multiprocessor until its gate is known, so the gate divides each direction
 into two kernels; its own products, [B, M] by [M, R] and back, are XLA's: inside a kernel every program would read their
@@ -91,11 +92,11 @@ def _backward(grid: _Grid, gate: Callable, saved: tuple, gradient: jax.Array):
 local_detail.defvjp(_forward, _backward)
 
 
-def lacks(compute_capability: str, *, local_conv: bool, activation: str, class_token: bool, mlp_dim: int) -> list[str]:
+def lacks(compute_capability: str, *, has_middle: bool, activation: str, class_token: bool, mlp_dim: int) -> list[str]:
     """What the kernels need of a device and a ViT, and these do not have, in words; [] where they can be used."""
     needs = {
         "an NVIDIA GPU, Ampere or later": attention.nvidia_version(compute_capability) >= 8,
-        "local_conv=True": local_conv,
+        "local_conv=True, or squeeze_excite of the hidden layer": has_middle,
         "activation='gelu'": activation == "gelu",
         "an aggregation without class token": not class_token,
         f"an mlp_dim that is a multiple of {_WARP}": mlp_dim % _WARP == 0,

@@ -59,7 +59,7 @@ class VisionTransformer(nn.Module):
     local_conv_blocks: str = "all"  # that have it: 'first_half', 'second_half', 'alternate' (the first, third, ...)
     squeeze_excite: float = 0.0  # width of the feed-forward network's gate, of hidden_dim; 0 for none
     squeeze_excite_position: str = "hidden"  # what it gates: the hidden layer, or the network's 'input'
-    feed_forward: str = "auto"  # 'xla', or with local_conv 'pallas': see models/local_detail.py and forms.py
+    feed_forward: str = "auto"  # 'xla', 'pallas' of what local_conv and squeeze_excite add: models/local_detail.py
     aggregation: str = "token"  # g: 'token', 'mean', 'gem', 'attention', 'mean_attention'
     head_norm: bool = False  # a second norm, after the aggregation
     grouped_conv: str = "auto"  # of local_conv; see convolutions.GroupedConv
@@ -321,7 +321,7 @@ class FeedForward(nn.Module):
             gate = layers.SqueezeExcite(reduced, design.dtype, name="squeeze_excite")
         if gate and design.squeeze_excite_position == "input":
             x, gate = gate(x), None
-        if self._fits_kernels(x.shape[1]):
+        if self._fits_kernels(x.shape[1], gate):
             hidden = self._by_kernels(x, gate)
         else:
             hidden = gate(self._hidden(x)) if gate else self._hidden(x)
@@ -330,18 +330,20 @@ class FeedForward(nn.Module):
         out = nn.Dense(x.shape[-1], dtype=design.dtype, kernel_init=xavier, name="project")(hidden)
         return dropout(out, train=train)
 
-    def _fits_kernels(self, tokens: int) -> bool:
+    def _fits_kernels(self, tokens: int, gate: layers.SqueezeExcite | None) -> bool:
         """Whether the hidden layer is made by kernels; its parameters always are by the plain form."""
-        asked = self.design.feed_forward == "pallas" and self.design.local_conv and self.design.activation == "gelu"
-        return asked and tokens == math.prod(self.grid) and not self.is_initializing() and self.grid[1] <= _COLUMNS
+        asked = self.design.feed_forward == "pallas" and self.design.activation == "gelu"
+        fits = tokens == math.prod(self.grid) and self.grid[1] <= _COLUMNS
+        return bool(asked and fits and (gate or self.design.local_conv) and not self.is_initializing())
 
     def _by_kernels(self, x: jax.Array, gate: layers.SqueezeExcite | None) -> jax.Array:
         """The hidden layer, gated: [B, N, D] -> [B, N, M]; the first bias is the kernels', so that its gradient is."""
         from vitcls.models import local_detail  # Pallas, which nobody else needs, takes half a second
 
         dtype, params = self.design.dtype, self.variables["params"]
-        expand, local_conv = params["expand"], params["local_conv"]
-        weights = local_detail.Weights(expand["bias"], local_conv["kernel"].reshape(9, -1), local_conv["bias"])
+        expand, width = params["expand"], self.design.mlp_dim
+        local_conv = params.get("local_conv", {"kernel": jnp.zeros((9, width)), "bias": jnp.zeros(width)})  # adds 0
+        weights = local_detail.Weights(expand["bias"], local_conv["kernel"].reshape(9, width), local_conv["bias"])
         product = x.astype(dtype) @ expand["kernel"].astype(dtype)
         if gate is None:
             return local_detail.local_detail(self.grid, None, product, weights)
