@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from scipy import special
 
 from vitcls import models
 from vitcls.core import rng, sharding
@@ -65,14 +66,14 @@ def test_kernels_and_their_written_gradient_are_those_of_the_plain_form(shape):
     batch, grid, width = SHAPES[shape]
     x, params = inputs(batch, grid, width)
     ours = value_and_gradients(layer(grid, width, form="pallas"), params, x)
-    assert_near(ours, value_and_gradients(layer(grid, width, form="xla"), params, x), 5e-6)
+    assert_near(ours, value_and_gradients(layer(grid, width, form="xla"), params, x), 5e-5)
 
 
 def test_without_a_gate_too():
     x, params = inputs(2, (2, 2), 8, squeeze_excite=0.0)
     assert "squeeze_excite" not in params
     ours = value_and_gradients(layer((2, 2), 8, form="pallas", squeeze_excite=0.0), params, x)
-    assert_near(ours, value_and_gradients(layer((2, 2), 8, form="xla", squeeze_excite=0.0), params, x), 5e-6)
+    assert_near(ours, value_and_gradients(layer((2, 2), 8, form="xla", squeeze_excite=0.0), params, x), 5e-5)
 
 
 def test_in_bfloat16_kernels_are_no_further_from_float32_than_the_plain_form():
@@ -176,9 +177,8 @@ def test_where_they_do_not_run_the_plain_form_does_and_the_log_says_so(monkeypat
     assert lines == ["feed_forward='pallas' needs an NVIDIA GPU, Ampere or later; computing it by 'xla'"]
 
 
-def test_the_kernels_erf_is_that_of_scipy():
-    from scipy import special
-
-    x = np.concatenate([np.linspace(-6, 6, 4001), [0.0, -1e-30, 1e30]]).astype(np.float32)
-    np.testing.assert_allclose(local_detail._erf(jnp.asarray(x)), special.erf(x.astype(np.float64)), atol=2e-7)
-    assert np.all(np.abs(local_detail._erf(jnp.asarray(x))) <= 1 + 1e-6)
+def test_the_kernels_gelu_and_its_slope_are_those_of_scipy():
+    x = np.concatenate([np.linspace(-9, 9, 4001), [0.0, -1e-30, 40.0, -40.0]])
+    value, slope = local_detail._gelu(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(value, x * special.ndtr(x), atol=1e-6)
+    np.testing.assert_allclose(slope, special.ndtr(x) + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi), atol=1e-6)
