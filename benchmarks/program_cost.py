@@ -256,6 +256,8 @@ def _custom_call(instruction: _Instruction, shapes: list[str]) -> tuple[str, int
         return "convolution", _convolution_flops(target, instruction, shapes)
     if "fmha" in target:
         return "attention", _attention_flops(target, instruction, shapes)
+    if "triton" in target:
+        return "pallas", 0
     return target, 0
 
 

@@ -142,9 +142,9 @@ def test_heavy_libraries_are_imported_where_they_are_used(library):
 
 @pytest.mark.parametrize("folder", ["models", "tasks", "metrics", "optim", "core"])
 def test_what_a_config_names_does_not_know_configs(folder):
-    """No file of these reads a config or the command line."""
+    """No file of these reads a config or the command line, but for the doors, which are commands."""
     for path in (ROOT / "vitcls" / folder).rglob("*.py"):
-        assert "vitcls.config" not in set(imports(path)), path
+        assert path.name == "__main__.py" or "vitcls.config" not in set(imports(path)), path
 
 
 def test_functions_are_short():

@@ -197,14 +197,24 @@ class _CurrentStderr(logging.StreamHandler):
 _watch: peers.Watch | None = None  # of the other processes, if there are any
 
 
-def start_jax(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+def start_jax(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    cpu_devices: int = 1,
+) -> None:
     """Joins the other processes, if any, and turns on the persistent compilation cache.
 
-    The processes are those of the flags, else of the environment (see `cluster.find`).
+    The processes are those of the flags, else of the environment (see `cluster.find`). A single process makes its CPU
+    `cpu_devices` virtual devices, if neither JAX_NUM_CPU_DEVICES nor XLA_FLAGS say how many.
     """
     import jax
 
     found = cluster.find(coordinator, num_processes, process_id)
+    said = jax.config.jax_num_cpu_devices != -1 or "device_count" in os.environ.get("XLA_FLAGS", "")
+    if found is None and cpu_devices > 1 and not said:
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
     if found is not None:
         logging.getLogger("vitcls").info("several processes: %s", found.found)
         terminal.chatter_to_stderr()

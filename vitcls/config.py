@@ -93,10 +93,13 @@ class PartitionSettings:
 
     strategy: str = "data"  # 'data', 'fsdp', 'pmap'
     min_shard_elements: int = 2**14  # 'fsdp': smaller parameters stay replicated
+    # Virtual devices that a CPU is; 0 for what is faster (training/cpu_devices.py), 1 in several runs at once. Both
+    # are for commands that start JAX; JAX_NUM_CPU_DEVICES and XLA_FLAGS go first.
+    cpu_devices: int = 0
 
     def __post_init__(self):
         require_choice(self, "strategy", STRATEGIES)
-        require_range(self, min_shard_elements=(1, math.inf))
+        require_range(self, min_shard_elements=(1, math.inf), cpu_devices=(0, 64))
 
 
 @dataclasses.dataclass(frozen=True)

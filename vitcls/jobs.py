@@ -118,7 +118,7 @@ def last_line(workdir: pathlib.Path) -> str:
 def main(argv: list[str]) -> None:
     (workdir,) = argv
     config = configs.from_json(sys.stdin.read())
-    cli.start_jax()
+    cli.start_jax(cpu_devices=config.partition.cpu_devices or 1)  # others run beside this one
     train_and_evaluate(config, workdir)
 
 

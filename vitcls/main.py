@@ -8,11 +8,12 @@ import argparse
 import sys
 
 from vitcls import cli, config_file
+from vitcls import config as configs
 from vitcls.core.errors import UserError
 from vitcls.core.sharding import STRATEGIES
 from vitcls.tasks import TASKS
 from vitcls.train import train_and_evaluate
-from vitcls.training import facts, places
+from vitcls.training import cpu_devices, facts, places
 from vitcls.training.profiling import parse_steps
 
 _KEYS = (  # that are used the most
@@ -60,9 +61,12 @@ def main(argv: list[str]) -> None:
         raise UserError("--workdir=DIR is missing: where the run is to live")
     places.check(flags.workdir or "")
     profile_steps = parse_steps(flags.profile_steps)
-    cli.start_jax(flags.coordinator, flags.num_processes, flags.process_id)
+    config = configs.resolve(flags.config)
+    configs.validate(config)
+    processes = (flags.coordinator, flags.num_processes, flags.process_id)
+    cli.start_jax(*processes, cpu_devices=cpu_devices.choose(config))
     results = train_and_evaluate(
-        flags.config,
+        config,
         flags.workdir or "",
         dry_run=flags.dry_run,
         profile_steps=profile_steps,

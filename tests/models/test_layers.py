@@ -161,7 +161,7 @@ def test_local_batch_statistics_are_those_of_each_devices_examples(dtype):
     def wholly(x):
         return whole.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
 
-    with rng.spread_over(3):
+    with rng.spread_over(jax.sharding.Mesh(jax.devices()[:3], (rng.BATCH_AXIS,))):
         y, updated = norm.apply(variables, x, train=True, mutable=["batch_stats"])
     parts = [wholly(x[i : i + 2]) for i in (0, 2, 4)]
     assert y.dtype == dtype

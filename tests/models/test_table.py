@@ -2,12 +2,14 @@
 
 import functools
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
 from vitcls import models
+from vitcls.core.errors import UserError
 from vitcls.models import __main__ as table
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "models.md"
@@ -67,6 +69,18 @@ def test_remat_saves_fewer_activations(monkeypatch):
     assert table.describe("resnet18").activation_bytes < 0.6 * plain
 
 
+def test_fields_of_a_model_change_its_line():
+    """The depthwise convolution of one block: 9 weights and a bias for each hidden channel."""
+    whole = describe("improved_vit_tiny")
+    fields = table.fields_of("improved_vit_tiny", [("model.local_conv_blocks", "first_half")])
+    assert fields == {"local_conv_blocks": "first_half"}
+    first_half = table.describe("improved_vit_tiny", fields)
+    assert whole.parameters - first_half.parameters == 6 * 10 * 768
+    assert whole.flops - first_half.flops > 6 * 64 * 768 * 2 * 9
+    with pytest.raises(UserError, match=r"config\.batch_size changes no model of the table"):
+        table.fields_of("improved_vit_tiny", [("batch_size", "3")])
+
+
 def test_the_command_prints_one_line_for_each_model_and_one_for_a_wrong_name():
     def run(*arguments):
         return subprocess.run([sys.executable, "-m", "vitcls.models", *arguments], capture_output=True, text=True)
@@ -78,6 +92,8 @@ def test_the_command_prints_one_line_for_each_model_and_one_for_a_wrong_name():
     assert lenet.split()[:2] == ["lenet5", "61,706"]
     assert cnn.split()[:2] == ["mnist_cnn", "421,642"]
     assert "| conv_2/conv/kernel | (5, 5, 6, 16)" in run("lenet5", "--parameters").stdout
+    narrow = ("vit_tiny_patch4", "--config.model.mlp_dim=8", "--parameters")
+    assert re.search(r"block_0/feed_forward/expand/kernel +\| \(192, 8\)", run(*narrow).stdout)
     wrong = run("lenet6")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert len(wrong.stderr.splitlines()) == 1

@@ -83,7 +83,15 @@ def self_attention(x, params, heads):
     return dense(mixed, params["project"]), weights
 
 
+def squeeze_excite(x, params):
+    squeezed = np.maximum(dense(x.mean(axis=1), params["reduce"]), 0)
+    return x * scipy.special.expit(dense(squeezed, params["expand"]))[:, None]
+
+
 def feed_forward(x, params, grid):
+    gated = params["squeeze_excite"]["expand"]["bias"].size if "squeeze_excite" in params else 0
+    if gated == x.shape[-1]:  # which is not that of the hidden layer
+        x = squeeze_excite(x, params["squeeze_excite"])
     hidden = gelu(dense(x, params["expand"]))
     if "local_conv" in params:
         kernel, bias = params["local_conv"]["kernel"], params["local_conv"]["bias"]
@@ -95,9 +103,8 @@ def feed_forward(x, params, grid):
                 conv = scipy.signal.correlate2d(picture, kernel[:, :, 0, channel], mode="same") + bias[channel]
                 local[example, first:, channel] = gelu(conv).ravel()
         hidden = hidden + local
-    if "squeeze_excite" in params:
-        squeezed = np.maximum(dense(hidden.mean(axis=1), params["squeeze_excite"]["reduce"]), 0)
-        hidden = hidden * scipy.special.expit(dense(squeezed, params["squeeze_excite"]["expand"]))[:, None]
+    if gated == hidden.shape[-1]:
+        hidden = squeeze_excite(hidden, params["squeeze_excite"])
     return dense(hidden, params["project"])
 
 
@@ -164,6 +171,24 @@ def test_improved_encoder_and_every_aggregation(aggregation):
     np.testing.assert_allclose(sown["features"][0], features, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(logits, dense(features, params["head"]), rtol=1e-4, atol=1e-4)
     assert ("class_token" in params) == (aggregation == "token")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "local"),
+    [("all", [0, 1, 2]), ("first_half", [0, 1]), ("second_half", [2]), ("alternate", [0, 2])],
+)
+@pytest.mark.parametrize("position", ["hidden", "input"])
+def test_local_detail_in_some_blocks_and_a_gate_of_either_layer(blocks, local, position):
+    model = improved(
+        stem="patch", aggregation="mean", depth=3, local_conv_blocks=blocks, squeeze_excite_position=position
+    )
+    params, images = random_params(model), IMAGES[:2]
+    assert [i for i in range(3) if "local_conv" in params[f"block_{i}"]["feed_forward"]] == local
+    gate = params["block_0"]["feed_forward"]["squeeze_excite"]
+    assert gate["expand"]["bias"].size == {"hidden": model.mlp_dim, "input": model.hidden_dim}[position]
+    tokens = encoder(patch_tokens(images, params, 2), params, depth=3, heads=2, grid=(4, 4))
+    _, sown = forward_with_intermediates(model, params, images)
+    np.testing.assert_allclose(sown["tokens"][0], tokens, rtol=1e-4, atol=1e-4)
 
 
 def test_self_attention_and_its_weights():
@@ -495,6 +520,8 @@ def test_tiny_grey_images(patch_size):
         ({"stem": "patches"}, (8, 8), "stem 'patches' is not known; did you mean 'patch'"),
         ({"aggregation": "max"}, (8, 8), "aggregation 'max' is not known"),
         ({"activation": "gleu"}, (8, 8), "activation 'gleu' is not known; did you mean 'gelu'"),
+        ({"local_conv_blocks": "half"}, (8, 8), "local_conv_blocks 'half' is not known"),
+        ({"squeeze_excite_position": "output"}, (8, 8), "squeeze_excite_position 'output' is not known"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(fields, shape, message):

@@ -10,24 +10,32 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 BATCH_AXIS = "data"  # the name of the axis of devices
-_devices = contextvars.ContextVar("devices", default=1)
+_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
 
 @contextlib.contextmanager
-def spread_over(devices: int) -> Iterator[None]:
-    """A context in which functions are traced whose global batches lie on so many devices, in equal blocks."""
-    token = _devices.set(devices)
+def spread_over(mesh: Mesh) -> Iterator[None]:
+    """A context in which functions are traced whose global batches lie on these devices, in equal blocks."""
+    token = _mesh.set(mesh)
     try:
         yield
     finally:
-        _devices.reset(token)
+        _mesh.reset(token)
+
+
+def batch_mesh() -> Mesh | None:
+    """The devices that share the batch that is seen here; None where it is one's, under `pmap`, and if nobody says."""
+    mesh = None if mapped_axis() else _mesh.get()
+    return mesh if mesh is not None and mesh.size > 1 else None
 
 
 def batch_blocks() -> int:
     """How many devices share the batch that is seen here: 1 under `pmap`, and where nobody says."""
-    return 1 if mapped_axis() else _devices.get()
+    mesh = batch_mesh()
+    return 1 if mesh is None else mesh.size
 
 
 def mapped_axis() -> str | None:

@@ -7,6 +7,7 @@ devices, which need not lie next to each other: the order of devices is that of 
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -201,7 +202,7 @@ class Partition:
         if self.mapped:
             return self._pmap(update, donate_argnums=0)
         mapped = jax.jit(update, donate_argnums=0, out_shardings=(self.state_shardings(state), self.sharding()))
-        with rng.spread_over(self.mesh.size):
+        with rng.spread_over(self.mesh):
             lowered = mapped.lower(state, sums, *others)
         return lowered.compile(compiler_options=self._compiler_options)
 
@@ -209,7 +210,13 @@ class Partition:
         """Maps `evaluate(variables, batch) -> outputs`; the outputs are the same on every device."""
         if self.mapped:
             return self._pmap(evaluate)
-        return jax.jit(evaluate, out_shardings=self.sharding(), compiler_options=self._compiler_options)
+
+        @functools.wraps(evaluate)
+        def spread(*arguments):
+            with rng.spread_over(self.mesh):
+                return evaluate(*arguments)
+
+        return jax.jit(spread, out_shardings=self.sharding(), compiler_options=self._compiler_options)
 
     def _pmap(self, function: Callable, **options) -> Callable:
         return jax.pmap(function, axis_name=AXIS, devices=list(self.mesh.devices.flat), **options)

@@ -29,7 +29,8 @@ class Resident:
     """Training batches out of images uint8 [N, H, W, C] and labels int32 [N] that stay on the devices.
 
     The order of an epoch is made on the devices too, once: sorting 50,000 random numbers takes a CPU longer than many
-    a training step.
+    a training step. An image is one row there, [N, H * W * C]: of [N, H, W, C] a TPU makes a copy in another layout in
+    every step, to gather from it (docs/performance.md).
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class Resident:
         self._partition = partition
         self._batch_size = batch_size
         self._num_examples = len(labels)
-        arrays = {"image": images, "label": labels}
+        self._image_shape = images.shape[1:]
+        arrays = {"image": images.reshape(len(images), -1), "label": labels}
         self._cropping = cropping
         if cropping:
             arrays |= {"aspect": cropping.aspects, "seed": np.int32(seed)}
@@ -76,9 +78,9 @@ class Resident:
         def batch(i: jax.Array) -> dict[str, jax.Array]:
             places = offset + i * self._batch_size + example_positions(visible)
             indices = self._partition.constrain(order[places])
-            images = inputs["image"][indices]
+            images = self._partition.constrain(inputs["image"][indices]).reshape(visible, *self._image_shape)
             if self._cropping:
-                images = self._crop(inputs, self._partition.constrain(images), indices, step + i)
+                images = self._crop(inputs, images, indices, step + i)
             return self._partition.constrain(
                 {
                     "image": images,

@@ -1,16 +1,20 @@
 """The table of all models: parameters, FLOPs and activation memory per image, native size and paper.
 
-vitcls models [NAME ...] [--markdown | --parameters]
+vitcls models [NAME ...] [--config.model.FIELD=VALUE ...] [--markdown | --parameters]
 """
 
 import fnmatch
 import math
 import sys
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 
-from vitcls import cli, models
+from vitcls import cli, config_file, models
+from vitcls import config as configs
+from vitcls.core.errors import UserError
+from vitcls.core.registry import about
 from vitcls.models import flops
 from vitcls.models.variables import variable_shapes
 
@@ -39,10 +43,10 @@ class Row(NamedTuple):
     paper: str
 
 
-def describe(name: str) -> Row:
-    """Traces the model `name` by shapes alone; UserError for an unknown one."""
+def describe(name: str, fields: Mapping[str, Any] | None = None) -> Row:
+    """Traces the model `name` by shapes alone, with other values of some fields; UserError for what cannot be."""
     preset = models.preset(name)
-    model = models.create(name, preset.num_classes)
+    model = models.create(name, preset.num_classes, **fields or {})
     images = jax.ShapeDtypeStruct((1, *preset.image_shape), "float32")
     key = jax.random.key(0)
     variables = jax.eval_shape(lambda images: model.init(key, images, train=False), images)
@@ -112,13 +116,23 @@ def markdown_page(rows: list[Row]) -> str:
     return _HEADER + "\n".join(lines) + "\n"
 
 
-def parameters_table(name: str) -> str:
+def parameters_table(name: str, fields: Mapping[str, Any]) -> str:
     """Every parameter of the model `name` at its native size: path, shape, dtype and count."""
     from clu import parameter_overview
 
     preset = models.preset(name)
-    shapes = variable_shapes(models.create(name, preset.num_classes), preset.image_shape)
+    shapes = variable_shapes(models.create(name, preset.num_classes, **fields), preset.image_shape)
     return parameter_overview.get_parameter_overview(shapes["params"], include_stats=False)
+
+
+def fields_of(name: str, overrides: list[tuple[str, str | None]]) -> dict[str, Any]:
+    """What --config.model.FIELD=VALUE sets of the model `name`."""
+    config = configs.default_config(name)
+    for key, text in overrides:
+        if not key.startswith("model.") or key in config_file.NAMES:
+            raise UserError(f"--config.{key} changes no model of the table; only --config.model.FIELD=VALUE does")
+        config_file.override(config, key, text)
+    return {field: value for field, value in config.model.items() if field != "name" and value is not None}
 
 
 def main(argv: list[str]) -> None:
@@ -129,18 +143,23 @@ def main(argv: list[str]) -> None:
     form.add_argument(
         "--parameters", action="store_true", help="the paths and shapes of all parameters, as optimizer.multipliers see"
     )
-    flags = parser.parse_args(argv)
+    rest, overrides = config_file.split_overrides(argv)
+    flags = parser.parse_args(rest)
     names = [name for pattern in flags.names for name in fnmatch.filter(models.names(), pattern)]
     for pattern in flags.names:
         if not fnmatch.filter(models.names(), pattern):
             models.preset(pattern)  # says which is the nearest
     names = list(dict.fromkeys(names)) or models.names()
-    if flags.parameters:
-        for name in names:
-            print(f"{name}\n{parameters_table(name)}")
-        return
-    rows = [describe(name) for name in names]
-    print((markdown_page if flags.markdown else text_table)(rows), end="")
+    rows = []
+    for name in names:
+        fields = fields_of(name, overrides)
+        with about("config.model", fields):
+            if flags.parameters:
+                print(f"{name}\n{parameters_table(name, fields)}")
+            else:
+                rows.append(describe(name, fields))
+    if rows:
+        print((markdown_page if flags.markdown else text_table)(rows), end="")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 'auto'    'xla', which a run replaces by what trains the fastest on its devices: `forms.for_device`
 """
 
-import functools
 import math
 import re
 
@@ -81,12 +80,17 @@ def weights(query: jax.Array, key: jax.Array) -> jax.Array:
     return jax.nn.softmax(scores / math.sqrt(query.shape[-1]), axis=-1)
 
 
+def nvidia_version(compute_capability: str) -> float:
+    """9.0 of '9.0'; 0 of what is no GPU of NVIDIA, such as 'gfx90a'."""
+    return float(compute_capability) if re.fullmatch(r"\d+\.\d+", compute_capability) else 0.0
+
+
 def cudnn_lacks(compute_capability: str, dtype: str, head_dim: int) -> list[str]:
     """What cuDNN's fused attention needs and does not have, in words; [] where it can be used.
 
     `compute_capability` is that of the device: '9.0' of an H100, 'gfx90a' of a GPU of AMD, '' of what has none.
     """
-    version = float(compute_capability) if re.fullmatch(r"\d+\.\d+", compute_capability) else 0.0
+    version = nvidia_version(compute_capability)
     widest = 256 if version >= 9 else 128
     needs = {
         "an NVIDIA GPU, Ampere or later": version >= 8,
@@ -96,22 +100,11 @@ def cudnn_lacks(compute_capability: str, dtype: str, head_dim: int) -> list[str]
     return [need for need, met in needs.items() if not met]
 
 
-@functools.cache  # it compiles and runs a program
-def cudnn_refusal(device: jax.Device, head_dim: int) -> str:
-    """Why the driver and cuDNN of a device refuse fused attention and its gradient; '' where they run.
-
-    A device that is only compiled for is believed.
-    """
-    if device not in jax.local_devices():
-        return ""
+def try_cudnn(head_dim: int) -> list[jax.Array]:
+    """Fused attention and its gradient on the default device, which may refuse it."""
 
     def loss(query):
         return jnp.sum(attend(query, query, query, "cudnn").astype(jnp.float32))
 
-    try:
-        with jax.default_device(device), jax.transfer_guard("allow"):
-            for tokens in (64, 65):  # as it is, and padded
-                jax.block_until_ready(jax.jit(jax.grad(loss))(jnp.ones((1, tokens, 2, head_dim), jnp.bfloat16)))
-    except Exception as error:  # whatever a driver, a library or a compiler says
-        return str(error).strip().splitlines()[0][:200] or type(error).__name__
-    return ""
+    lengths = (64, 65)  # as it is, and padded
+    return [jax.jit(jax.grad(loss))(jnp.ones((1, tokens, 2, head_dim), jnp.bfloat16)) for tokens in lengths]

@@ -115,12 +115,15 @@ class SqueezeExcite(nn.Module):
     activation: str = "relu"
     gate: Callable[[jax.Array], jax.Array] = jax.nn.sigmoid
 
-    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        channels = x.shape[-1]
-        mean = jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), keepdims=True)
-        hidden = nn.Dense(self.reduced_channels, dtype=self.dtype, name="reduce")(mean)
-        return x * self.gate(nn.Dense(channels, dtype=self.dtype, name="expand")(activation(self.activation)(hidden)))
+        return x * self.factors(jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), keepdims=True))
+
+    @nn.compact
+    def factors(self, means: jax.Array) -> jax.Array:
+        """The gate, [..., C] of means [..., C]."""
+        hidden = nn.Dense(self.reduced_channels, dtype=self.dtype, name="reduce")(means)
+        hidden = activation(self.activation)(hidden)
+        return self.gate(nn.Dense(means.shape[-1], dtype=self.dtype, name="expand")(hidden))
 
 
 def normalize(

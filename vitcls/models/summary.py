@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from vitcls.models import flops
+from vitcls.models import flops, forms
 from vitcls.models.variables import ImageShape, variable_shapes
 
 PyTree = Any
@@ -31,7 +31,7 @@ def flops_per_image(model: nn.Module, image_shape: ImageShape, *, products_only:
 def _flops_by_part(model: nn.Module, image_shape: ImageShape, *, products_only: bool = False) -> dict[str, float]:
     shapes = variable_shapes(model, image_shape)
     image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
-    plain = {"grouped_conv": "xla", "attention": "xla"}  # so that no platform or kernel counts otherwise
+    plain = dict.fromkeys(forms.FIELDS, "xla")  # so that no platform or kernel counts otherwise
     model = model.clone(**{field: form for field, form in plain.items() if hasattr(model, field)})
     trace = jax.make_jaxpr(lambda variables, images: model.apply(variables, images, train=False))
     return flops.count(trace(shapes, image).jaxpr, products_only=products_only)

@@ -6,6 +6,7 @@ detail (`local_conv`, `squeeze_excite`), and an aggregation function g over all 
 """
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -15,10 +16,14 @@ import jax.numpy as jnp
 from vitcls.models import attention, checks, convolutions, layers
 from vitcls.models.preset import Preset
 
+_COLUMNS = 16  # of tokens that the kernels of local detail have registers for
 _CHOICES = {
     "stem": ("patch", "conv"),
     "position_embedding": ("learned", "sincos2d", "none"),
     "attention": attention.FORMS,
+    "feed_forward": ("auto", "xla", "pallas"),
+    "local_conv_blocks": ("all", "first_half", "second_half", "alternate"),
+    "squeeze_excite_position": ("hidden", "input"),
     "aggregation": ("token", "mean", "gem", "attention", "mean_attention"),
 }
 
@@ -51,7 +56,10 @@ class VisionTransformer(nn.Module):
     attention: str = "auto"  # see models/attention.py; only 'xla' while attention_dropout acts
     activation: str = "gelu"  # 'relu', 'silu'
     local_conv: bool = False  # depthwise 3x3 with an inner residual in the feed-forward network
+    local_conv_blocks: str = "all"  # that have it: 'first_half', 'second_half', 'alternate' (the first, third, ...)
     squeeze_excite: float = 0.0  # width of the feed-forward network's gate, of hidden_dim; 0 for none
+    squeeze_excite_position: str = "hidden"  # what it gates: the hidden layer, or the network's 'input'
+    feed_forward: str = "auto"  # 'xla', 'pallas' of what local_conv and squeeze_excite add: models/local_detail.py
     aggregation: str = "token"  # g: 'token', 'mean', 'gem', 'attention', 'mean_attention'
     head_norm: bool = False  # a second norm, after the aggregation
     grouped_conv: str = "auto"  # of local_conv; see convolutions.GroupedConv
@@ -64,11 +72,11 @@ class VisionTransformer(nn.Module):
         tokens = self._embed(images.astype(self.dtype), train=train)  # [B, H, W, C] -> [B, N, D]
         grid = tuple(size // self.patch_size for size in images.shape[1:3])
 
-        design, length = self._design(), tokens.shape[1]
+        length = tokens.shape[1]
         tokens = jnp.pad(tokens, ((0, 0), (0, self._padding(length)), (0, 0)))
         block = layers.checkpointed(Block, self.remat)
         for i, drop_path in enumerate(layers.linear_rates(self.drop_path, self.depth)):
-            tokens = block(design, grid, length, drop_path, name=f"block_{i}")(tokens, train)
+            tokens = block(self._design(i), grid, length, drop_path, name=f"block_{i}")(tokens, train)
         tokens = jax.lax.slice_in_dim(tokens, 0, length, axis=1)
         tokens = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(tokens)
         self.sow("intermediates", "tokens", tokens)
@@ -79,8 +87,20 @@ class VisionTransformer(nn.Module):
         self.sow("intermediates", "features", features)
         return layers.head(features, self.num_classes, kernel_init=nn.initializers.truncated_normal(0.02))
 
-    def _design(self) -> "Design":
-        return Design(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Design)})
+    def _design(self, block: int) -> "Design":
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Design)}
+        return Design(**shared | {"local_conv": self.local_conv and self._has_local_conv(block)})
+
+    def _has_local_conv(self, block: int) -> bool:
+        match self.local_conv_blocks:
+            case "first_half":
+                return block < self.depth / 2
+            case "second_half":
+                return block >= self.depth / 2
+            case "alternate":
+                return block % 2 == 0
+            case _:
+                return True
 
     def _padding(self, tokens: int) -> int:
         """Tokens to add once for all blocks, where nothing but attention looks from one token at another."""
@@ -188,7 +208,7 @@ class ConvStem(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Design:
-    """What all blocks of a model share: the fields of `VisionTransformer` of these names."""
+    """Of a block: the fields of `VisionTransformer` of these names, `local_conv` where this block has it."""
 
     num_heads: int
     mlp_dim: int = 0
@@ -200,6 +220,8 @@ class Design:
     activation: str = "gelu"
     local_conv: bool = False
     squeeze_excite: float = 0.0
+    squeeze_excite_position: str = "hidden"
+    feed_forward: str = "auto"
     grouped_conv: str = "auto"
     dtype: str = "float32"
 
@@ -283,8 +305,8 @@ class FeedForward(nn.Module):
     """The feed-forward network with the paper's remedy for weak local detail (section 2): [B, N, D] -> [B, N, D].
 
     h = act(W1 x); with `local_conv` h = h + act(depthwise3x3(h)) on the grid of tokens, the inner residual of a deep
-    activation; with `squeeze_excite` the channels of h are gated; then W2 h. A class token skips the convolution,
-    so that with aggregation 'token' the last block's reaches the logits through `squeeze_excite` alone.
+    activation; with `squeeze_excite` the channels of h are gated, or those of x; then W2 h. A class token skips the
+    convolution, so that with aggregation 'token' the last block's reaches the logits through `squeeze_excite` alone.
     """
 
     design: Design
@@ -292,30 +314,67 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        act, xavier = layers.activation(self.design.activation), nn.initializers.xavier_uniform()
-        dropout = layers.Dropout(self.design.dropout, name="dropout")
-        hidden = act(nn.Dense(self.design.mlp_dim, dtype=self.design.dtype, kernel_init=xavier, name="expand")(x))
-        if self.design.local_conv:
-            split = hidden.shape[1] - math.prod(self.grid)  # 1 with a class token
-            token, patches = (jax.lax.slice_in_dim(hidden, *ends, axis=1) for ends in ((0, split), (split, None)))
-            on_grid = patches.reshape(-1, *self.grid, self.design.mlp_dim)  # [B, N, M] -> [B, rows, columns, M]
-            local_conv = convolutions.conv(
-                self.design.mlp_dim,
-                3,
-                groups=self.design.mlp_dim,
-                use_bias=True,
-                grouped_conv=self.design.grouped_conv,
-                dtype=self.design.dtype,
-                name="local_conv",
-            )
-            local = act(local_conv(on_grid))
-            hidden = jnp.concatenate([token, patches + local.reshape(patches.shape)], axis=1)
-        if self.design.squeeze_excite:
-            reduced = max(1, round(self.design.squeeze_excite * x.shape[-1]))
-            hidden = layers.SqueezeExcite(reduced, self.design.dtype, name="squeeze_excite")(hidden)
+        design, dropout = self.design, layers.Dropout(self.design.dropout, name="dropout")
+        gate = None
+        if design.squeeze_excite:
+            reduced = max(1, round(design.squeeze_excite * x.shape[-1]))
+            gate = layers.SqueezeExcite(reduced, design.dtype, name="squeeze_excite")
+        if gate and design.squeeze_excite_position == "input":
+            x, gate = gate(x), None
+        if self._fits_kernels(x.shape[1], gate):
+            hidden = self._by_kernels(x, gate)
+        else:
+            hidden = gate(self._hidden(x)) if gate else self._hidden(x)
         hidden = dropout(hidden, train=train)
-        out = nn.Dense(x.shape[-1], dtype=self.design.dtype, kernel_init=xavier, name="project")(hidden)
+        xavier = nn.initializers.xavier_uniform()
+        out = nn.Dense(x.shape[-1], dtype=design.dtype, kernel_init=xavier, name="project")(hidden)
         return dropout(out, train=train)
+
+    def _fits_kernels(self, tokens: int, gate: layers.SqueezeExcite | None) -> bool:
+        """Whether the hidden layer is made by kernels; its parameters always are by the plain form."""
+        asked = self.design.feed_forward == "pallas" and self.design.activation == "gelu"
+        fits = tokens == math.prod(self.grid) and self.grid[1] <= _COLUMNS
+        return bool(asked and fits and (gate or self.design.local_conv) and not self.is_initializing())
+
+    def _by_kernels(self, x: jax.Array, gate: layers.SqueezeExcite | None) -> jax.Array:
+        """The hidden layer, gated: [B, N, D] -> [B, N, M]; the first bias is the kernels', so that its gradient is."""
+        from vitcls.models import local_detail  # Pallas, which nobody else needs, takes half a second
+
+        dtype, params = self.design.dtype, self.variables["params"]
+        expand, width = params["expand"], self.design.mlp_dim
+        local_conv = params.get("local_conv", {"kernel": jnp.zeros((9, width)), "bias": jnp.zeros(width)})  # adds 0
+        weights = local_detail.Weights(expand["bias"], local_conv["kernel"].reshape(9, width), local_conv["bias"])
+        product = x.astype(dtype) @ expand["kernel"].astype(dtype)
+        if gate is None:
+            return local_detail.local_detail(self.grid, None, product, weights)
+        factors = functools.partial(_factors, gate.clone(parent=None, name=None))
+        return local_detail.local_detail(self.grid, factors, product, weights, params["squeeze_excite"])
+
+    def _hidden(self, x: jax.Array) -> jax.Array:
+        """The hidden layer before its gate, [B, N, D] -> [B, N, M]."""
+        design, act = self.design, layers.activation(self.design.activation)
+        xavier = nn.initializers.xavier_uniform()
+        hidden = act(nn.Dense(design.mlp_dim, dtype=design.dtype, kernel_init=xavier, name="expand")(x))
+        if not design.local_conv:
+            return hidden
+        split = hidden.shape[1] - math.prod(self.grid)  # 1 with a class token
+        token, patches = (jax.lax.slice_in_dim(hidden, *ends, axis=1) for ends in ((0, split), (split, None)))
+        on_grid = patches.reshape(-1, *self.grid, design.mlp_dim)  # [B, N, M] -> [B, rows, columns, M]
+        local_conv = convolutions.conv(
+            design.mlp_dim,
+            3,
+            groups=design.mlp_dim,
+            use_bias=True,
+            grouped_conv=design.grouped_conv,
+            dtype=design.dtype,
+            name="local_conv",
+        )
+        local = act(local_conv(on_grid))
+        return jnp.concatenate([token, patches + local.reshape(patches.shape)], axis=1)
+
+
+def _factors(gate: layers.SqueezeExcite, params: dict, means: jax.Array) -> jax.Array:
+    return gate.apply({"params": params}, means, method="factors")
 
 
 def _size(hidden_dim: int, depth: int, num_heads: int) -> dict:

@@ -37,6 +37,7 @@ from vitcls.training.files import (
 PyTree = Any
 _FORMS = {f"model.{field}" for field in forms.FIELDS}  # which compute the same; older versions had other defaults
 _PATHS = {"init.weights", "dataset.corrections"}
+_PLACES = {"partition.cpu_devices"}  # of the machine, on which no result depends
 _REMOVAL = 1.0  # seconds in which a run has removed a checkpoint that it began to remove
 
 
@@ -180,7 +181,7 @@ def begin(
     moved = place not in ("", config.dataset.data_dir)
     free = {
         DATASET_FILE: {"name"} if moved else set(),  # that of a folder
-        CONFIG_FILE: {f"task.{key}" for key in paths(TASKS[config.task.name])} | _PATHS | _FORMS,
+        CONFIG_FILE: {f"task.{key}" for key in paths(TASKS[config.task.name])} | _PATHS | _FORMS | _PLACES,
         FROZEN_FILE: set(),
         INIT_FILE: set(),
     }
