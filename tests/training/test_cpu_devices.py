@@ -57,6 +57,13 @@ def test_other_models_and_statistics_of_each_device_stay_at_one():
     assert cpu_devices.choose(configs.resolve(lenet), cores=2) == 1
 
 
+def test_where_the_system_does_not_say_which_cores_are_allowed(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    for cores, expected in ((8, 2), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert cpu_devices.choose(resolved()) == expected
+
+
 def test_an_impossible_number_is_refused():
     with pytest.raises(UserError, match=r"config\.partition\.cpu_devices=-1 is impossible; it must be in \[0, 64\]"):
         configs.validate(resolved(partition__cpu_devices=-1))

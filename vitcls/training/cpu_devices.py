@@ -27,4 +27,10 @@ def choose(config, *, cores: int = 0) -> int:
     field, largest = TWO_ARE_FASTER.get(models.preset(config.model.name).module.__name__, ("", 0))
     small = field and config.model[field] <= largest and "local_batch" not in config.model.values()
     shared = config.partition.strategy == "data" and config.batch_size % unit == 0
-    return 2 if small and shared and (cores or len(os.sched_getaffinity(0))) > 1 else 1
+    return 2 if small and shared and (cores or _cores()) > 1 else 1
+
+
+def _cores() -> int:
+    """That this process may use; those of the machine where the system does not say, as macOS."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
