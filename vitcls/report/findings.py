@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from vitcls.core.errors import UserError
 from vitcls.core.terminal import printable
 from vitcls.report.write import begin, replace
 
@@ -59,7 +60,17 @@ Block = Text | Table | Plot | Picture
 def write(
     directory: pathlib.Path, *, title: str, lead: str, metrics: Mapping[str, Any], blocks: Sequence[Block]
 ) -> None:
-    """Writes all of it; what was in `directory` is replaced once the new is whole. Numbers are finite or None."""
+    """Writes all of it; what was in `directory` is replaced once the new is whole. Numbers are finite or None.
+
+    Raises UserError where it cannot be written.
+    """
+    try:
+        _write(directory, title, lead, metrics, blocks)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from None
+
+
+def _write(directory: pathlib.Path, title: str, lead: str, metrics: Mapping[str, Any], blocks: Sequence[Block]) -> None:
     from vitcls.report import page
 
     new = begin(directory)
