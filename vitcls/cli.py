@@ -160,8 +160,9 @@ def run(command: Callable[[list[str]], int | None], argv: list[str] | None = Non
         print(stopped, file=sys.stderr)
         return stopped.code
     except KeyboardInterrupt:  # of commands that leave nothing half done; training saves first
-        print("interrupted", file=sys.stderr)
-        return 130
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)  # in order, Python would end under a compilation that goes on, and crash
     except Exception as error:
         if _watch is None:
             raise
