@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from vitcls.core.errors import UserError
 from vitcls.core.terminal import printable
 from vitcls.report.write import begin, replace
 
@@ -64,13 +63,6 @@ def write(
 
     Raises UserError where it cannot be written.
     """
-    try:
-        _write(directory, title, lead, metrics, blocks)
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from None
-
-
-def _write(directory: pathlib.Path, title: str, lead: str, metrics: Mapping[str, Any], blocks: Sequence[Block]) -> None:
     from vitcls.report import page
 
     new = begin(directory)
