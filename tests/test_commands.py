@@ -391,6 +391,7 @@ def test_the_command_of_a_report_can_be_given_again():
     arguments = ["train", "--config=a.py", "--workdir=my run", "--config.total=5 epochs"]
     code = f"""
 import sys
+import time
 from vitcls.training import facts
 sys.argv = ["/usr/bin/vitcls", *{arguments!r}]
 print(facts.command_line())
@@ -450,3 +451,12 @@ def test_groups_that_do_not_fit_are_one_line(trained, text, words, tmp_path, cap
     code, _, err = run(evaluate.main, [f"--workdir={trained}", f"--groups={file}"], capsys)
     assert code == 2 and words in err and len(err.splitlines()) == 1
     assert not (trained / "groups").exists()
+
+
+def test_ctrl_c_is_one_line():
+    program = (
+        "import os, signal, time\nfrom vitcls import cli\nprint('half')\n"
+        "cli.run(lambda _: os.kill(os.getpid(), signal.SIGINT) or time.sleep(60), [])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "half\n", "interrupted\n")

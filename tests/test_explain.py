@@ -65,6 +65,15 @@ def test_what_is_no_better_than_random_is_grey():
     assert plain[rows].max() == 0 and plain.max() > 0
 
 
+def test_a_run_that_is_always_wrong_is_shown_as_many_images(trained):
+    opened = open_with_data(trained, splits=("test",))
+    sample = explain._sample(opened)
+    predicted = opened.explainer.probabilities(sample.pixels.astype(np.float32) / 255).argmax(axis=1)
+    for labels, count in (((predicted + 1) % 3, 1), ((predicted + 1) % 3, 4), (predicted, 5)):
+        shown = explain._right_and_wrong(opened.explainer, sample._replace(labels=labels), count)
+        assert len(shown.names) == len(shown.pixels) == len(shown.labels) == count
+
+
 def test_pictures_have_the_letters_of_names():
     """Not one sign for all that a font does not know."""
     pixels, row = np.zeros((8, 8, 3), np.uint8), [overlays.Drawn(np.eye(8), ["gradcam"], True)]
@@ -86,6 +95,7 @@ def test_the_forward_of_a_run_is_what_its_report_says(trained):
     [
         (["nowhere.png"], "nowhere.png"),
         (["--method=gradcan"], "did you mean 'gradcam'?"),
+        (["--table"], "--table is of all models, and takes no other flags"),
         (["--classes=0"], "--classes=0 must be 1 or more"),
         (["--images=none"], "--images"),
         (["--checkpoint=99"], "checkpoint '99' is not there"),

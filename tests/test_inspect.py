@@ -169,6 +169,32 @@ def test_what_cannot_be_is_one_line(planted, photos, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_nothing_of_the_user_is_replaced(photos, planted, tmp_path, capsys):
+    """Neither what stands in --out already, nor the data themselves; an earlier inspection is."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years")
+    (tmp_path / "file").write_text("mine")
+    before = sorted(photos.rglob("*"))
+    flags = [f"--data_dir={photos}", "--features=none"]
+    for out, words in (
+        (mine, "holds thesis.txt"),
+        (tmp_path / "file", "is a file"),
+        (photos, "is among the data"),
+        (photos / "dog" / "out", "is among the data"),
+        ("/proc/out", "cannot be written"),
+    ):
+        code, _, err = call([*flags, f"--out={out}"], capsys)
+        assert code == 2 and words in err and len(err.splitlines()) == 1, err
+    path, _ = planted
+    code, _, err = call([f"--data_dir={path / 'set.npz'}", f"--out={path}", "--features=none"], capsys)
+    assert code == 2 and "which is no file of an inspection" in err
+    assert (mine / "thesis.txt").read_text() == "years" and sorted(photos.rglob("*")) == before
+    for _ in range(2):
+        assert call([*flags, f"--out={tmp_path / 'out'}"], capsys)[0] == 0
+    assert {file.name for file in (tmp_path / "out").iterdir()} <= set(inspect.FILES)
+
+
 def test_confident_learning_is_cleanlabs():
     labels, probabilities = CLEANLAB["labels"], CLEANLAB["probabilities"]
     np.testing.assert_array_equal(confident_joint(labels, probabilities), CLEANLAB["joint"])

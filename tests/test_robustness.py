@@ -12,6 +12,7 @@ from vitcls.data.corruptions import CORRUPTIONS, SEVERITIES
 from vitcls.data.corruptions.curves import CURVES
 from vitcls.metrics import robustness as rates
 from vitcls.metrics.resampling import estimate
+from vitcls.report import robustness_plots
 from vitcls.training.opened import open_with_data
 
 ONLY = "contrast,gaussian_noise,occlusion,shift"
@@ -67,6 +68,11 @@ def test_files_say_the_same(measured):
     }
     page = (folder / "index.html").read_text()
     assert page.count("data:image/png") == 4 and "gaussian_noise" in page
+
+
+def test_families_that_were_not_measured_have_no_panel(measured):
+    figure = robustness_plots.severities(read(measured))  # contrast and gaussian noise
+    assert [axes.get_title() for axes in figure.axes if axes.axison] == ["Noise", "Digital"]
 
 
 def test_against_itself_nothing_differs_and_the_mce_is_one(measured, trained, capsys):

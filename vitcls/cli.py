@@ -1,6 +1,7 @@
 """What all commands share: `vitcls COMMAND ...` is `python -m MODULE ...`, and every command ends in the same ways.
 
-Exit codes: 0 done; 1 failure; 2 bad config, flags or input (one line on stderr); 143 stopped by SIGTERM after saving.
+Exit codes: 0 done; 1 failure; 2 bad config, flags or input (one line on stderr); 130 Ctrl-C; 143 stopped by SIGTERM
+after saving.
 """
 
 import argparse
@@ -158,6 +159,10 @@ def run(command: Callable[[list[str]], int | None], argv: list[str] | None = Non
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.code
+    except KeyboardInterrupt:  # of commands that leave nothing half done; training saves first
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)  # in order, Python would end under a compilation that goes on, and crash
     except Exception as error:
         if _watch is None:
             raise

@@ -63,10 +63,7 @@ def compare(workdirs: Sequence[os.PathLike | str], out: os.PathLike | str = "") 
 def _write(out: os.PathLike | str, result: dict[str, Any], runs: Sequence[Predictions], order: Members) -> None:
     names, curves = runs[0].run.info.class_names, _curves(runs, order)
     images = _images(runs) if result["disagreements"] else ""
-    try:
-        pages.write(out, result, class_names=names, curves=curves, images=images)
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from None
+    pages.write(out, result, class_names=names, curves=curves, images=images)
 
 
 def _read(workdirs: Sequence[os.PathLike | str]) -> list[Predictions]:

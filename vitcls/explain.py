@@ -19,7 +19,7 @@ import numpy as np
 from vitcls import cli, data, models, predict
 from vitcls.attribution import evidence
 from vitcls.attribution.evidence import Evidence
-from vitcls.attribution.explainer import METHODS, TOLERANCE, Explainer, Heat
+from vitcls.attribution.explainer import DEFAULT, METHODS, TOLERANCE, Explainer, Heat
 from vitcls.attribution.network import make_network
 from vitcls.core.errors import UserError
 from vitcls.metrics.promises import proportion
@@ -126,9 +126,10 @@ def _sample(opened: Opened) -> Shown:
 
 def _right_and_wrong(explainer: Explainer, sample: Shown, count: int) -> Shown:
     """Half of the images that were recognised and half of those that were not, as far as there are any."""
-    right = explainer.probabilities(_floats(sample.pixels)).argmax(axis=1) == sample.labels
-    wrong = np.flatnonzero(~right)[: count // 2]
-    chosen = np.concatenate([np.flatnonzero(right)[: count - len(wrong)], wrong])
+    is_right = explainer.probabilities(_floats(sample.pixels)).argmax(axis=1) == sample.labels
+    right, wrong = np.flatnonzero(is_right), np.flatnonzero(~is_right)
+    wrong = wrong[: max(count // 2, count - len(right))]
+    chosen = np.concatenate([right[: count - len(wrong)], wrong])
     return Shown([sample.names[i] for i in chosen], sample.pixels[chosen], sample.labels[chosen])
 
 
@@ -348,12 +349,22 @@ def main(argv: list[str]) -> None:
         return
     parser = cli.Parser(prog=cli.program("explain"), description=__doc__.splitlines()[0])
     cli.add_run_arguments(parser)
-    parser.add_argument("--method", default="", metavar="M,M", help=f"of {', '.join(METHODS)}; default: some of them")
+    parser.add_argument(
+        "--method",
+        default="",
+        metavar="M,M",
+        help=f"of {', '.join(METHODS)}; default: those that it can of {', '.join(DEFAULT)}",
+    )
     parser.add_argument("--classes", type=int, default=2, metavar="N", help="the N most probable; default: 2")
     parser.add_argument("--images", type=int, default=16, metavar="N", help="test images, without files; default: 16")
     parser.add_argument("--data_dir", default="", help="where the data of the run are now, if they have moved")
-    parser.add_argument("files", nargs="*", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--table", action="store_true", help="alone: which models can do which methods")
+    parser.add_argument(
+        "files", nargs="*", type=pathlib.Path, metavar="FILE", help="images; default: some of the test split"
+    )
     flags = parser.parse_args(argv)
+    if flags.table:
+        raise UserError("--table is of all models, and takes no other flags")
     for name in ("classes", "images"):
         if getattr(flags, name) < 1:
             raise UserError(f"--{name}={getattr(flags, name)} must be 1 or more")

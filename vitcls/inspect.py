@@ -33,6 +33,8 @@ from vitcls.report.findings import Plot, Table, Text, interval
 from vitcls.training import initial, places, run_dir
 
 PART = "inspect"  # of a run's workdir
+FILES = ("metrics.json", "index.html", "classes.csv", "duplicates.csv", "label_errors.csv", "skipped.csv")
+FILES += ("classes.png", "contact_sheet.png", "duplicates.png", "label_errors.png")
 NO_LABELS = "none"  # --features: no search for label errors
 _FOLDER_SIZE = 64  # pixels to which photos of a folder are resized, where nothing else is said
 _MOST_BY_FEATURES = 200_000  # images, of which all are compared with all
@@ -85,10 +87,13 @@ def inspect(config: configs.ConfigDict, out: pathlib.Path, *, data_dir: str = ""
     """Looks at the data of a config, writes the directory `out` and returns its metrics.json.
 
     `config.probe.features` and `config.init.weights` say by what labels are judged, as `with_features` sets them.
-    Raises UserError, before anything is written, where the data or the features cannot be used.
+    Raises UserError, before anything is written, where the data or the features cannot be used, or `out` holds anything
+    but an earlier inspection: it would be replaced.
     """
     config = configs.resolve(config)
     configs.validate(config)
+    out = out.absolute()
+    _check_out(out)
     dataset = data.load(config.dataset, data_dir=run_dir.data_dir(None, config, data_dir))
     compute = None
     if config.probe.features != NO_LABELS:
@@ -100,6 +105,14 @@ def inspect(config: configs.ConfigDict, out: pathlib.Path, *, data_dir: str = ""
     metrics = _metrics(images, found, folds)
     _write(out, images, found, metrics)
     return metrics
+
+
+def _check_out(out: pathlib.Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is a file; name a directory")
+    other = sorted(path.name for path in out.iterdir() if path.name not in FILES) if out.is_dir() else []
+    if other:
+        raise UserError(f"--out={out} holds {other[0]}, which is no file of an inspection; name another directory")
 
 
 def _features(config: configs.ConfigDict, dataset: data.Dataset) -> Callable[[data.Split], np.ndarray]:
@@ -405,6 +418,11 @@ def _config(flags: argparse.Namespace, overrides: list) -> configs.ConfigDict:
     return with_features(config, kind)
 
 
+def _check_apart(out: pathlib.Path, root: pathlib.Path) -> None:
+    if out.resolve().is_relative_to(root.expanduser().resolve()):
+        raise UserError(f"--out={out} is among the data, where its pictures would be images of them; name another")
+
+
 def main(argv: list[str]) -> None:
     rest, overrides = config_file.split_overrides(argv)
     parser = cli.Parser(prog=cli.program("inspect"), description=__doc__.splitlines()[0])
@@ -431,6 +449,8 @@ def main(argv: list[str]) -> None:
     config = _config(flags, overrides)
     cli.start_jax()
     data_dir = flags.data_dir if flags.config or flags.workdir else ""
+    if flags.out and config.dataset.name == "folder":
+        _check_apart(pathlib.Path(flags.out).expanduser(), pathlib.Path(data_dir or config.dataset.data_dir))
     if flags.out:
         out = pathlib.Path(flags.out).expanduser()
         metrics = inspect(config, out, data_dir=data_dir, folds=flags.folds)

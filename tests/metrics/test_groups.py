@@ -41,6 +41,17 @@ def test_each_group_is_measured_as_if_it_were_alone():
     )
 
 
+def test_two_groups_are_one_test():
+    """Of one against the other, which is no more true for being asked twice."""
+    labels, z, rng = draw(300)
+    groups = rng.choice(["a", "b"], 300)
+    right = softmax(z).argmax(1) == labels
+    expected = fisher_exact([[right[m].sum(), (~right[m]).sum()] for m in (groups == "a", groups == "b")])[1]
+    assert expected < 1
+    rows = by_group(labels, softmax(z), list(groups))["groups"]
+    assert [row["p_holm"] for row in rows] == pytest.approx([expected, expected])
+
+
 def test_a_class_that_one_group_gets_too_often_is_found():
     labels, z, rng = draw(2_000)
     groups = rng.choice(["a", "b"], 2_000)

@@ -2,6 +2,9 @@
 
 import os
 
+import pytest
+
+from vitcls.core.errors import UserError
 from vitcls.report import findings
 from vitcls.report.findings import Table, Text, interval
 
@@ -27,3 +30,9 @@ def test_names_of_files_keep_their_bytes(tmp_path):
     out = written(tmp_path, Text(name), Table("T", ["File"], [[name]], "files"))
     assert (out / "files.csv").read_bytes() == b"File\ncaf\xe9.png\n"
     assert "png" in (out / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        written(tmp_path / "file", Text("x"))

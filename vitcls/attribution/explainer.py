@@ -38,7 +38,7 @@ METHODS = {
     "occlusion": Method("", True, "Zeiler & Fergus 2014"),
     "feature_maps": Method("map", False, "the mean activity of the last map of features"),
 }
-_DEFAULT = ("gradcam", "rollout", "integrated_gradients", "occlusion")
+DEFAULT = ("gradcam", "rollout", "integrated_gradients", "occlusion")  # as far as the network can
 
 
 class Heat(NamedTuple):
@@ -71,7 +71,7 @@ class Explainer:
             if name not in self.methods:
                 what = {"map": "a map of features", "attention": "attention weights"}[METHODS[name].needs]
                 raise UserError(f"--method={name} needs a model with {what}; this one can {', '.join(self.methods)}")
-        return tuple(dict.fromkeys(names)) or tuple(name for name in _DEFAULT if name in self.methods)
+        return tuple(dict.fromkeys(names)) or tuple(name for name in DEFAULT if name in self.methods)
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """float32 [N, K]."""

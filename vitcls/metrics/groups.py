@@ -44,7 +44,8 @@ def by_group(labels: np.ndarray, probabilities: np.ndarray, groups: Sequence[str
             }
         )
     large = [g for g, row in enumerate(rows) if not row["small"]]
-    for g, p in zip(large, holm([_against_rest(right, which == g) for g in large]), strict=True):
+    chances = [_against_rest(right, which == g) for g in large]
+    for g, p in zip(large, chances if len(rows) == 2 else holm(chances), strict=True):  # of two groups it is one test
         rows[g]["p_holm"] = float(p)
     if len(large) < 2:
         return {"groups": rows, "differences": None}

@@ -29,6 +29,7 @@ def class_counts(counts: Mapping[str, Mapping[str, int]]) -> Figure:
     axes.set_yticks(range(len(names)), [shorten(name, 24) for name in names], fontsize=8)
     axes.invert_yaxis()
     axes.set(title=f"Images by class{which}", xlabel="images")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", visible=False)
     figure.legend(loc="outside upper right", ncols=len(counts))  # beside the title: bars may reach any corner
     return figure

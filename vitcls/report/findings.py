@@ -59,7 +59,10 @@ Block = Text | Table | Plot | Picture
 def write(
     directory: pathlib.Path, *, title: str, lead: str, metrics: Mapping[str, Any], blocks: Sequence[Block]
 ) -> None:
-    """Writes all of it; what was in `directory` is replaced once the new is whole. Numbers are finite or None."""
+    """Writes all of it; what was in `directory` is replaced once the new is whole. Numbers are finite or None.
+
+    Raises UserError where it cannot be written.
+    """
     from vitcls.report import page
 
     new = begin(directory)

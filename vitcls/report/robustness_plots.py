@@ -43,19 +43,22 @@ def _models(metrics: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str, st
 
 
 def severities(metrics: Mapping[str, Any]) -> Figure:
-    """A panel for each family: accuracy by severity, a line for each corruption."""
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True, sharey=True).ravel()
-    for axes, (family, names) in zip(panels, FAMILIES.items(), strict=True):
-        measured = [name for name in names if name in metrics["corruptions"]]
-        for name, color, dashes in zip(measured, _COLORS, _DASHES, strict=False):
-            rows = [metrics["clean"], *metrics["corruptions"][name]["accuracy"]]
-            _band(axes, [0, *SEVERITIES], rows, color, name.replace("_", " "), dashes)
-        axes.set(title=family.capitalize(), ylim=(0, 101))
-        if measured:
-            axes.legend(loc="lower left")
-    for axes in panels[2:]:
-        axes.set_xlabel("severity")
+    """A panel for each family that was measured: accuracy by severity, a line for each corruption."""
+    measured = {
+        family: [name for name in names if name in metrics["corruptions"]] for family, names in FAMILIES.items()
+    }
+    measured = {family: names for family, names in measured.items() if names}
+    rows = -(-len(measured) // 2)
+    figure = Figure(figsize=(10, 3.5 * rows), layout="constrained")
+    panels = figure.subplots(rows, 2, sharey=True, squeeze=False).ravel()
+    for axes, (family, names) in zip(panels, measured.items(), strict=False):
+        for name, color, dashes in zip(names, _COLORS, _DASHES, strict=False):
+            levels = [metrics["clean"], *metrics["corruptions"][name]["accuracy"]]
+            _band(axes, [0, *SEVERITIES], levels, color, name.replace("_", " "), dashes)
+        axes.set(title=family.capitalize(), xlabel="severity", ylim=(0, 101))
+        axes.legend(loc="lower left")
+    for axes in panels[len(measured) :]:
+        axes.set_axis_off()
     for axes in panels[::2]:
         axes.set_ylabel("accuracy [%]")
     return figure

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vitcls.core.errors import UserError
 from vitcls.core.terminal import printable
 from vitcls.metrics import METRICS, RocCurves
 
@@ -141,10 +142,16 @@ def _drawings(
 
 
 def begin(directory: pathlib.Path) -> pathlib.Path:
-    """An empty directory beside `directory`, for `replace`; what a write that failed has left there is gone."""
+    """An empty directory beside `directory`, for `replace`; what a write that failed has left there is gone.
+
+    Raises UserError where none can be made.
+    """
     new = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    try:
+        new.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from None
     return new
 
 
