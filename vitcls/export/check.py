@@ -37,16 +37,16 @@ class Expected(NamedTuple):
     labels: np.ndarray
     of_run: np.ndarray
     of_network: np.ndarray  # others than those of the run where weights were set to 0
-    of_rounded: np.ndarray  # the network with the weights of the file, rounded as `compress` does
+    of_rounded: np.ndarray  # the network with rounded weights: see Job.rounding
 
     def accuracy(self, probabilities: np.ndarray) -> float:
         return float(np.mean(probabilities.argmax(axis=1) == self.labels))
 
     def tolerance(self, precision: str, by_tools: bool) -> float:
-        """How far a probability of the file may be from `of_rounded`.
+        """How far a probability of the file may be from what JAX computes.
 
-        A runtime's own tools round more than the weights: to 16 bits also biases and norms, which may change as much
-        again as the weights did; to int8 what the layers give, of which accuracy alone tells.
+        A runtime's own tools round more than the weights: to int8 what the layers give, of which accuracy alone tells;
+        to float16 every constant, which may change as much as the coarser weights of `of_rounded` do.
         """
         if not by_tools:
             return TOLERANCE
@@ -72,7 +72,8 @@ def compare(place: pathlib.Path, expected: Expected, precision: str, by_tools: b
     `by_tools`: the runtime's own tools have made the weights smaller.
     """
     given, seconds = answers(place, expected.images)
-    difference = np.abs(given - expected.of_rounded).max(axis=1)
+    ours = expected.of_network if by_tools else expected.of_rounded
+    difference = np.abs(given - ours).max(axis=1)
     passport = Passport(
         images=len(given),
         largest_difference=float(np.abs(given - expected.of_network).max()),

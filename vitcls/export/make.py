@@ -38,6 +38,14 @@ class Job(NamedTuple):
         return self.precision in FORMATS[self.format].by_tools
 
     @property
+    def rounding(self) -> str:
+        """The precision of weights that JAX answers with: that of the file, or the next coarser where tools round more.
+
+        bfloat16 has three bits less than float16: a file of float16 is to answer no worse than weights of that.
+        """
+        return "bfloat16" if self.by_tools and self.precision == "float16" else self.precision
+
+    @property
     def stored(self) -> PyTree:
         """The variables as the program holds them; what the runtime's own tools make smaller is float32 here."""
         return compress.round_weights(self.source.variables, "float32" if self.by_tools else self.precision)
@@ -75,7 +83,7 @@ def make(source: Source, format: str, precision: str, out: pathlib.Path) -> Pass
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             place = pathlib.Path(folder, f"made{FORMATS[format].ending}")
             _write(job, place)
-            expected = source.expected(job.scale, precision)
+            expected = source.expected(job.scale, job.rounding)
             passport, wrong = check.compare(place, expected, precision, job.by_tools)
             if wrong:
                 wrong += f"; {_blame(job, place, expected.images[: blocks.IMAGES])}"
@@ -96,17 +104,18 @@ def _write(job: Job, place: pathlib.Path) -> None:
 def _blame(job: Job, made: pathlib.Path, images: np.ndarray) -> str:
     """Which block of the network is the first that is not what it should be for some images, in the file as `made`."""
     variables = job.source.variables
-    rounded = compress.round_weights(variables, job.precision)
-    of, of_whole = (blocks.make_blocks(job.source.opened, each) for each in (rounded, variables))
-    expected, whole = (np.asarray(jax.jit(each.answer)(images)) for each in (of, of_whole))
+    coarse = compress.round_weights(variables, job.rounding)
+    of, of_whole = (blocks.make_blocks(job.source.opened, each) for each in (coarse, variables))
+    rounded, whole = (np.asarray(jax.jit(each.answer)(images)) for each in (of, of_whole))
     try:
         found = _by_blocks(job, made, images)
     except RunError as error:
         return f"its blocks cannot be looked at alone: {error}"
     allowed = np.full(len(of.names), check.TOLERANCE)
     if job.by_tools:  # as Expected.tolerance; of int8 a block is to blame that loses half of what it says
-        allowed += 0.5 if job.precision == "int8" else blocks.relative_difference(of, whole, expected)
-    return blocks.first_difference(of, blocks.relative_difference(of, expected, found), allowed)
+        allowed += 0.5 if job.precision == "int8" else blocks.relative_difference(of, whole, rounded)
+    ours = whole if job.by_tools else rounded
+    return blocks.first_difference(of, blocks.relative_difference(of, ours, found), allowed)
 
 
 def _by_blocks(job: Job, made: pathlib.Path, images: np.ndarray) -> np.ndarray:
