@@ -5,6 +5,7 @@ after saving.
 """
 
 import argparse
+import contextlib
 import gc
 import importlib
 import importlib.util
@@ -219,7 +220,8 @@ def start_jax(
     found = cluster.find(coordinator, num_processes, process_id)
     said = jax.config.jax_num_cpu_devices != -1 or "device_count" in os.environ.get("XLA_FLAGS", "")
     if found is None and cpu_devices > 1 and not said:
-        jax.config.update("jax_num_cpu_devices", cpu_devices)
+        with contextlib.suppress(RuntimeError):  # JAX has started, in a notebook or a test
+            jax.config.update("jax_num_cpu_devices", cpu_devices)
     if found is not None:
         logging.getLogger("vitcls").info("several processes: %s", found.found)
         terminal.chatter_to_stderr()

@@ -410,6 +410,13 @@ def test_a_split_that_is_streamed_does_not_stay_on_the_devices():
     assert first() is None
 
 
+@pytest.mark.parametrize("random_resized_crop", [False, True])
+def test_an_image_is_a_row_on_the_devices(random_resized_crop):
+    partition, block = sharding.all_devices("data"), config(random_resized_crop=random_resized_crop)
+    batches = data.train_batches(dataset(), block, partition=partition, batch_size=16, seed=0)
+    assert batches.host_inputs(0, 1)["image"].shape == (40, 6 * 6 * 3)
+
+
 def test_the_order_of_an_epoch_is_made_once():
     partition = sharding.all_devices("data")
     batches = data.train_batches(dataset(), config(), partition=partition, batch_size=16, seed=0)

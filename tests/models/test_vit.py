@@ -360,6 +360,34 @@ def test_tokens_that_are_added_for_a_kernel_are_seen_by_nobody(build, monkeypatc
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("form", "tokens", "more"),
+    [("cudnn", 197, 3), ("cudnn", 65, 7), ("padded", 197, 3), ("padded", 200, 0), ("padded", 65, 0), ("xla", 197, 0)],
+)
+def test_how_many_tokens_a_form_adds(form, tokens, more):
+    assert attention.padding(tokens, form) == more
+
+
+def test_tokens_padded_as_for_a_tpu_change_no_number():
+    images = np.random.default_rng(0).normal(size=(2, 14, 14, 3)).astype(np.float32)
+    model = plain(patch_size=1, depth=2, attention="xla")  # 197 tokens
+    params = random_params(model, images)
+
+    @functools.partial(compiled, static_argnums=0)
+    def value_and_gradients(model, params):
+        return jax.value_and_grad(lambda params: jnp.sum(model.apply({"params": params}, images, train=True) ** 2))(
+            params
+        )
+
+    padded = model.clone(attention="padded")
+    trace = jax.make_jaxpr(lambda params: padded.apply({"params": params}, images, train=True))(params)
+    assert "f32[2,200,16]" in str(trace) and "f32[2,2,200,200]" in str(trace)
+    ours, theirs = value_and_gradients(padded, params), value_and_gradients(model, params)
+    jax.tree.map(
+        lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4 * abs(two).max()), ours, theirs
+    )
+
+
 def test_gelu_is_that_of_the_paper_and_so_is_its_slope():
     x = np.linspace(-6, 6, 121)
     cdf = 0.5 * (1 + scipy.special.erf(x / np.sqrt(2)))

@@ -114,3 +114,12 @@ def test_the_environment_goes_first(tmp_path):
     assert "3 x cpu" in train(tmp_path, "a", *arguments, "--config.batch_size=18", JAX_NUM_CPU_DEVICES="3")
     flag = "--xla_force_host_platform_device_count=4"
     assert "4 x cpu" in train(tmp_path, "b", *arguments, XLA_FLAGS=f"{os.environ['XLA_FLAGS']} {flag}")
+
+
+def test_where_jax_has_started_it_stays_as_it_is():
+    program = (
+        "import jax; jax.devices(); from vitcls import cli; cli.start_jax(cpu_devices=2); print(len(jax.devices()))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "1\n"), ran.stderr

@@ -2,6 +2,7 @@
 
 'xla'     JAX's own, plain products
 'folded'  products of [B * heads, N, D], with a written gradient: on a CPU, where 'xla' moves axes before each product
+'padded'  'xla', for tokens that the model has padded to a multiple of 8, which is how TPUs lay them out
 'cudnn'   NVIDIA's fused kernels
 'auto'    'xla', which a run replaces by what trains the fastest on its devices: `forms.for_device`
 """
@@ -12,13 +13,15 @@ import re
 import jax
 import jax.numpy as jnp
 
-FORMS = ("auto", "xla", "folded", "cudnn")
-_MULTIPLE = 8  # of tokens, which cuDNN's backward pass wants
+FORMS = ("auto", "xla", "folded", "padded", "cudnn")
+_MULTIPLE = 8  # of tokens, which cuDNN's backward pass wants, and TPUs
+_PADDED_SHARE = 1 / 32  # of the tokens that 'padded' adds at most: what all blocks compute in vain
 
 
 def padding(tokens: int, form: str) -> int:
-    """How many tokens to add for the kernels of a form."""
-    return -tokens % _MULTIPLE if form == "cudnn" else 0
+    """How many tokens a model adds, once for all of its blocks."""
+    more = -tokens % _MULTIPLE
+    return more if form == "cudnn" or (form == "padded" and more <= tokens * _PADDED_SHARE) else 0
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, form: str, length: int = 0) -> jax.Array:
@@ -34,7 +37,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, form: str, length
 
         return _folded(fold(query), fold(key), fold(value)).reshape(batch, heads, tokens, dim).transpose(0, 2, 1, 3)
     implementation = "cudnn" if form == "cudnn" else "xla"
-    if more := padding(tokens, form):
+    more = 0 if form == "padded" else padding(tokens, form)
+    if more:
         query, key, value = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (query, key, value))
     lengths = {}
     if query.shape[1] != (length or tokens):

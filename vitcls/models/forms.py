@@ -15,7 +15,10 @@ from vitcls.models import attention
 FIELDS = ("attention", "feed_forward", "grouped_conv")  # of models that say it
 # By platform; elsewhere 'xla'. See benchmarks/grouped_conv.py and benchmarks/attention.py.
 FASTEST_GROUPED_CONV = {"cpu": "cpu"}
-FASTEST_ATTENTION = {"cpu": "folded"}  # on NVIDIA's GPUs 'cudnn', where it runs, and for feed_forward 'pallas'
+FASTEST_ATTENTION = {
+    "cpu": "folded",
+    "tpu": "padded",
+}  # on NVIDIA's GPUs 'cudnn', where it runs, and for feed_forward 'pallas'
 _logger = logging.getLogger("vitcls")
 
 

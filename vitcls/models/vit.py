@@ -103,7 +103,7 @@ class VisionTransformer(nn.Module):
                 return True
 
     def _padding(self, tokens: int) -> int:
-        """Tokens to add once for all blocks, where nothing but attention looks from one token at another."""
+        """Tokens to add, where nothing but attention looks from one token at another."""
         explicit = self.is_mutable_collection("intermediates") or self.attention_dropout
         return 0 if explicit or self.local_conv or self.squeeze_excite else attention.padding(tokens, self.attention)
 
