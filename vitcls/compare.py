@@ -20,6 +20,7 @@ from vitcls.core.errors import UserError
 from vitcls.metrics import METRICS, comparison
 from vitcls.metrics.resampling import LEVEL, RESAMPLES
 from vitcls.report import comparison as pages
+from vitcls.report.write import check_out
 from vitcls.training import metrics_log, run_dir, seed_groups
 from vitcls.training.predictions import Predictions, check_same_images, read_predictions
 
@@ -36,7 +37,7 @@ def compare(workdirs: Sequence[os.PathLike | str], out: os.PathLike | str = "") 
     """
     runs = _read(workdirs)
     if out:
-        _check_out(pathlib.Path(out))
+        check_out(pathlib.Path(out), pages.FILES, "a comparison")
     configs = [seed_groups.flat_config(run.run.config) for run in runs]
     members = seed_groups.group_seeds([run.run.path for run in runs], configs)
     labels, scores = runs[0].labels, [_score(run) for run in runs]
@@ -82,15 +83,6 @@ def _score(run: Predictions) -> comparison.Scores:
     if run.labels.size * run.run.info.num_classes > _MANY:
         _logger.info("resampling the predictions of %s", run.run.path)
     return comparison.score(run.labels, run.probabilities())
-
-
-def _check_out(out: pathlib.Path) -> None:
-    """Raises UserError where `out` is in use for something else: it would be replaced."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file; name a directory")
-    other = sorted(path.name for path in out.iterdir() if path.name not in pages.FILES) if out.is_dir() else []
-    if other:
-        raise UserError(f"--out={out} holds {other[0]}, which is no file of a comparison; name another directory")
 
 
 def _row(run: Predictions, group: str, scores: comparison.Scores) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from vitcls.probe.cross_validation import cross_validated
 from vitcls.probe.run import with_features
 from vitcls.report import findings
 from vitcls.report.findings import Plot, Table, Text, interval
+from vitcls.report.write import check_out
 from vitcls.training import initial, places, run_dir
 
 PART = "inspect"  # of a run's workdir
@@ -93,7 +94,7 @@ def inspect(config: configs.ConfigDict, out: pathlib.Path, *, data_dir: str = ""
     config = configs.resolve(config)
     configs.validate(config)
     out = out.absolute()
-    _check_out(out)
+    check_out(out, FILES, "an inspection")
     dataset = data.load(config.dataset, data_dir=run_dir.data_dir(None, config, data_dir))
     compute = None
     if config.probe.features != NO_LABELS:
@@ -105,14 +106,6 @@ def inspect(config: configs.ConfigDict, out: pathlib.Path, *, data_dir: str = ""
     metrics = _metrics(images, found, folds)
     _write(out, images, found, metrics)
     return metrics
-
-
-def _check_out(out: pathlib.Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file; name a directory")
-    other = sorted(path.name for path in out.iterdir() if path.name not in FILES) if out.is_dir() else []
-    if other:
-        raise UserError(f"--out={out} holds {other[0]}, which is no file of an inspection; name another directory")
 
 
 def _features(config: configs.ConfigDict, dataset: data.Dataset) -> Callable[[data.Split], np.ndarray]:

@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -139,6 +139,15 @@ def _drawings(
             lambda: plots.reliability(labels, probabilities),
         ),
     }
+
+
+def check_out(out: pathlib.Path, files: Collection[str], what: str) -> None:
+    """Raises UserError where `out` exists and holds more than `files`, those of `what`: it would be replaced."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is a file; name a directory")
+    other = sorted(path.name for path in out.iterdir() if path.name not in files) if out.is_dir() else []
+    if other:
+        raise UserError(f"--out={out} holds {other[0]}, which is no file of {what}; name another directory")
 
 
 def begin(directory: pathlib.Path) -> pathlib.Path:
