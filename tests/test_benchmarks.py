@@ -19,6 +19,7 @@ from scipy import stats
 
 from benchmarks import (
     agreement,
+    cpu_devices,
     harness,
     intervals,
     lease,
@@ -279,6 +280,12 @@ def test_an_epoch_has_other_peers_than_a_step():
     assert versus.choose_peers("", versus.EPOCH_PEERS) == ["keras", "torch"]
     with pytest.raises(UserError, match=r"peer 'timm' is not known\. Known: keras, torch"):
         versus.choose_peers("keras,timm", versus.EPOCH_PEERS)
+
+
+@pytest.mark.eight_devices
+def test_one_and_two_cpu_devices_take_turns_on_one_batch():
+    row = cpu_devices.describe("lenet5", 32, 8, ("model.hidden_width=8",), repeats=1)
+    assert row["one device ms"] > 0 and row["one / two"] == pytest.approx(row["one device ms"] / row["two ms"])
 
 
 def test_an_unknown_model_is_one_line_and_code_2():
