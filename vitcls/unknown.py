@@ -72,8 +72,10 @@ def unknown(
         "score": chosen,
         "threshold": limit,
         "kept_on_test": float(np.mean(known[chosen] >= limit)),
+        "ood_data_dir": os.path.abspath(ood_data_dir) if ood_data_dir else "",
         "sets": {
             o: {
+                "place": _place(o),
                 "num_examples": int((~halves[o]).sum()),
                 "found": float(np.mean(others[o][chosen][~halves[o]] < limit)),
                 "scores": {s: separation(known[s], others[o][s][~halves[o]]) for s in names},
@@ -116,6 +118,11 @@ def _strangers(opened: Opened, name: str, data_dir: str) -> data.Split:
         images = predict.read_all([files[i] for i in np.sort(chosen)], opened.trained)
         return data.Split(images, np.zeros(len(images), np.int32))
     return _take(_test_of(opened, name, data_dir), opened.trained.info.image_shape)
+
+
+def _place(name: str) -> str:
+    """What `--ood` would be in another directory: a folder or a file by its whole path, a data set by its name."""
+    return os.path.abspath(name) if name.endswith(".npz") or pathlib.Path(name).is_dir() else name
 
 
 def _test_of(opened: Opened, name: str, data_dir: str) -> data.Split:

@@ -78,10 +78,11 @@ def _find_threshold(champion: pathlib.Path, out: pathlib.Path, data_dir: str) ->
     """By the same score and the same strangers."""
     try:
         found = json.loads((champion / UNKNOWN / "metrics.json").read_text(encoding="utf-8"))
-        strangers, score = list(found["sets"]), found["score"]
+        strangers = [of.get("place", name) for name, of in found["sets"].items()]
+        score, ood_data_dir = found["score"], found.get("ood_data_dir", "")  # older runs have the names alone
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{champion / UNKNOWN / 'metrics.json'} cannot be used ({error})") from None
-    unknown(out, strangers, score=score, data_dir=data_dir)
+    unknown(out, strangers, score=score, data_dir=data_dir, ood_data_dir=ood_data_dir)
 
 
 def retrained(workdir: pathlib.Path, flags: argparse.Namespace, overrides: list) -> configs.ConfigDict:
