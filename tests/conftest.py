@@ -35,7 +35,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_configure(config):
     """Keeps compiled programs and indexes of this run in one directory of its own, not in the user's."""
     sys.dont_write_bytecode = False
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would hand on that it is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would hand on that it is ignored
     if not hasattr(config, "workerinput"):  # xdist's workers inherit the environment
         directory = tempfile.TemporaryDirectory(prefix="vitcls-")
         config.add_cleanup(directory.cleanup)
