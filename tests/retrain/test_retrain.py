@@ -158,7 +158,7 @@ def test_the_whole_loop(loop, capsys, no_pictures):
 
 
 def test_the_threshold_of_the_unknown_is_found_again(loop, no_pictures, monkeypatch):
-    """Of the new weights, by the score and the strangers of before, from anywhere; 95 % of validation images are known."""
+    """Of the new weights, by the score and the strangers of before, from anywhere; 95 % of validation is known."""
     root, store = loop
     noise = np.random.default_rng(0).integers(0, 256, (2, 40, 8, 8, 1), np.uint8)
     labels = np.arange(40, dtype=np.int32) % 2
