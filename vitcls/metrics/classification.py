@@ -54,18 +54,22 @@ def _per_class(evidence: Evidence, class_names: Sequence[str]) -> list[dict[str,
     return [row(k, name) for k, name in enumerate(class_names)]
 
 
+def confusion_of(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """How many examples of each true class (rows) were taken for each class, int64 [K, K]."""
+    confusion = np.zeros((probabilities.shape[1],) * 2, np.int64)
+    np.add.at(confusion, (labels, probabilities.argmax(axis=1)), 1)
+    return confusion
+
+
 def evidence_of(labels: np.ndarray, probabilities: np.ndarray) -> Evidence:
     """What predictions alone say, labels int [N] and probabilities float32 [N, K] whose rows sum to 1."""
-    num_classes = probabilities.shape[1]
-    confusion = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(confusion, (labels, probabilities.argmax(axis=1)), 1)
     ranks = ranks_of_true_class(labels, probabilities)
     sums = {
         "loss": negative_log_likelihood(labels, probabilities).sum(),
         "correct": np.sum(ranks == 0),
         "correct_top5": np.sum(ranks < 5),
         "count": len(labels),
-        "confusion": confusion,
+        "confusion": confusion_of(labels, probabilities),
     }
     return Evidence(sums, labels, probabilities)
 

@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter
 from vitcls import metrics
 from vitcls.core.terminal import printable
 from vitcls.metrics import METRICS
+from vitcls.metrics.classification import confusion_of
 
 # Okabe & Ito's colours, which people with any colour vision can tell apart; lines differ in their dashes besides.
 BLUE, ORANGE, RED, SKY = "#0072B2", "#E69F00", "#D55E00", "#56B4E9"
@@ -109,8 +110,7 @@ def confusion_matrix(labels: np.ndarray, probabilities: np.ndarray, class_names:
     Up to 20 classes every cell says its share. The colours follow the square root of the share: rare confusions show.
     """
     num_classes = len(class_names)
-    counts = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(counts, (labels, probabilities.argmax(axis=1)), 1)
+    counts = confusion_of(labels, probabilities)
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     few = num_classes <= 20
     many = num_classes > _MOST_NAMED
