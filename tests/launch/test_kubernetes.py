@@ -1,11 +1,12 @@
 """The manifests of launch/kubernetes are what Kubernetes and JobSet read, and their pods find each other.
 
-The schemas are those of `kubeflow-trainer-api`: the published OpenAPI of Kubernetes (Job, Pod) and of the JobSet CRD
-(v1alpha2), as classes.
+The schemas are those of `kubeflow-trainer-api`, the published OpenAPI of Kubernetes (Job, Pod) and of the JobSet CRD
+(v1alpha2) as classes, and for what it lacks those of `kubernetes-validate`, the same of Kubernetes 1.37.
 """
 
 import pathlib
 
+import kubernetes_validate
 import pydantic
 import pytest
 import yaml
@@ -101,12 +102,26 @@ def test_the_image_has_what_the_command_names(name):
             assert all((FOLDER.parents[1] / source).exists() for source in line.split()[1:-1])
 
 
+def validate(manifest):
+    """Raises where a value has the wrong type or is missing, or where a key is not in the schema."""
+    kubernetes_validate.validate(manifest, "1.37", strict=True)
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda spec: spec.update(replica=3), lambda spec: spec.update(replicas="two"), lambda spec: spec.clear()]
+)
+def test_the_schema_finds_what_is_wrong_with_a_deployment(spoil):
+    deployment, _ = yaml.safe_load_all((FOLDER / "serve.yaml").read_text())
+    spoil(deployment["spec"])
+    with pytest.raises(kubernetes_validate.ValidationError):
+        validate(deployment)
+
+
 def test_the_server_is_a_deployment_that_is_ready_when_its_model_is():
-    """The schema of Deployment itself is not at hand; those of the pods and of the Service are."""
     deployment, service = yaml.safe_load_all((FOLDER / "serve.yaml").read_text())
+    validate(deployment)
+    validate(service)
     template = deployment["spec"]["template"]
-    assert models.IoK8sApiCoreV1PodTemplateSpec.from_dict(template).to_dict() == template
-    assert models.IoK8sApiCoreV1Service.from_dict(service).to_dict() == service
     assert deployment["apiVersion"] == "apps/v1" and deployment["spec"]["replicas"] > 1
     labels = template["metadata"]["labels"]
     assert deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"] == labels
