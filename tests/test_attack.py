@@ -24,7 +24,7 @@ def call(arguments, capsys):
 @pytest.fixture(scope="module")
 def attacked(trained, tmp_path_factory):
     path = shutil.copytree(trained, tmp_path_factory.mktemp("attacked") / "run")
-    assert cli.run(attack.main, [f"--workdir={path}", "--eps=0.1,0.4", *FAST]) == 0
+    assert cli.run(attack.main, [f"--workdir={path}", "--eps=25.5/255,0.4", *FAST]) == 0
     return path
 
 
@@ -86,6 +86,8 @@ def test_the_forward_pass_of_an_opened_run_is_that_of_its_predictions(trained):
         (["--attack=pdg"], "attack 'pdg' is not known; did you mean 'pgd'?"),
         (["--norm=l1"], "--norm"),
         (["--eps=0"], "--eps=0 must be numbers above 0"),
+        (["--eps=8/2/3"], "--eps=8/2/3 must be numbers above 0"),
+        (["--eps=nan,1"], "must be numbers above 0"),
         (["--eps=8/0"], "--eps=8/0 must be numbers above 0"),
         (["--eps=much"], "--eps=much must be numbers above 0"),
         (["--eps=0.1,-0.2"], "must be numbers above 0"),

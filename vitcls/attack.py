@@ -12,7 +12,6 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from typing import Any
 
 import jax
@@ -269,9 +268,10 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _numbers(text: str) -> list[float]:
-    """'8/255' or '0.1,0.2', in ascending order."""
+    """'8/255', '0.5/255,1/255' or '0.1,0.2', in ascending order."""
+    fractions = [part.partition("/") for part in text.split(",")]
     try:
-        numbers = sorted({float(Fraction(part.strip())) for part in text.split(",")})
+        numbers = sorted({float(over) / float(under if slash else 1) for over, slash, under in fractions})
     except (ValueError, ZeroDivisionError):
         numbers = [0.0]
     if not 0 < numbers[0] <= numbers[-1] < np.inf:
