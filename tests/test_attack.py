@@ -87,7 +87,7 @@ def test_the_forward_pass_of_an_opened_run_is_that_of_its_predictions(trained):
         (["--norm=l1"], "--norm"),
         (["--eps=0"], "--eps=0 must be numbers above 0"),
         (["--eps=8/2/3"], "--eps=8/2/3 must be numbers above 0"),
-        (["--eps=nan,1"], "must be numbers above 0"),
+        (["--eps=1,nan,2"], "must be numbers above 0"),
         (["--eps=8/0"], "--eps=8/0 must be numbers above 0"),
         (["--eps=much"], "--eps=much must be numbers above 0"),
         (["--eps=0.1,-0.2"], "must be numbers above 0"),

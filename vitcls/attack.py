@@ -274,7 +274,7 @@ def _numbers(text: str) -> list[float]:
         numbers = sorted({float(over) / float(under if slash else 1) for over, slash, under in fractions})
     except (ValueError, ZeroDivisionError):
         numbers = [0.0]
-    if not 0 < numbers[0] <= numbers[-1] < np.inf:
+    if not all(0 < number < np.inf for number in numbers):
         raise UserError(f"--eps={text} must be numbers above 0, such as 8/255 or 0.1,0.2,0.3")
     return numbers
 
