@@ -69,7 +69,7 @@ def test_what_is_printed_is_what_is_written(written):
     rows = [line for line in printed.splitlines() if line.startswith("|")]
     assert re.match(r"\| Group +\| Seeds +\| Letters +\| Accuracy", rows[0])
     assert len({line.count("|") for line in rows[:4]}) == len({len(line) for line in rows[:4]}) == 1
-    assert "The permutation test asks whether two recipes differ" in printed and "McNemar" not in printed
+    assert "Welch's t test asks whether two recipes differ" in printed and "McNemar" not in printed
 
 
 def test_seeds_are_grouped_and_their_metrics_are_those_of_the_reports(runs, written):
@@ -87,17 +87,17 @@ def test_seeds_are_grouped_and_their_metrics_are_those_of_the_reports(runs, writ
     assert result["units"]["loss"] == "nats (cross-entropy)"
 
 
-def test_the_pair_of_recipes_has_the_permutation_test(runs, written):
+def test_the_pair_of_recipes_has_a_test_of_its_seeds(runs, written):
     _, printed, result = written
     (pair,) = result["pairs"]
     a, b = ([accuracy(runs / f"{pair[key]}-seed{k}") for k in (0, 1)] for key in "ab")
     expected = stats.permutation_test(
         (a, b), lambda a, b: abs(np.mean(a) - np.mean(b)), alternative="greater", vectorized=False
     ).pvalue
-    assert (pair["test"], pair["permutations"], pair["exact"]) == ("permutation", 6, True)
-    assert pair["p"] == pytest.approx(expected)
-    assert not pair["separated"]  # of two seeds each, p is at least 1/3
-    assert [group["letters"] for group in result["groups"]] == ["a", "a"]
+    assert pair["test"] == "welch"  # of two seeds each, a permutation test's p is at least 1/3
+    assert pair["permutation_p"] == pytest.approx(expected)
+    assert f"Welch, t({pair['freedom']:.1f}) = {pair['t']:.2f}" in printed
+    assert (pair["p"] <= 0.05) == pair["separated"] == ([group["letters"] for group in result["groups"]] == ["a", "b"])
     if pair["differences"]["accuracy"]["value"]:
         assert "points of accuracy: " in printed
 

@@ -168,7 +168,7 @@ def test_the_results_hold_every_run_and_the_papers_figures_as_the_papers(done):
     assert "Accuracy, the paper's" in text and "| 90.00% |" in text
     mean, deviation = np.mean(accuracies), np.std(accuracies, ddof=1)
     assert f"| wide | 2 | a | {mean:.2%} ± {deviation:.2%} |" in text
-    assert "8 of 10 runs have finished" in text and "permutation test" in text
+    assert "8 of 10 runs have finished" in text and "Welch's t test over seeds" in text
     parameters = report["parameters"]
     assert f"| {parameters:,} ± 0 |" in text
     page = (directory / "index.html").read_text()

@@ -11,6 +11,7 @@ from vitcls.metrics.comparison import compare, disagreements, score
 from vitcls.metrics.resampling import METRICS_OF_PREDICTIONS
 
 LABELS = np.arange(200) % 4
+SKILLS = {"bad": 0.2, "fair": 1.2, "good": 2.6, "best": 2.62}
 
 
 def run(skill, seed=0):
@@ -52,6 +53,23 @@ def test_the_test_of_a_pair_follows_from_its_seeds(several):
         assert (pair["test"], pair["p"], pair["p_holm"], pair["separated"]) == (None, None, None, False)
         assert pair["seeds_needed"] is None
     assert [group["letters"] for group in several["groups"]] == ["ab", "a", "b"]
+
+
+def test_seeds_too_few_for_a_permutation_test_have_welchs():
+    """Of 4 seeds each p is at least 2 / 70, which separates two groups, but none of four after the correction."""
+    groups = {name: scored(skill, *range(4 * i, 4 * i + 4)) for i, (name, skill) in enumerate(SKILLS.items())}
+    result = compare(groups)
+    assert {pair["test"] for pair in result["pairs"]} == {"welch"}
+    for pair in result["pairs"]:
+        a, b = ([run.metrics["accuracy"] for run in groups[pair[key]]] for key in "ab")
+        expected = stats.ttest_ind(a, b, equal_var=False)
+        assert (pair["p"], pair["t"], pair["freedom"]) == pytest.approx(
+            (expected.pvalue, expected.statistic, expected.df)
+        )
+        assert pair["permutation_p"] >= 2 / 70
+    letters = {group["name"]: group["letters"] for group in result["groups"]}
+    assert letters == {"best": "a", "good": "a", "fair": "b", "bad": "c"}
+    json.dumps(result, allow_nan=False)
 
 
 def test_single_runs_have_mcnemars_test_corrected_for_all_pairs():

@@ -9,11 +9,13 @@ from scipy import stats
 from vitcls.metrics.significance import (
     MOST_PERMUTATIONS,
     holm,
+    least_p,
     letters,
     mcnemar_exact,
     permutation_test,
     pooled_deviation,
     seeds_needed,
+    welch_test,
 )
 
 
@@ -125,5 +127,35 @@ def test_seeds_needed_find_the_difference_in_four_cases_of_five():
 def test_seeds_needed_at_the_edges():
     assert seeds_needed(0.0, 1.0) is None
     assert seeds_needed(1e-6, 1.0) is None
-    assert seeds_needed(1.0, 0.0) == seeds_needed(50.0, 1.0) == 4  # of 3 each, no permutation test comes below 0.1
-    assert permutation_test([1, 2, 3, 4], [11, 12, 13, 14]).p <= 0.05 < permutation_test([1, 2, 3], [11, 12, 13]).p
+    assert seeds_needed(1.0, 0.0) == seeds_needed(50.0, 1.0) == 2  # without a deviation there is no variance
+    assert seeds_needed(1.0, 1.0, alpha=0.05 / 78) > 2 * seeds_needed(1.0, 1.0)  # of the pairs of 13 rows
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 3), (2, 5), (4, 3)])
+def test_the_least_p_is_that_of_groups_far_apart(sizes):
+    a, b = np.arange(sizes[0]), 100 + np.arange(sizes[1])
+    assert permutation_test(a, b).p == pytest.approx(least_p(*sizes))
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 3), (2, 7)])
+@pytest.mark.parametrize("shift", [0.0, 1.5, 60.0])
+def test_welchs_test_is_scipys(sizes, shift):
+    rng = np.random.default_rng(sum(sizes))
+    a, b = rng.normal(size=sizes[0]), rng.normal(shift, 3, size=sizes[1])
+    test, expected = welch_test(a, b, step=1e-9), stats.ttest_ind(a, b, equal_var=False)
+    assert tuple(test) == pytest.approx((expected.pvalue, expected.statistic, expected.df))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4])
+@pytest.mark.parametrize(("images", "deviation"), [(359, 0.003), (359, 0.001), (10_000, 0.002), (10_000, 0.0003)])
+def test_equal_recipes_are_seldom_separated(seeds, images, deviation):
+    """At 0.05, and at the level that Holm's correction for 78 pairs begins with; accuracies are of whole images."""
+    rng = np.random.default_rng(0)
+    scores = np.round(images * rng.normal(0.95, deviation, (4_000, 2, seeds))) / images
+    p = np.array([welch_test(a, b, step=1 / images).p for a, b in scores])
+    assert np.mean(p <= 0.05) <= 0.055 and np.mean(p <= 0.05 / 78) <= 0.001
+
+
+def test_seeds_that_are_equal_by_chance_do_not_make_a_difference_certain():
+    assert 0.01 < welch_test([0.98] * 3, [0.98 - 1 / 359] * 3, step=1 / 359).p < 0.02
+    assert welch_test([0.98] * 3, [0.98] * 3, step=1 / 359).p == 1

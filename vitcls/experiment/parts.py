@@ -165,9 +165,16 @@ def _letters(compared: dict[str, Any] | None) -> list[str]:
     """What the letters mean, and about how many seeds more would separate the best row from those that share its."""
     if not compared or len(compared["groups"]) < 2:
         return []
+    names = {
+        "mcnemar": "McNemar's exact test between single runs",
+        "permutation": "a permutation test over seeds",
+        "welch": "Welch's t test over seeds, of which there are too few for a permutation test",
+    }
+    used = {pair["test"] for pair in compared["pairs"]}
+    tests = "; ".join(text for test, text in names.items() if test in used)
     line = (
-        f"Rows that share a letter are not separated by a paired test at {compared['alpha']:g}, adjusted for all "
-        "pairs (Holm): McNemar's exact test between single runs, a permutation test over seeds."
+        f"Rows that share a letter are not separated at {compared['alpha']:g}, adjusted for all pairs (Holm): "
+        f"{tests or 'a row of one seed against one of several has no test'}."
     )
     seeds = {group["name"]: group["num_seeds"] for group in compared["groups"]}
     best = compared["groups"][0]["name"]

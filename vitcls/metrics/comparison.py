@@ -20,11 +20,13 @@ from vitcls.metrics.resampling import (
 )
 from vitcls.metrics.significance import (
     holm,
+    least_p,
     letters,
     mcnemar_exact,
     permutation_test,
     pooled_deviation,
     seeds_needed,
+    welch_test,
 )
 
 ALPHA = 0.05
@@ -61,13 +63,15 @@ def compare(groups: Groups, alpha: float = ALPHA) -> dict[str, Any]:
     """Every group, best accuracy first, and every pair of them, as plain JSON; all numbers are finite or None.
 
     The interval of a group is that of the mean over its seeds, on images drawn anew; `deviation` is that between seeds.
-    p is of McNemar's exact test where both have one seed, of the permutation test of their accuracies where both have
-    several, else None; `p_holm` is adjusted for all pairs that are tested.
+    p is of McNemar's exact test where both have one seed. Where both have several it is of their accuracies: of the
+    permutation test if these seeds can separate anything by it, after Holm's correction, else of Welch's t test, with
+    `permutation_p` beside it. Else it is None; `p_holm` is adjusted for all pairs that are tested.
     """
     groups = dict(sorted(groups.items(), key=lambda group: -_mean(group[1], "accuracy")))
     names = list(groups)
     indices = list(itertools.combinations(range(len(names)), 2))
-    pairs = [_pair(names[i], names[j], groups[names[i]], groups[names[j]]) for i, j in indices]
+    strictest = alpha / max(sum(_is_tested(groups[names[i]], groups[names[j]]) for i, j in indices), 1)
+    pairs = [_pair(names[i], names[j], groups[names[i]], groups[names[j]], strictest) for i, j in indices]
     tested = [pair for pair in pairs if pair["p"] is not None]
     for pair, p in zip(tested, holm([pair["p"] for pair in tested]), strict=True):
         pair |= {"p_holm": float(p), "separated": bool(p <= alpha)}
@@ -98,7 +102,11 @@ def _intervals(runs: Sequence[Scores]) -> dict[str, dict[str, float | None]]:
     return rows
 
 
-def _pair(name_a: str, name_b: str, a: Sequence[Scores], b: Sequence[Scores]) -> dict[str, Any]:
+def _is_tested(a: Sequence[Scores], b: Sequence[Scores]) -> bool:
+    return len(a) == len(b) == 1 or min(len(a), len(b)) > 1
+
+
+def _pair(name_a: str, name_b: str, a: Sequence[Scores], b: Sequence[Scores], strictest: float) -> dict[str, Any]:
     differences = {}
     for name in METRICS_OF_PREDICTIONS:
         low, high = bootstrap_interval(_resampled(a, name) - _resampled(b, name))
@@ -107,10 +115,10 @@ def _pair(name_a: str, name_b: str, a: Sequence[Scores], b: Sequence[Scores]) ->
         "a": name_a,
         "b": name_b,
         "differences": differences,
-        **_test(a, b),
+        **_test(a, b, strictest),
         "p_holm": None,
         "separated": False,
-        "seeds_needed": _seeds_needed(a, b),
+        "seeds_needed": _seeds_needed(a, b, strictest),
     }
 
 
@@ -118,24 +126,28 @@ def _accuracies(runs: Sequence[Scores]) -> list[float]:
     return [run.metrics["accuracy"] for run in runs]
 
 
-def _test(a: Sequence[Scores], b: Sequence[Scores]) -> dict[str, Any]:
-    """The test that answers the question which these runs allow."""
-    if len(a) == len(b) == 1:
+def _test(a: Sequence[Scores], b: Sequence[Scores], strictest: float) -> dict[str, Any]:
+    """The test of the question that these runs allow; `strictest` is the first level of Holm's correction."""
+    if not _is_tested(a, b):
+        return {"test": None, "p": None}
+    if len(a) == 1:
         only_a = int(np.count_nonzero(a[0].correct & ~b[0].correct))
         only_b = int(np.count_nonzero(b[0].correct & ~a[0].correct))
         return {"test": "mcnemar", "only_a": only_a, "only_b": only_b, "p": mcnemar_exact(only_a, only_b)}
-    if min(len(a), len(b)) > 1:
-        test = permutation_test(_accuracies(a), _accuracies(b))
-        return {"test": "permutation", **test._asdict()}
-    return {"test": None, "p": None}
+    permuted = permutation_test(_accuracies(a), _accuracies(b))
+    if least_p(len(a), len(b)) <= strictest:
+        return {"test": "permutation", **permuted._asdict()}
+    welch = welch_test(_accuracies(a), _accuracies(b), step=1 / len(a[0].correct))
+    return {"test": "welch", **welch._asdict(), "permutation_p": permuted.p}
 
 
-def _seeds_needed(a: Sequence[Scores], b: Sequence[Scores]) -> int | None:
+def _seeds_needed(a: Sequence[Scores], b: Sequence[Scores], strictest: float) -> int | None:
     """Of each group, to separate them; None where no deviation between seeds is known."""
     if min(len(a), len(b)) < 2:
         return None
     scores = _accuracies(a), _accuracies(b)
-    return seeds_needed(float(np.mean(scores[0]) - np.mean(scores[1])), pooled_deviation(*scores))
+    difference = float(np.mean(scores[0]) - np.mean(scores[1]))
+    return seeds_needed(difference, pooled_deviation(*scores), alpha=strictest)
 
 
 def disagreements(groups: Groups, labels: np.ndarray, count: int = 18) -> list[dict[str, Any]]:

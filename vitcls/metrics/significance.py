@@ -1,7 +1,7 @@
 """Is one classifier better than another? Tests, their correction for many pairs, and how many seeds would tell.
 
-`mcnemar_exact`, two-sided or one-sided, is of two trained models, `permutation_test` of two training recipes, each by
-the scores of its seeds.
+`mcnemar_exact`, two-sided or one-sided, is of two trained models; `permutation_test` and `welch_test` are of two
+training recipes, each by the scores of its seeds.
 """
 
 import bisect
@@ -73,6 +73,39 @@ def permutation_test(
     return PermutationTest(p, len(first), exact)
 
 
+def least_p(a: int, b: int) -> float:
+    """The least p that a permutation test of `a` and `b` seeds can have, with all permutations."""
+    return (2 if a == b else 1) / math.comb(a + b, a)
+
+
+class WelchTest(NamedTuple):
+    """The two-sided p, Student's t and its degrees of freedom."""
+
+    p: float
+    t: float
+    freedom: float
+
+
+def welch_test(a: Sequence[float], b: Sequence[float], step: float) -> WelchTest:
+    """Welch's t test of the means of two groups, each with a deviation of its own (Welch 1947).
+
+    The variance of a group is taken as no less than step ** 2 / 12, that of rounding: a few accuracies on few images
+    may be equal by chance.
+
+    Args:
+      a, b: one score per seed, at least two each; the groups may differ in size.
+      step: what scores are multiples of, 1 / N for the accuracy on N images; above 0.
+    """
+    from scipy.special import stdtr
+
+    squares = [max(float(np.var(group, ddof=1)), step**2 / 12) / len(group) for group in (a, b)]
+    t = float(np.mean(a) - np.mean(b)) / math.sqrt(sum(squares))
+    freedom = sum(squares) ** 2 / sum(
+        square**2 / (len(group) - 1) for square, group in zip(squares, (a, b), strict=True)
+    )
+    return WelchTest(2 * float(stdtr(freedom, -abs(t))), t, freedom)
+
+
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """p values adjusted for as many tests, [tests]: below alpha they are significant all together (Holm 1979)."""
     p_values = np.asarray(p_values, np.float64)
@@ -113,13 +146,12 @@ def pooled_deviation(a: Sequence[float], b: Sequence[float]) -> float:
 def seeds_needed(difference: float, deviation: float, power: float = 0.8, alpha: float = 0.05) -> int | None:
     """Seeds of each of two groups with which a difference of the means would be found with probability `power`.
 
-    The power is that of the two-sided t test (Cohen 1988, section 2), which a permutation test comes near. It is never
-    fewer than the seeds with which a permutation test can reach `alpha` at all: 4 for 0.05. None where no number that
-    anybody trains would do, such as for no difference.
+    The power is that of the two-sided t test (Cohen 1988, section 2), which Welch's and a permutation test come near.
+    None where no number that anybody trains would do, such as for no difference.
     """
-    least = next(n for n in itertools.count(2) if 2 / math.comb(2 * n, n) <= alpha)
-    enough = bisect.bisect_left(range(least, _MOST_SEEDS), power, key=lambda n: _power(n, difference, deviation, alpha))
-    return least + enough if least + enough < _MOST_SEEDS else None
+    counts = range(2, _MOST_SEEDS)
+    enough = bisect.bisect_left(counts, power, key=lambda n: _power(n, difference, deviation, alpha))
+    return counts[enough] if enough < len(counts) else None
 
 
 def _power(n: int, difference: float, deviation: float, alpha: float) -> float:

@@ -91,6 +91,8 @@ def _test(pair: dict[str, Any]) -> str:
         return f"McNemar, {pair['only_a']:,} : {pair['only_b']:,}"
     if pair["test"] == "permutation":
         return f"permutation, {'all ' if pair['exact'] else ''}{pair['permutations']:,}"
+    if pair["test"] == "welch":
+        return f"Welch, t({pair['freedom']:.1f}) = {pair['t']:.2f}"
     return "none: one of them has one seed"
 
 
@@ -154,8 +156,11 @@ def explanation(comparison: dict[str, Any]) -> list[str]:
         "accuracy on images like these; a : b are the images that only the first and only the second gets right. It "
         "says nothing of the recipe: another seed may turn it around.",
         "permutation": "The permutation test asks whether two recipes differ when they are trained anew, by the "
-        "accuracies of their seeds on these images. Of n seeds each, p cannot be less than 2 / C(2n, n): 0.33 for 2, "
-        "0.1 for 3, 0.029 for 4.",
+        "accuracies of their seeds on these images.",
+        "welch": "Welch's t test asks whether two recipes differ when they are trained anew, by the accuracies of "
+        "their seeds on these images, and takes these as normal. It stands where a permutation test, which takes "
+        "nothing for granted, has too few seeds to separate any pair: of n each, its p cannot be less than "
+        "2 / C(2n, n), 0.33 for 2, 0.1 for 3, 0.029 for 4, before Holm's correction.",
         None: "A group of one seed against one of several has no test here: train more seeds of the former.",
     }
     resampling = (
@@ -170,7 +175,7 @@ def explanation(comparison: dict[str, Any]) -> list[str]:
         resampling,
         f"Groups share a letter unless their test separates them: p, by Holm's correction over all pairs that have a "
         f"test ({tested}), at most {alpha}. To share a letter is not to be equal. More seeds are estimated for a power "
-        "of 0.8 at a two-sided 0.05, from the pooled deviation between seeds.",
+        "of 0.8 at the first level of that correction, from the pooled deviation between seeds.",
     ]
 
 
