@@ -138,7 +138,7 @@ def start(directory, *flags):
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "vitcls.tune", f"--config={directory.parent}/config.py"),
-            *(f"--space={directory.parent}/space.py", f"--workdir={directory}", *flags),
+            *(f"--space={directory.parent}/space.py", f"--workdir={directory}", "--config.loss.l2=1e-3", *flags),
         ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
@@ -237,6 +237,7 @@ def test_the_best_config_trains_as_it_is_and_reports_on_the_test_split(searches,
     assert f"best: trial {best.number:04d}, eval/accuracy {best.score:.4f} on the validation split" in out
     config = config_file.load(whole / results.BEST_CONFIG)
     assert config.optimizer.learning_rate == best.values["optimizer.learning_rate"]
+    assert config.loss.l2 == 1e-3  # of the command line
     report = train_and_evaluate(config, tmp_path / "run")
     assert report["split"] == "test"
     trial_report = json.loads((whole / "trials" / f"{best.number:04d}" / "report" / "metrics.json").read_text())

@@ -1,7 +1,7 @@
 """Search a space of config keys by the validation split, and write the best config.
 
 vitcls tune --config=FILE[:PRESET] --space=configs/spaces/NAME.py --workdir=DIR [--method=tpe|random|grid] [--trials=N]
-    [--pruner=none|median|hyperband] [--workers=N] [--storage=URL] [--seed=0]
+    [--pruner=none|median|hyperband] [--workers=N] [--storage=URL] [--seed=0] [--config.KEY=VALUE ...]
 
 Started again it goes on, with one worker to the same trials; the same command on other machines, with
 --storage=postgresql://... and a directory that all of them see, shares the work. The test split is never read.
@@ -121,8 +121,7 @@ class Search:
 
 
 def main(argv: list[str]) -> None:
-    flags = _parse(argv)
-    config = config_file.load(flags.config)
+    flags, config = _parse(argv)
     keys = space.load(flags.space, config)
     if config.dataset.validation == 0 and not config.dataset.num_folds:
         raise UserError("a search needs a validation split; set config.dataset.validation above 0")
@@ -142,7 +141,8 @@ def main(argv: list[str]) -> None:
         print(f"Pareto front of {searching.metric} and {keys.cost}: {searching.directory / results.FRONT}")
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, configs.ConfigDict]:
+    rest, overrides = config_file.split_overrides(argv)
     parser = cli.Parser(prog=cli.program("tune"), description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, metavar="FILE[:PRESET]", help="the config that is varied")
     parser.add_argument("--space", required=True, metavar="FILE[:PRESET]", help="what is varied, of configs/spaces/")
@@ -153,11 +153,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="trials at a time")
     parser.add_argument("--storage", default="", metavar="URL", help=ledger.HELP)
     parser.add_argument("--seed", type=int, default=0, help="of the search; the runs have that of the config")
-    flags = parser.parse_args(argv)
+    flags = parser.parse_args(rest)
     for name in ("trials", "workers"):
         if getattr(flags, name) < 1:
             raise UserError(f"--{name}={getattr(flags, name)} must be at least 1")
-    return flags
+    return flags, config_file.load(flags.config, overrides)
 
 
 def _begin(searching: Search) -> None:
