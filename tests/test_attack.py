@@ -47,11 +47,12 @@ def test_accuracy_falls_with_eps_and_the_worst_is_no_better_than_any(attacked):
 def test_checks_are_of_more_images_than_are_attacked(attacked, tmp_path, capsys):
     """Of one image luck would decide, and a model that is as it should be would be refused, or a bad one pass."""
     path = shutil.copytree(attacked, tmp_path / "run")
-    code, out, _ = call([f"--workdir={path}", "--attack=fgsm", "--eps=0.1", *FAST, "--images=1"], capsys)
+    code, out, err = call([f"--workdir={path}", "--attack=fgsm", "--eps=0.1", *FAST, "--images=1"], capsys)
     found = json.loads((path / "attack" / "metrics.json").read_text())
     right = json.loads((path / "report" / "metrics.json").read_text())["accuracy"] * 24
     assert code == 0 and found["num_examples"] == 1 and found["checked_images"] == round(right) > 1
     assert f"6 checks passed on {round(right)} images" in out
+    assert err == f"checking on {round(right)} images whether attacks can be trusted\n"
 
 
 def test_where_a_check_fails_there_is_no_robust_accuracy(trained, tmp_path, capsys, monkeypatch):
@@ -65,7 +66,7 @@ def test_where_a_check_fails_there_is_no_robust_accuracy(trained, tmp_path, caps
     monkeypatch.setattr(opened.build, "make_explained", rounded)
     path = shutil.copytree(trained, tmp_path / "run")
     code, out, err = call([f"--workdir={path}", *FAST], capsys)
-    assert code == 1 and not out and len(err.splitlines()) == 1
+    assert code == 1 and not out and len(err.splitlines()) == 2  # one before the checks
     assert "no robust accuracy is given" in err and "'slopes'" in err and "--steps=4 may be too few for PGD" in err
     found = json.loads((path / "attack" / "metrics.json").read_text())
     assert "curve" not in found and "robust_accuracy" not in found

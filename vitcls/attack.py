@@ -8,6 +8,7 @@ fail on this model, no robust accuracy is given, and the exit code is 1. Writes 
 """
 
 import dataclasses
+import logging
 import os
 import pathlib
 import sys
@@ -20,6 +21,7 @@ import numpy as np
 from vitcls import attacks, cli, data
 from vitcls.attacks.checks import Check, check
 from vitcls.core.errors import RunError, UserError, unknown
+from vitcls.core.progress import show_progress
 from vitcls.core.sharding import AXIS
 from vitcls.metrics.promises import proportion
 from vitcls.report import findings
@@ -27,6 +29,7 @@ from vitcls.report.findings import Plot, Table, Text, interval
 from vitcls.training import places
 from vitcls.training.opened import Opened, open_with_data
 
+_logger = logging.getLogger("vitcls")
 PART = "attack"  # of the workdir
 ATTACKS = ("fgsm", "pgd", "apgd", "square")
 _MULTIPLES = (0.25, 0.5, 1, 2)  # of eps, on the curve
@@ -82,6 +85,7 @@ def attack(
     checked = _right_ones(opened, runner)
     if not right.any() or not len(checked[1]):
         raise RunError("the model classifies none of the images right, so there is nothing to attack")
+    _logger.info("checking on %d images whether attacks can be trusted", len(checked[1]))
     checks = check(runner, *checked, norm=budget.norm, eps=eps, steps=budget.steps, queries=budget.queries)
     metrics = {
         "dataset": opened.trained.info.name,
@@ -150,11 +154,12 @@ def _curve(
     """
     left = {name: right.copy() for name in names}
     points = [_point(0.0, left)]
-    for eps in eps_tried:
-        for name in names:
-            rows = np.flatnonzero(left[name])
-            left[name][rows] = runner.survives(budget.attack(name), images[rows], labels[rows], which[rows], eps)
-        points.append(_point(eps, left))
+    tried = [(eps, name) for eps in eps_tried for name in names]
+    for eps, name in show_progress(tried, len(tried), "attacks"):
+        rows = np.flatnonzero(left[name])
+        left[name][rows] = runner.survives(budget.attack(name), images[rows], labels[rows], which[rows], eps)
+        if name == names[-1]:
+            points.append(_point(eps, left))
     return points
 
 

@@ -22,6 +22,7 @@ from vitcls.attribution.evidence import Evidence
 from vitcls.attribution.explainer import DEFAULT, METHODS, TOLERANCE, Explainer, Heat
 from vitcls.attribution.network import make_network
 from vitcls.core.errors import UserError
+from vitcls.core.progress import show_progress
 from vitcls.metrics.promises import proportion
 from vitcls.metrics.resampling import estimate
 from vitcls.models.variables import variable_shapes
@@ -80,7 +81,7 @@ def explain(
     probabilities = explainer.probabilities(_floats(shown.pixels))
     top = np.argsort(-probabilities, axis=1, kind="stable")[:, :classes].astype(np.int32)
     found, drawn = {}, []
-    for method in methods:
+    for method in show_progress(methods, len(methods), "methods"):
         heats = [explainer.maps(method, _floats(shown.pixels), column) for column in top.T]
         drawn += _overlays(explainer, method, shown, top, heats)
         first = [one.evidence for one in drawn if one.method == method and one.label == top[one.image, 0]]

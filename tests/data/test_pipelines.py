@@ -295,7 +295,7 @@ def test_evaluation_counts_every_example_once(tmp_path, encoded):
         mask = np.concatenate([batch["mask"] for batch in got])
         images = np.concatenate([batch["image"] for batch in got])[mask > 0]
         labels = np.concatenate([batch["label"] for batch in got])[mask > 0]
-        assert [len(batch["mask"]) for batch in got] == [16, 16, 16]
+        assert [len(batch["mask"]) for batch in got] == [16, 16, 16] and len(batches) == 3
         assert mask.sum() == 40
         np.testing.assert_array_equal(images[:, 0, 0, 0], np.arange(40))
         np.testing.assert_array_equal(labels, examples.labels)

@@ -150,6 +150,9 @@ class EvaluationBatches:
         """int32 [N], of the split in order."""
         return self._split.labels
 
+    def __len__(self) -> int:
+        return -(-len(self.labels) // self._batch_size)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self._kept is not None:
             return iter(self._kept)

@@ -12,6 +12,7 @@ import numpy as np
 
 from vitcls import data, metrics, models, report
 from vitcls.core.errors import UserError
+from vitcls.core.progress import show_progress
 from vitcls.core.sharding import Partition
 from vitcls.data import DatasetInfo
 from vitcls.data.corruptions import SEVERITIES, corrupt
@@ -133,7 +134,8 @@ def write_report(
     examples = getattr(dataset, split)
     probabilities = np.empty((len(examples.labels), info.num_classes), np.float32)
     bank = evaluator.remember(variables)
-    sums = evaluator(variables, batches, probabilities, bank)
+    watched = show_progress(batches, len(batches), f"batches of the {split} split")
+    sums = evaluator(variables, watched, probabilities, bank)
     corrupted = {
         name: [_accuracy(evaluator(variables, corrupt(batches, name, severity), bank=bank)) for severity in SEVERITIES]
         for name in config.report.corruptions

@@ -13,6 +13,7 @@ from vitcls.attribution.explainer import Explainer, make_explainer
 from vitcls.attribution.network import Network
 from vitcls.core import sharding
 from vitcls.core.errors import RunError, UserError
+from vitcls.core.progress import show_progress
 from vitcls.core.sharding import Partition
 from vitcls.data import groups
 from vitcls.data.sources.folder import FileImages
@@ -64,7 +65,8 @@ class Opened:
         """Logits and features of images, of the run's or others; raises UserError for a task without a classifier."""
         self.require_classifier()
         batches = self.batches_of(split)
-        parts = [self.partition.to_host(self._outputs_step(self.variables, batch)) for batch in batches]
+        watched = show_progress(batches, len(batches), "batches of images")
+        parts = [self.partition.to_host(self._outputs_step(self.variables, batch)) for batch in watched]
         return Outputs(*(np.concatenate(part)[: len(split.labels)] for part in zip(*parts, strict=True)))
 
     @functools.cached_property
@@ -104,7 +106,8 @@ class Opened:
     def predictions(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Labels int32 [N] and probabilities float32 [N, K] of a split; raises RunError where they are not finite."""
         batches = self.batches(split)
-        return batches.labels, self.probabilities(batches, len(batches.labels))
+        watched = show_progress(batches, len(batches), f"batches of the {split} split")
+        return batches.labels, self.probabilities(watched, len(batches.labels))
 
     def classes(self, batches: Iterable[dict], count: int) -> np.ndarray:
         """The most probable class of the first `count` images of batches, int32 [N]."""
