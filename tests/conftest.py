@@ -35,6 +35,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_configure(config):
     """Keeps compiled programs and indexes of this run in one directory of its own, not in the user's."""
     sys.dont_write_bytecode = False
+    gc.set_threshold(50_000, 20, 20)  # as commands do (vitcls/cli.py)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would hand on that it is ignored
     if not hasattr(config, "workerinput"):  # xdist's workers inherit the environment
         directory = tempfile.TemporaryDirectory(prefix="vitcls-")
