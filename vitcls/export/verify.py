@@ -6,6 +6,7 @@ IMAGES are uint8 [N, H, W, C]. Writes the probabilities float32 [N, K], and prin
 """
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -60,6 +61,7 @@ def _by_weights(path: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def main(argv: list[str]) -> int:
+    os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")  # TensorFlow would import Keras, a third of its start
     path, images_path, answers_path = argv
     answer, images = opened(path), np.load(images_path, allow_pickle=False)
     answers = [answer(images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)]
