@@ -64,12 +64,22 @@ def test_separation_is_that_of_scikit_learn_and_its_intervals_hold_the_truth():
         found = unknown.separation(known, other)
         held += found["auroc"]["low"] <= 0.7602 <= found["auroc"]["high"]
     assert held >= 25  # of 30; at 95 % fewer than 25 have a probability of 0.3 %
-    truth = np.arange(350) < 200
+    assert_as_scikit_learn(found, known, other)
+
+
+def test_equal_scores_are_as_scikit_learn_takes_them():
+    rng = np.random.default_rng(0)
+    known, other = rng.integers(2, 8, 60) / 4, rng.integers(0, 6, 45) / 4
+    assert_as_scikit_learn(unknown.separation(known, other), known, other)
+
+
+def assert_as_scikit_learn(found, known, other):
+    truth = np.arange(len(known) + len(other)) < len(known)
     scores = np.concatenate([known, other])
     assert found["auroc"]["value"] == pytest.approx(roc_auc_score(truth, scores))
     assert found["aupr_known"]["value"] == pytest.approx(average_precision_score(truth, scores))
     assert found["aupr_unknown"]["value"] == pytest.approx(average_precision_score(~truth, -scores))
-    assert found["fpr95"]["value"] == np.mean(other >= np.sort(known)[10])
+    assert found["fpr95"]["value"] == np.mean(other >= np.sort(known)[len(known) // 20])
 
 
 def test_the_threshold_keeps_the_share_that_was_asked_for():

@@ -4,6 +4,7 @@ Each score is a frozen dataclass with `fit(Outputs of training images, labels)`,
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from vitcls.metrics.resampling import bootstrap_interval
 _MOST = 10_000  # training images that neighbours are looked for among
 _NEIGHBORS = 50  # Sun et al. 2022, section 4.1, for CIFAR
 _TPR = 0.95
-_RESAMPLES = 200  # which sort all scores each
+_RESAMPLES = 200
 
 
 class Outputs(NamedTuple):
@@ -112,8 +113,14 @@ def separation(known: np.ndarray, unknown: np.ndarray) -> dict[str, dict[str, fl
     share of unknown images above the threshold that 95 % of the known ones pass.
     """
     rng = np.random.default_rng(0)
-    found = _separation(known, unknown)
-    drawn = [_separation(rng.choice(known, len(known)), rng.choice(unknown, len(unknown))) for _ in range(_RESAMPLES)]
+    scores, places = np.unique(np.concatenate([known, unknown]), return_inverse=True)
+    sides = places[: len(known)], places[len(known) :]
+
+    def separated(sides: Iterable[np.ndarray]) -> dict[str, float]:
+        return _separation(*(np.bincount(side, minlength=len(scores)) for side in sides))
+
+    found = separated(sides)
+    drawn = [separated([rng.choice(side, len(side)) for side in sides]) for _ in range(_RESAMPLES)]
     result = {}
     for name, value in found.items():
         low, high = bootstrap_interval(np.array([each[name] for each in drawn]))
@@ -130,18 +137,26 @@ def auroc(known: np.ndarray, unknown: np.ndarray) -> float:
 
 
 def _separation(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]:
-    from sklearn.metrics import average_precision_score
-
-    is_known = np.concatenate([np.ones(len(known)), np.zeros(len(unknown))])
-    scores = np.concatenate([known, unknown])
+    """Of how many known and unknown images have each of the scores, which ascend: int [S]."""
+    all_known, all_unknown = known.sum(), unknown.sum()
+    known_up_to, unknown_up_to = np.cumsum(known), np.cumsum(unknown)
+    known_from, unknown_from = all_known - known_up_to + known, all_unknown - unknown_up_to + unknown
+    passed = np.searchsorted(known_up_to, _below_threshold(all_known), side="right")
+    precision_known = known_from / np.maximum(known_from + unknown_from, 1)
+    precision_unknown = unknown_up_to / np.maximum(known_up_to + unknown_up_to, 1)
     return {
-        "auroc": auroc(known, unknown),
-        "aupr_known": float(average_precision_score(is_known, scores)),
-        "aupr_unknown": float(average_precision_score(1 - is_known, -scores)),
-        "fpr95": float(np.mean(unknown >= threshold(known))),
+        "auroc": float(np.sum(known * (unknown_up_to - unknown / 2)) / (all_known * all_unknown)),
+        "aupr_known": float(np.sum(known * precision_known) / all_known),
+        "aupr_unknown": float(np.sum(unknown * precision_unknown) / all_unknown),
+        "fpr95": float(unknown_from[passed] / all_unknown),
     }
 
 
 def threshold(known: np.ndarray, share: float = _TPR) -> float:
     """The score that this share of known images reach."""
-    return float(np.sort(known)[int(np.floor((1 - share) * len(known)))])
+    return float(np.sort(known)[_below_threshold(len(known), share)])
+
+
+def _below_threshold(count: int, share: float = _TPR) -> int:
+    """How many of so many known images may lie below the threshold."""
+    return int(np.floor((1 - share) * count))
