@@ -18,6 +18,8 @@ if os.environ.get("VITCLS_TEST_PLATFORM") != "default":
     # with the older emitters of fusions, it is done in half of it.
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Beside another worker, threads of one product of small matrices only wait for each other.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # The cache of a run holds every program, however small: its workers and the commands they start compile the same ones.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
