@@ -7,8 +7,6 @@ import os
 import pathlib
 from collections.abc import Mapping
 
-from tensorboardX import SummaryWriter
-
 from vitcls.training.files import METRICS_FILE
 
 
@@ -20,6 +18,8 @@ class MetricWriter(contextlib.AbstractContextManager):
     """
 
     def __init__(self, workdir: os.PathLike | str, *, rewind_to: int, active: bool = True):
+        from tensorboardX import SummaryWriter  # and, where they are installed, the clients of two clouds
+
         path = pathlib.Path(workdir) / METRICS_FILE
         if active:
             _rewind(path, rewind_to)
