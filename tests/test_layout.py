@@ -31,6 +31,7 @@ FLOORS = (
 # Rooms of a floor that do not know each other.
 APART = ({"attacks", "attribution", "data", "models", "optim", "metrics"}, {"experiment", "export", "feedback", "tune"})
 HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn", "skimage", "clu", "huggingface_hub")
+HEAVY += ("tensorboardX",)  # which imports the clients of two clouds
 HEAVY_ALLOWED = {
     "orbax": ("training/checkpoint.py",),
     "matplotlib": tuple(
@@ -53,6 +54,7 @@ HEAVY_ALLOWED = {
     "sklearn": (),
     "skimage": (),
     "huggingface_hub": (),
+    "tensorboardX": (),
     "tensorflow": (),
     "tensorflow_datasets": (),
 }
