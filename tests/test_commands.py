@@ -269,6 +269,20 @@ def test_predict_labels_files_and_names_those_it_cannot_read(trained, capsys, tm
     assert "%" in out.splitlines()[1]
 
 
+def test_predict_takes_a_directory_as_the_files_below_it(trained, capsys, tmp_path):
+    names = ["b.png", "a/2.png", "a/1.png", ".hidden.png", ".thumbs/1.png"]
+    for name in names:
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "photos" / name)
+    code, out, _ = run(predict.main, [f"--workdir={trained}", "--json", str(tmp_path / "photos")], capsys)
+    shown = [json.loads(line)["file"] for line in out.splitlines()]
+    assert (code, shown) == (0, [str(tmp_path / "photos" / name) for name in ("a/1.png", "a/2.png", "b.png")])
+
+    (tmp_path / "empty").mkdir()
+    code, out, err = run(predict.main, [f"--workdir={trained}", str(tmp_path / "empty")], capsys)
+    assert (code, out) == (2, "") and "empty holds no files" in err
+
+
 def test_the_first_of_several_processes_predicts_alone(trained, capsys, tmp_path, monkeypatch):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "black.png")
     slurm = {"JOB_ID": "7", "STEP_NODELIST": "localhost", "NTASKS": "2", "STEP_NUM_NODES": "2", "LOCALID": "0"}
