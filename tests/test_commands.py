@@ -237,6 +237,7 @@ def test_evaluate_needs_nothing_but_the_workdir(trained, capsys, monkeypatch, tm
         (["--workdir={trained}", "--checkpoint=5"], "checkpoint '5' is not there"),
         (["--workdir={trained}", "--split=tset"], "--split"),
         ([], "--workdir"),
+        (["--wrkdir={trained}"], "did you mean '--workdir'?"),
     ],
 )
 def test_evaluate_says_what_is_wrong(trained, arguments, words, capsys):

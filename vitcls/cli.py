@@ -6,6 +6,7 @@ after saving.
 
 import argparse
 import contextlib
+import difflib
 import gc
 import importlib
 import importlib.util
@@ -13,7 +14,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import vitcls
@@ -78,12 +79,22 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
 
     def parse_args(self, args=None, namespace=None):
-        flags, rest = self.parse_known_args(args, namespace)
+        try:
+            flags, rest = self.parse_known_args(args, namespace)
+        except UserError:  # a required flag may be missing because it is misspelt
+            self._check_known(sys.argv[1:] if args is None else args)
+            raise
         for text in rest:
             if text.startswith("--"):
                 raise errors.unknown("flag", text.partition("=")[0], self._flags())
             raise UserError(f"'{text}' belongs to no flag; flags are --NAME=VALUE, see --help")
         return flags
+
+    def _check_known(self, args: Sequence[str]) -> None:
+        """Raises UserError for the first flag that resembles a known one."""
+        for name in (text.partition("=")[0] for text in args if text.startswith("--")):
+            if name not in self._flags() and difflib.get_close_matches(name, self._flags(), n=1, cutoff=0.8):
+                raise errors.unknown("flag", name, self._flags())
 
     def _flags(self) -> set[str]:
         """Of the command and of those inside it, but for what its help does not tell."""
