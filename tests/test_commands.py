@@ -270,6 +270,17 @@ def test_predict_labels_files_and_names_those_it_cannot_read(trained, capsys, tm
     assert "%" in out.splitlines()[1]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_is_one_line(capsys):
+    def command(argv):
+        with open("/dev/full", "w") as file:
+            file.write("x" * 2**20)
+
+    code, out, err = run(command, [], capsys)
+    assert (code, out) == (1, "") and len(err.splitlines()) == 1
+    assert "No space left on device" in err and "make room" in err
+
+
 def test_predict_takes_a_directory_as_the_files_below_it(trained, capsys, tmp_path):
     names = ["b.png", "a/2.png", "a/1.png", ".hidden.png", ".thumbs/1.png"]
     for name in names:

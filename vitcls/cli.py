@@ -7,6 +7,7 @@ after saving.
 import argparse
 import contextlib
 import difflib
+import errno
 import gc
 import importlib
 import importlib.util
@@ -70,6 +71,9 @@ def program(verb: str) -> str:
     """How the command was invoked: 'vitcls VERB', or 'python -m vitcls.VERB'."""
     as_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
     return f"python -m {VERBS[verb].module}" if as_module else f"vitcls {verb}"
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk says
 
 
 class Parser(argparse.ArgumentParser):
@@ -176,6 +180,9 @@ def run(command: Callable[[list[str]], int | None], argv: list[str] | None = Non
         sys.stdout.flush()
         os._exit(130)  # in order, Python would end under a compilation that goes on, and crash
     except Exception as error:
+        if _watch is None and isinstance(error, OSError) and error.errno in _FULL:
+            print(f"failed: {one_line(error)}; make room and run it again", file=sys.stderr)
+            return 1
         if _watch is None:
             raise
         _watch.wait(error)
