@@ -237,6 +237,7 @@ def test_evaluate_needs_nothing_but_the_workdir(trained, capsys, monkeypatch, tm
         (["--workdir={trained}", "--checkpoint=5"], "checkpoint '5' is not there"),
         (["--workdir={trained}", "--split=tset"], "--split"),
         ([], "--workdir"),
+        (["--wrkdir={trained}"], "did you mean '--workdir'?"),
     ],
 )
 def test_evaluate_says_what_is_wrong(trained, arguments, words, capsys):
@@ -267,6 +268,31 @@ def test_predict_labels_files_and_names_those_it_cannot_read(trained, capsys, tm
     assert code == 0
     assert out.splitlines()[0] == str(good)
     assert "%" in out.splitlines()[1]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_is_one_line(capsys):
+    def command(argv):
+        with open("/dev/full", "w") as file:
+            file.write("x" * 2**20)
+
+    code, out, err = run(command, [], capsys)
+    assert (code, out) == (1, "") and len(err.splitlines()) == 1
+    assert "No space left on device" in err and "make room" in err
+
+
+def test_predict_takes_a_directory_as_the_files_below_it(trained, capsys, tmp_path):
+    names = ["b.png", "a/2.png", "a/1.png", ".hidden.png", ".thumbs/1.png"]
+    for name in names:
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "photos" / name)
+    code, out, _ = run(predict.main, [f"--workdir={trained}", "--json", str(tmp_path / "photos")], capsys)
+    shown = [json.loads(line)["file"] for line in out.splitlines()]
+    assert (code, shown) == (0, [str(tmp_path / "photos" / name) for name in ("a/1.png", "a/2.png", "b.png")])
+
+    (tmp_path / "empty").mkdir()
+    code, out, err = run(predict.main, [f"--workdir={trained}", str(tmp_path / "empty")], capsys)
+    assert (code, out) == (2, "") and "empty holds no files" in err
 
 
 def test_the_first_of_several_processes_predicts_alone(trained, capsys, tmp_path, monkeypatch):

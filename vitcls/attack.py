@@ -10,7 +10,6 @@ fail on this model, no robust accuracy is given, and the exit code is 1. Writes 
 import dataclasses
 import logging
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from vitcls.core.sharding import AXIS
 from vitcls.metrics.promises import proportion
 from vitcls.report import findings
 from vitcls.report.findings import Plot, Table, Text, interval
+from vitcls.report.part import Part
 from vitcls.training import places
 from vitcls.training.opened import Opened, open_with_data
 
@@ -78,33 +78,34 @@ def attack(
       RunError: after the checks are written, where one fails; robust accuracies are then not even measured.
     """
     opened = open_with_data(path, splits=("test",), checkpoint=checkpoint, data_dir=data_dir)
-    forward = opened.forward
-    images, labels, which = _test_images(opened, num_images)
-    runner = _runner(opened, forward)
-    right = runner.logits(images).argmax(axis=1) == labels
-    checked = _right_ones(opened, runner)
-    if not right.any() or not len(checked[1]):
-        raise RunError("the model classifies none of the images right, so there is nothing to attack")
-    _logger.info("checking on %d images whether attacks can be trusted", len(checked[1]))
-    checks = check(runner, *checked, norm=budget.norm, eps=eps, steps=budget.steps, queries=budget.queries)
-    metrics = {
-        "dataset": opened.trained.info.name,
-        "checkpoint_step": opened.step,
-        "num_examples": len(labels),
-        "norm": budget.norm,
-        "eps": eps,
-        "steps": {name: budget.attack(name).steps for name in names},
-        "clean_accuracy": proportion(right),
-        "checked_images": len(checked[1]),
-        "checks": [each._asdict() for each in checks],
-    }
-    failed = [each for each in checks if not each.passed]
-    if not failed:
-        eps_tried = sorted(set(curve) or {eps * multiple for multiple in _MULTIPLES})
-        metrics["curve"] = _curve(runner, images, labels, which, right, names, eps_tried, budget)
-        metrics["robust_accuracy"] = next(point["worst"] for point in metrics["curve"] if point["eps"] == eps)
     where = opened.trained.path
-    _write(where / PART, metrics)
+    with Part(where / PART) as made:
+        forward = opened.forward
+        images, labels, which = _test_images(opened, num_images)
+        runner = _runner(opened, forward)
+        right = runner.logits(images).argmax(axis=1) == labels
+        checked = _right_ones(opened, runner)
+        if not right.any() or not len(checked[1]):
+            raise RunError("the model classifies none of the images right, so there is nothing to attack")
+        _logger.info("checking on %d images whether attacks can be trusted", len(checked[1]))
+        checks = check(runner, *checked, norm=budget.norm, eps=eps, steps=budget.steps, queries=budget.queries)
+        metrics = {
+            "dataset": opened.trained.info.name,
+            "checkpoint_step": opened.step,
+            "num_examples": len(labels),
+            "norm": budget.norm,
+            "eps": eps,
+            "steps": {name: budget.attack(name).steps for name in names},
+            "clean_accuracy": proportion(right),
+            "checked_images": len(checked[1]),
+            "checks": [each._asdict() for each in checks],
+        }
+        failed = [each for each in checks if not each.passed]
+        if not failed:
+            eps_tried = sorted(set(curve) or {eps * multiple for multiple in _MULTIPLES})
+            metrics["curve"] = _curve(runner, images, labels, which, right, names, eps_tried, budget)
+            metrics["robust_accuracy"] = next(point["worst"] for point in metrics["curve"] if point["eps"] == eps)
+        _write(made, metrics)
     places.publish(path, where, PART)
     if failed:
         raise RunError(_refusal(failed, budget.steps))
@@ -178,7 +179,7 @@ def _refusal(failed: Sequence[Check], steps: int) -> str:
     )
 
 
-def _write(directory: pathlib.Path, metrics: dict[str, Any]) -> None:
+def _write(made: Part, metrics: dict[str, Any]) -> None:
     def drawn():
         from vitcls.report import attack_plots
 
@@ -190,7 +191,7 @@ def _write(directory: pathlib.Path, metrics: dict[str, Any]) -> None:
     else:
         found = [Text("A check fails: attacks cannot be trusted on this model, and no robust accuracy is given.")]
     findings.write(
-        directory,
+        made,
         title=f"Attacks on {metrics['dataset']}",
         lead=f"Step {metrics['checkpoint_step']:,}; {metrics['num_examples']:,} test images, {metrics['norm']} balls "
         f"of {metrics['eps']:.4g}; accuracy as they are {interval(metrics['clean_accuracy'], '{:.2%}')}.",

@@ -9,7 +9,6 @@ DIR/calibration.json is what `vitcls predict` and `vitcls evaluate --calibrated`
 """
 
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from vitcls.metrics.calibration_scores import MEANINGS, calibration_scores
 from vitcls.metrics.promises import Regularization, TooFew
 from vitcls.report import findings
 from vitcls.report.findings import Plot, Table, Text, interval
+from vitcls.report.part import Part
 from vitcls.training import calibration, places
 from vitcls.training.calibration import AnswerPromise, Calibration, SetPromise
 from vitcls.training.files import CALIBRATION_FILE
@@ -51,40 +51,42 @@ def calibrate(
     """
     opened = open_with_data(path, splits=("validation", "test"), checkpoint=checkpoint, data_dir=data_dir)
     grouping = np.array(opened.groups(groups, "test")) if groups else None
-    labels, probabilities = opened.predictions("validation")
-    if len(labels) < 2:
-        raise UserError("one validation image is too few to calibrate by; set config.dataset.validation higher")
-    half = np.random.default_rng(0).permutation(len(labels)) % 2 == 0
-    fitting, held = (labels[half], probabilities[half]), (labels[~half], probabilities[~half])
-    best, losses = scaling.choose(*fitting)
-    chosen = best if method == "auto" else method
-    scale = scaling.METHODS[chosen].fit(*fitting)
-    fitting, held = ((labels, scale(p)) for labels, p in (fitting, held))
-    holding, refused_sets = _promise_sets(fitting, held, coverages, plain=sets == "aps")
-    answers, refused_answers = _promise_answers(held, accuracies)
-    made = Calibration(opened.step, scale, tuple(holding), tuple(answers), len(held[0]))
-
-    labels, before = opened.predictions("test")
-    test = labels, scale(before)
-    metrics = {
-        "dataset": opened.trained.info.name,
-        "checkpoint_step": opened.step,
-        "method": chosen,
-        "validation_losses": losses,
-        "fitted_on": len(fitting[0]),
-        "held_out": len(held[0]),
-        "num_examples": len(labels),
-        "before": calibration_scores(labels, before) | {"aurc": _area(labels, before)},
-        "after": calibration_scores(*test) | {"aurc": _area(*test)},
-        "sets": [_checked_sets(promise, *test, grouping) for promise in holding],
-        "refused_sets": refused_sets,
-        "answers": [_checked_answers(promise, *test) for promise in answers],
-        "refused_answers": refused_answers,
-        "units": MEANINGS | {"coverage": "fraction of images", "aurc": "mean share of wrong answers over coverages"},
-    }
     where = opened.trained.path
-    _write(where / PART, metrics, before, test, opened.trained.info.class_names)
-    calibration.write(where, made)
+    with Part(where / PART) as made:
+        labels, probabilities = opened.predictions("validation")
+        if len(labels) < 2:
+            raise UserError("one validation image is too few to calibrate by; set config.dataset.validation higher")
+        half = np.random.default_rng(0).permutation(len(labels)) % 2 == 0
+        fitting, held = (labels[half], probabilities[half]), (labels[~half], probabilities[~half])
+        best, losses = scaling.choose(*fitting)
+        chosen = best if method == "auto" else method
+        scale = scaling.METHODS[chosen].fit(*fitting)
+        fitting, held = ((labels, scale(p)) for labels, p in (fitting, held))
+        holding, refused_sets = _promise_sets(fitting, held, coverages, plain=sets == "aps")
+        answers, refused_answers = _promise_answers(held, accuracies)
+        fitted = Calibration(opened.step, scale, tuple(holding), tuple(answers), len(held[0]))
+
+        labels, before = opened.predictions("test")
+        test = labels, scale(before)
+        metrics = {
+            "dataset": opened.trained.info.name,
+            "checkpoint_step": opened.step,
+            "method": chosen,
+            "validation_losses": losses,
+            "fitted_on": len(fitting[0]),
+            "held_out": len(held[0]),
+            "num_examples": len(labels),
+            "before": calibration_scores(labels, before) | {"aurc": _area(labels, before)},
+            "after": calibration_scores(*test) | {"aurc": _area(*test)},
+            "sets": [_checked_sets(promise, *test, grouping) for promise in holding],
+            "refused_sets": refused_sets,
+            "answers": [_checked_answers(promise, *test) for promise in answers],
+            "refused_answers": refused_answers,
+            "units": MEANINGS
+            | {"coverage": "fraction of images", "aurc": "mean share of wrong answers over coverages"},
+        }
+        _write(made, metrics, before, test, opened.trained.info.class_names)
+        calibration.write(where, fitted)
     for part in (PART, CALIBRATION_FILE):
         places.publish(path, where, part)
     return metrics
@@ -162,7 +164,7 @@ def _checked_answers(promise: AnswerPromise, labels: np.ndarray, probabilities: 
 
 
 def _write(
-    directory: pathlib.Path,
+    made: Part,
     metrics: dict[str, Any],
     before: np.ndarray,
     test: Predictions,
@@ -172,7 +174,7 @@ def _write(
 
     labels, after = test
     findings.write(
-        directory,
+        made,
         title=f"Calibration on {metrics['dataset']}",
         lead=f"Step {metrics['checkpoint_step']:,}; fitted on {metrics['fitted_on']:,} validation images, promised by "
         f"{metrics['held_out']:,} others, checked on {metrics['num_examples']:,} test images.",

@@ -6,6 +6,8 @@ after saving.
 
 import argparse
 import contextlib
+import difflib
+import errno
 import gc
 import importlib
 import importlib.util
@@ -13,7 +15,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import vitcls
@@ -71,6 +73,9 @@ def program(verb: str) -> str:
     return f"python -m {VERBS[verb].module}" if as_module else f"vitcls {verb}"
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk says
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line that the caller prints, and a flag has one name only."""
 
@@ -78,12 +83,22 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
 
     def parse_args(self, args=None, namespace=None):
-        flags, rest = self.parse_known_args(args, namespace)
+        try:
+            flags, rest = self.parse_known_args(args, namespace)
+        except UserError:  # a required flag may be missing because it is misspelt
+            self._check_known(sys.argv[1:] if args is None else args)
+            raise
         for text in rest:
             if text.startswith("--"):
                 raise errors.unknown("flag", text.partition("=")[0], self._flags())
             raise UserError(f"'{text}' belongs to no flag; flags are --NAME=VALUE, see --help")
         return flags
+
+    def _check_known(self, args: Sequence[str]) -> None:
+        """Raises UserError for the first flag that resembles a known one."""
+        for name in (text.partition("=")[0] for text in args if text.startswith("--")):
+            if name not in self._flags() and difflib.get_close_matches(name, self._flags(), n=1, cutoff=0.8):
+                raise errors.unknown("flag", name, self._flags())
 
     def _flags(self) -> set[str]:
         """Of the command and of those inside it, but for what its help does not tell."""
@@ -165,6 +180,9 @@ def run(command: Callable[[list[str]], int | None], argv: list[str] | None = Non
         sys.stdout.flush()
         os._exit(130)  # in order, Python would end under a compilation that goes on, and crash
     except Exception as error:
+        if _watch is None and isinstance(error, OSError) and error.errno in _FULL:
+            print(f"failed: {one_line(error)}; make room and run it again", file=sys.stderr)
+            return 1
         if _watch is None:
             raise
         _watch.wait(error)

@@ -20,6 +20,7 @@ from vitcls.core.errors import UserError
 from vitcls.metrics import METRICS, comparison
 from vitcls.metrics.resampling import LEVEL, RESAMPLES
 from vitcls.report import comparison as pages
+from vitcls.report.part import Part
 from vitcls.report.write import check_out
 from vitcls.training import metrics_log, run_dir, seed_groups
 from vitcls.training.predictions import Predictions, check_same_images, read_predictions
@@ -36,8 +37,17 @@ def compare(workdirs: Sequence[os.PathLike | str], out: os.PathLike | str = "") 
     not the same, or `out` holds something else than a comparison.
     """
     runs = _read(workdirs)
-    if out:
-        check_out(pathlib.Path(out), pages.FILES, "a comparison")
+    if not out:
+        return _compared(runs)[0]
+    check_out(pathlib.Path(out), pages.FILES, "a comparison")
+    with Part(out) as made:
+        result, order = _compared(runs)
+        _write(made, result, runs, order)
+    return result
+
+
+def _compared(runs: Sequence[Predictions]) -> tuple[dict[str, Any], Members]:
+    """What compare.json holds, and the runs of each group in its order."""
     configs = [seed_groups.flat_config(run.run.config) for run in runs]
     members = seed_groups.group_seeds([run.run.path for run in runs], configs)
     labels, scores = runs[0].labels, [_score(run) for run in runs]
@@ -56,15 +66,13 @@ def compare(workdirs: Sequence[os.PathLike | str], out: os.PathLike | str = "") 
         "runs": [_row(runs[i], name, scores[i]) for name, indices in order.items() for i in indices],
         "disagreements": comparison.disagreements({name: groups[name] for name in order}, labels),
     }
-    if out:
-        _write(out, result, runs, order)
-    return result
+    return result, order
 
 
-def _write(out: os.PathLike | str, result: dict[str, Any], runs: Sequence[Predictions], order: Members) -> None:
+def _write(made: Part, result: dict[str, Any], runs: Sequence[Predictions], order: Members) -> None:
     names, curves = runs[0].run.info.class_names, _curves(runs, order)
     images = _images(runs) if result["disagreements"] else ""
-    pages.write(out, result, class_names=names, curves=curves, images=images)
+    pages.write(made, result, class_names=names, curves=curves, images=images)
 
 
 def _read(workdirs: Sequence[os.PathLike | str]) -> list[Predictions]:

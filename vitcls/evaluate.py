@@ -14,6 +14,7 @@ from vitcls import cli
 from vitcls.core.errors import UserError
 from vitcls.metrics.groups import by_group
 from vitcls.report import findings, group_page
+from vitcls.report.part import Part
 from vitcls.training import calibration, facts, places, run_dir
 from vitcls.training.evaluator import write_report
 from vitcls.training.opened import open_with_data
@@ -66,14 +67,15 @@ def _write_groups(trained: run_dir.Workdir, grouping: list[str]) -> None:
     kept = read_predictions(trained)
     found = by_group(kept.labels, kept.probabilities(), grouping)
     report = {key: kept.report[key] for key in ("dataset", "split", "checkpoint_step", "num_examples")}
-    findings.write(
-        trained.path / GROUPS,
-        title=f"Groups of {report['dataset']}",
-        lead=f"{report['num_examples']:,} images of the {report['split']} split in {len(found['groups'])} groups; step "
-        f"{report['checkpoint_step']:,}",
-        metrics=report | found,
-        blocks=group_page.blocks(found, trained.info.class_names),
-    )
+    with Part(trained.path / GROUPS) as made:
+        findings.write(
+            made,
+            title=f"Groups of {report['dataset']}",
+            lead=f"{report['num_examples']:,} images of the {report['split']} split in {len(found['groups'])} groups; "
+            f"step {report['checkpoint_step']:,}",
+            metrics=report | found,
+            blocks=group_page.blocks(found, trained.info.class_names),
+        )
 
 
 def main(argv: list[str]) -> None:

@@ -29,6 +29,7 @@ from vitcls.models.variables import variable_shapes
 from vitcls.report import findings, overlays
 from vitcls.report.findings import Picture, Table, Text, interval
 from vitcls.report.overlays import Drawn
+from vitcls.report.part import Part
 from vitcls.training import places
 from vitcls.training.opened import Opened, open_with_data
 
@@ -72,32 +73,33 @@ def explain(
     Raises UserError, before anything is written, for what is not there or a method that the model cannot do.
     """
     opened = open_with_data(path, splits=("test",), checkpoint=checkpoint, data_dir=data_dir)
-    explainer = opened.explainer
-    methods = explainer.choose(methods)
-    given = _of_files(opened, files) if files else None
-    sample = _sample(opened)
-    tested = _right_and_wrong(explainer, sample, images)
-    shown = given or tested
-    probabilities = explainer.probabilities(_floats(shown.pixels))
-    top = np.argsort(-probabilities, axis=1, kind="stable")[:, :classes].astype(np.int32)
-    found, drawn = {}, []
-    for method in show_progress(methods, len(methods), "methods"):
-        heats = [explainer.maps(method, _floats(shown.pixels), column) for column in top.T]
-        drawn += _overlays(explainer, method, shown, top, heats)
-        first = [one.evidence for one in drawn if one.method == method and one.label == top[one.image, 0]]
-        found[method] = _figures(explainer, method, first, heats) | _tests(explainer, method, sample, tested)
-    metrics = {
-        "dataset": opened.trained.info.name,
-        "model": opened.trained.config.model.name,
-        "checkpoint_step": opened.step,
-        "num_examples": len(shown.names),
-        "methods": found,
-        "overlays": [_row(one, shown, probabilities, opened.trained.info.class_names) for one in drawn],
-        "chance": {"pointing": 0.25, "better": evidence.LEVEL},
-        "units": _UNITS,
-    }
     where = opened.trained.path
-    _write(where / PART, metrics, shown, drawn)
+    with Part(where / PART) as made:
+        explainer = opened.explainer
+        methods = explainer.choose(methods)
+        given = _of_files(opened, files) if files else None
+        sample = _sample(opened)
+        tested = _right_and_wrong(explainer, sample, images)
+        shown = given or tested
+        probabilities = explainer.probabilities(_floats(shown.pixels))
+        top = np.argsort(-probabilities, axis=1, kind="stable")[:, :classes].astype(np.int32)
+        found, drawn = {}, []
+        for method in show_progress(methods, len(methods), "methods"):
+            heats = [explainer.maps(method, _floats(shown.pixels), column) for column in top.T]
+            drawn += _overlays(explainer, method, shown, top, heats)
+            first = [one.evidence for one in drawn if one.method == method and one.label == top[one.image, 0]]
+            found[method] = _figures(explainer, method, first, heats) | _tests(explainer, method, sample, tested)
+        metrics = {
+            "dataset": opened.trained.info.name,
+            "model": opened.trained.config.model.name,
+            "checkpoint_step": opened.step,
+            "num_examples": len(shown.names),
+            "methods": found,
+            "overlays": [_row(one, shown, probabilities, opened.trained.info.class_names) for one in drawn],
+            "chance": {"pointing": 0.25, "better": evidence.LEVEL},
+            "units": _UNITS,
+        }
+        _write(made, metrics, shown, drawn)
     places.publish(path, where, PART)
     return metrics
 
@@ -220,11 +222,11 @@ def _row(one: Overlay, shown: Shown, probabilities: np.ndarray, names: Sequence[
     }
 
 
-def _write(directory: pathlib.Path, metrics: dict[str, Any], shown: Shown, drawn: Sequence[Overlay]) -> None:
+def _write(made: Part, metrics: dict[str, Any], shown: Shown, drawn: Sequence[Overlay]) -> None:
     rows = metrics["overlays"]
     pairs = list(zip(drawn, rows, strict=True))
     findings.write(
-        directory,
+        made,
         title=f"Where {metrics['model']} looks on {metrics['dataset']}",
         lead=f"{len(shown.names):,} images at step {metrics['checkpoint_step']:,}, {len(rows):,} maps",
         metrics=metrics,

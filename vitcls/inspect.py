@@ -30,6 +30,7 @@ from vitcls.probe.cross_validation import cross_validated
 from vitcls.probe.run import with_features
 from vitcls.report import findings
 from vitcls.report.findings import Plot, Table, Text, interval
+from vitcls.report.part import Part
 from vitcls.report.write import check_out
 from vitcls.training import initial, places, run_dir
 
@@ -96,15 +97,16 @@ def inspect(config: configs.ConfigDict, out: pathlib.Path, *, data_dir: str = ""
     out = out.absolute()
     check_out(out, FILES, "an inspection")
     dataset = data.load(config.dataset, data_dir=run_dir.data_dir(None, config, data_dir))
-    compute = None
-    if config.probe.features != NO_LABELS:
-        _check_folds(dataset, folds)
-        compute = _features(config, dataset)
-    images = _all_images(dataset)
-    rows = np.concatenate([compute(getattr(dataset, name)) for name in images.names]) if compute else None
-    found = _find(images, rows, folds, config.probe.features)
-    metrics = _metrics(images, found, folds)
-    _write(out, images, found, metrics)
+    with Part(out) as made:
+        compute = None
+        if config.probe.features != NO_LABELS:
+            _check_folds(dataset, folds)
+            compute = _features(config, dataset)
+        images = _all_images(dataset)
+        rows = np.concatenate([compute(getattr(dataset, name)) for name in images.names]) if compute else None
+        found = _find(images, rows, folds, config.probe.features)
+        metrics = _metrics(images, found, folds)
+        _write(made, images, found, metrics)
     return metrics
 
 
@@ -240,7 +242,7 @@ def _leaked(images: Images, found: Found) -> np.ndarray:
     return twin[rows]
 
 
-def _write(out: pathlib.Path, images: Images, found: Found, metrics: dict[str, Any]) -> None:
+def _write(made: Part, images: Images, found: Found, metrics: dict[str, Any]) -> None:
     from vitcls.report import data_plots as plots
 
     pairs = found.pairs
@@ -272,7 +274,7 @@ def _write(out: pathlib.Path, images: Images, found: Found, metrics: dict[str, A
         rows = [[skipped.path, skipped.reason] for skipped in images.dataset.skipped]
         blocks.append(Table("Files that cannot be used", ["File", "Why"], rows, "skipped"))
     findings.write(
-        out,
+        made,
         title=f"The data: {metrics['dataset']}",
         lead=f"{metrics['num_examples']:,} images, {metrics['classes']:,} classes",
         metrics=metrics,

@@ -2,10 +2,10 @@
 
     vitcls predict --workdir=DIR [--checkpoint=last|best|STEP] [--coverage=C] [--accuracy=A] [--json] FILE...
 
-Prints the five most probable classes of each file, with the probabilities of `vitcls calibrate` where the run has
-been calibrated. --coverage=0.95 prints the set of classes that was promised to hold the truth of 95 % of images,
---accuracy=0.95 an answer only where 95 % of the answers were promised to be right. Files that cannot be read are named
-on stderr, and the exit code is then 2, after all others are done.
+Prints the five most probable classes of each file, and of each file below a directory but hidden ones, with the
+probabilities of `vitcls calibrate` where the run has been calibrated. --coverage=0.95 prints the set of classes that
+was promised to hold the truth of 95 % of images, --accuracy=0.95 an answer only where 95 % of the answers were promised
+to be right. Files that cannot be read are named on stderr, and the exit code is then 2, after all others are done.
 """
 
 import json
@@ -228,22 +228,37 @@ def _lines(words: dict[str, Any]) -> list[str]:
     return [*strange, *rows]
 
 
+def _files(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
+    """The paths, each directory as the files below it by their names; raises UserError for one without files."""
+    files = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        below = sorted(file for file in path.rglob("*") if file.is_file())
+        shown = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        if not shown:
+            raise UserError(f"{path} holds no files; give image files, or a directory of them")
+        files += shown
+    return files
+
+
 def main(argv: list[str]) -> None:
     parser = cli.Parser(prog=cli.program("predict"), description=__doc__.splitlines()[0])
     cli.add_run_arguments(parser)
     parser.add_argument("--coverage", type=float, metavar="C", help="of the sets of classes, as calibrate promised")
     parser.add_argument("--accuracy", type=float, metavar="A", help="of the answers, as calibrate promised")
     parser.add_argument("--json", action="store_true", help="one JSON object per file")
-    parser.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("files", nargs="+", type=pathlib.Path, metavar="FILE", help="or a directory of files")
     flags = parser.parse_args(argv)
     processes = cluster.find(None, None, None)
     if processes and processes.process_id:  # the first of them does it all
         return
     cli.use_cache()
-    trained = run_dir.open_workdir(flags.workdir)
+    trained, files = run_dir.open_workdir(flags.workdir), _files(flags.files)
     promise = _promise(trained, flags)
     unreadable = 0
-    for file, outcome in predict(trained, flags.files, checkpoint=flags.checkpoint):
+    for file, outcome in predict(trained, files, checkpoint=flags.checkpoint):
         if isinstance(outcome, str):
             unreadable += 1
             print(f"{file}: {outcome}", file=sys.stderr)
@@ -256,7 +271,7 @@ def main(argv: list[str]) -> None:
         else:
             print("\n".join([str(file), *_lines(words)]))
     if unreadable:
-        raise UserError(f"{unreadable} of {len(flags.files)} files could not be read; they are named above")
+        raise UserError(f"{unreadable} of {len(files)} files could not be read; they are named above")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ that stay as they were, the mean corruption error, and with --against what the o
 
 import dataclasses
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ from vitcls.metrics.promises import proportion
 from vitcls.metrics.resampling import estimate
 from vitcls.report import findings
 from vitcls.report.findings import Plot, Table, Text, interval
+from vitcls.report.part import Part
 from vitcls.training import places
 from vitcls.training.opened import Opened, open_with_data
 
@@ -77,21 +77,22 @@ def robustness(
     other = _open(against, images, "", data_dir)[0] if against else None
     if other is not None:
         _check_same(opened, other)
-    answers = _answers(opened, names, files, "robustness")
-    others = _answers(other, names, files, f"robustness of {against}") if other is not None else None
-
-    metrics = {
-        "dataset": opened.trained.info.name,
-        "checkpoint_step": opened.step,
-        "num_examples": len(answers.labels),
-        "source": f"files in {kept[0]}" if kept else "made here",
-        **_found(answers),
-    }
-    if others is not None:
-        metrics["against"] = {"workdir": str(against), "checkpoint_step": other.step, **_compared(answers, others)}
     where = opened.trained.path
-    names = [*metrics["corruptions"], *metrics["curves"]]
-    _write(where / PART, metrics, lambda: _examples(opened, names, files))
+    with Part(where / PART) as made:
+        answers = _answers(opened, names, files, "robustness")
+        others = _answers(other, names, files, f"robustness of {against}") if other is not None else None
+
+        metrics = {
+            "dataset": opened.trained.info.name,
+            "checkpoint_step": opened.step,
+            "num_examples": len(answers.labels),
+            "source": f"files in {kept[0]}" if kept else "made here",
+            **_found(answers),
+        }
+        if others is not None:
+            metrics["against"] = {"workdir": str(against), "checkpoint_step": other.step, **_compared(answers, others)}
+        names = [*metrics["corruptions"], *metrics["curves"]]
+        _write(made, metrics, lambda: _examples(opened, names, files))
     places.publish(path, where, PART)
     return metrics
 
@@ -204,7 +205,7 @@ def _compared(ours: Answers, theirs: Answers) -> dict[str, Any]:
     return found
 
 
-def _write(directory: pathlib.Path, metrics: dict[str, Any], examples: Callable[[], dict]) -> None:
+def _write(made: Part, metrics: dict[str, Any], examples: Callable[[], dict]) -> None:
     def drawn(name: str) -> Callable:
         from vitcls.report import robustness_plots
 
@@ -242,7 +243,7 @@ def _write(directory: pathlib.Path, metrics: dict[str, Any], examples: Callable[
         )
     )
     findings.write(
-        directory,
+        made,
         title=f"What breaks it: {metrics['dataset']}",
         lead=f"{metrics['num_examples']:,} test images; step {metrics['checkpoint_step']:,}"
         + (f"; against {against['workdir']}" if against else ""),

@@ -21,6 +21,7 @@ from vitcls.data.images import LUMA
 from vitcls.metrics.unknown import SCORES, auroc, separation, threshold
 from vitcls.report import findings
 from vitcls.report.findings import Plot, Table, Text, interval
+from vitcls.report.part import Part
 from vitcls.training import novelty, places
 from vitcls.training.files import UNKNOWN_ARRAYS, UNKNOWN_FILE
 from vitcls.training.novelty import Novelty
@@ -54,39 +55,40 @@ def unknown(
     """
     opened = open_with_data(path, splits=("train", "validation", "test"), checkpoint=checkpoint, data_dir=data_dir)
     strangers = {name: _strangers(opened, name, ood_data_dir) for name in ood}
-    fitted = _fit(opened)
-    names = list(SCORES)
-    known = _scores(opened, fitted, opened.dataset.test)
-    held = _scores(opened, fitted, opened.dataset.validation)
-    others = {name: _scores(opened, fitted, split) for name, split in strangers.items()}
-    halves = {
-        name: np.random.default_rng(0).permutation(len(split.labels)) % 2 == 0 for name, split in strangers.items()
-    }
-    first = {s: np.mean([auroc(known[s], others[o][s][halves[o]]) for o in others]) for s in names}
-    chosen = max(first, key=first.get) if score == "auto" else score
-    limit = threshold(held[chosen], KEPT)
-    metrics = {
-        "dataset": opened.trained.info.name,
-        "checkpoint_step": opened.step,
-        "num_examples": len(opened.dataset.test.labels),
-        "score": chosen,
-        "threshold": limit,
-        "kept_on_test": float(np.mean(known[chosen] >= limit)),
-        "ood_data_dir": os.path.abspath(ood_data_dir) if ood_data_dir else "",
-        "sets": {
-            o: {
-                "place": _place(o),
-                "num_examples": int((~halves[o]).sum()),
-                "found": float(np.mean(others[o][chosen][~halves[o]] < limit)),
-                "scores": {s: separation(known[s], others[o][s][~halves[o]]) for s in names},
-            }
-            for o in others
-        },
-    }
     where = opened.trained.path
-    pooled = {s: (known[s], np.concatenate([others[o][s][~halves[o]] for o in others])) for s in names}
-    _write(where / PART, metrics, pooled)
-    novelty.write(where, Novelty(opened.step, chosen, fitted[chosen], limit, KEPT))
+    with Part(where / PART) as made:
+        fitted = _fit(opened)
+        names = list(SCORES)
+        known = _scores(opened, fitted, opened.dataset.test)
+        held = _scores(opened, fitted, opened.dataset.validation)
+        others = {name: _scores(opened, fitted, split) for name, split in strangers.items()}
+        halves = {
+            name: np.random.default_rng(0).permutation(len(split.labels)) % 2 == 0 for name, split in strangers.items()
+        }
+        first = {s: np.mean([auroc(known[s], others[o][s][halves[o]]) for o in others]) for s in names}
+        chosen = max(first, key=first.get) if score == "auto" else score
+        limit = threshold(held[chosen], KEPT)
+        metrics = {
+            "dataset": opened.trained.info.name,
+            "checkpoint_step": opened.step,
+            "num_examples": len(opened.dataset.test.labels),
+            "score": chosen,
+            "threshold": limit,
+            "kept_on_test": float(np.mean(known[chosen] >= limit)),
+            "ood_data_dir": os.path.abspath(ood_data_dir) if ood_data_dir else "",
+            "sets": {
+                o: {
+                    "place": _place(o),
+                    "num_examples": int((~halves[o]).sum()),
+                    "found": float(np.mean(others[o][chosen][~halves[o]] < limit)),
+                    "scores": {s: separation(known[s], others[o][s][~halves[o]]) for s in names},
+                }
+                for o in others
+            },
+        }
+        pooled = {s: (known[s], np.concatenate([others[o][s][~halves[o]] for o in others])) for s in names}
+        _write(made, metrics, pooled)
+        novelty.write(where, Novelty(opened.step, chosen, fitted[chosen], limit, KEPT))
     for part in (PART, UNKNOWN_ARRAYS, UNKNOWN_FILE):
         places.publish(path, where, part)
     return metrics
@@ -147,14 +149,14 @@ def _take(split: data.Split, image_shape: tuple[int, int, int]) -> data.Split:
     return data.Split(images, split.labels)
 
 
-def _write(directory: pathlib.Path, metrics: dict[str, Any], pooled: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+def _write(made: Part, metrics: dict[str, Any], pooled: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
     def drawn():
         from vitcls.report import unknown_plots
 
         return unknown_plots.histograms(pooled, metrics["score"], metrics["threshold"])
 
     findings.write(
-        directory,
+        made,
         title=f"What {metrics['dataset']} is not",
         lead=f"{metrics['num_examples']:,} test images against images of something else; step "
         f"{metrics['checkpoint_step']:,}",

@@ -7,12 +7,14 @@ import pytest
 from vitcls.core.errors import UserError
 from vitcls.report import findings
 from vitcls.report.findings import Table, Text, interval
+from vitcls.report.part import Part
 
 FOUND = {"value": 0.5, "low": 0.25, "high": 0.75}
 
 
 def written(tmp_path, *blocks):
-    findings.write(tmp_path / "out", title="T", lead="L", metrics={}, blocks=blocks)
+    with Part(tmp_path / "out") as made:
+        findings.write(made, title="T", lead="L", metrics={}, blocks=blocks)
     return tmp_path / "out"
 
 

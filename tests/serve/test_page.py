@@ -155,6 +155,17 @@ def test_what_was_never_seen_is_said(trained, open_page, tmp_path):
         playwright.expect(page.locator(".strange")).to_contain_text("unlike anything that was seen in training")
 
 
+def test_an_upload_is_one_request_while_the_model_stays(served, open_page):
+    page = open_page(served.url)
+    page.wait_for_selector("#learned:not([hidden])")
+    asked = []
+    page.on("request", lambda request: asked.append(request.url.removeprefix(served.url)))
+    page.set_input_files("#file", picture())
+    page.wait_for_selector(".picture img")
+    page.wait_for_selector("body:not([aria-busy])")
+    assert [path for path in asked if path.startswith("/v1/")] == ["/v1/predict"]
+
+
 def test_it_says_when_another_model_is_served(trained, open_page, tmp_path):
     first, second = (shutil.copytree(trained, tmp_path / name) for name in ("first", "second"))
     with server(f"--workdir={first}") as running:

@@ -111,6 +111,16 @@ def test_the_best_is_advised_where_the_images_tell_or_time_is_no_matter():
     assert results.advice(quick)[0].startswith("Use HOG + SVM")
 
 
+def test_the_next_is_the_second_of_the_table_also_where_it_ties_with_the_best():
+    tied = [cell("hog_svm", 1.0, 320, 2), cell("fine_tuned", 1.0, 320, 900), cell("from_scratch", 1.0, 160, 300)]
+    first, second, *rest = results.advice(tied)
+    assert first.startswith("Use HOG + SVM") and not rest
+    assert second.startswith(
+        "The next, fine-tuning, gets 0.0 points less, which these test images do not tell from none"
+    )
+    assert second.endswith("and takes 15 min.")
+
+
 @pytest.mark.parametrize(("right", "words"), [(280, "More images will help"), (319, "will not change much")])
 def test_more_images_are_advised_where_the_last_ones_helped(right, words):
     cells = [cell("probe", 0.25, 200, 5), cell("probe", 0.5, right, 10), cell("probe", 1.0, 320, 20)]

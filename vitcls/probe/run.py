@@ -16,6 +16,7 @@ from vitcls.core.progress import show_progress
 from vitcls.models.weights import hub
 from vitcls.probe import classifiers, features, few_shot, network
 from vitcls.probe.classifiers import CLASSIFIERS, Examples
+from vitcls.report.part import Part
 from vitcls.training import facts, initial, places, run_dir
 
 _logger = logging.getLogger("vitcls")
@@ -48,12 +49,12 @@ def probe(config: configs.ConfigDict, path: os.PathLike | str, *, data_dir: str 
     with places.opened(path) as place:
         prepared = prepare(config, place.path, data_dir)
         config, source, dataset, info, start = prepared
-        with place.hold():
+        with place.hold(), Part(place.path / "report") as made:
             partition = sharding.all_devices("data")
             extractor = features.make_extractor(config, info, start, partition)
             splits, seconds = _examples(config, dataset, extractor, partition)
             run_dir.begin(place.path, config, info, place=source, initial=start and start.record)
-            return _fit_and_report(prepared, place.path, splits, seconds, extractor.variables)
+            return _fit_and_report(made, prepared, place.path, splits, seconds, extractor.variables)
 
 
 class Prepared(NamedTuple):
@@ -111,6 +112,7 @@ def _examples(config, dataset: data.Dataset, extractor, partition) -> tuple[dict
 
 
 def _fit_and_report(
+    made: Part,
     prepared: Prepared,
     path: pathlib.Path,
     splits: dict[str, Examples],
@@ -143,7 +145,7 @@ def _fit_and_report(
         "learned_weights": {},
     }
     report.write(
-        path / "report",
+        made,
         metrics=results,
         labels=tested.labels,
         probabilities=probabilities,

@@ -1,7 +1,6 @@
 """A comparison of runs as Markdown, as JSON and as a page; what it shows is what `metrics.comparison.compare` found."""
 
 import json
-import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -11,6 +10,7 @@ import numpy as np
 
 from vitcls.core.terminal import printable
 from vitcls.metrics import METRICS
+from vitcls.report.part import Part
 
 FILES = (
     "compare.md",
@@ -224,7 +224,7 @@ def _plain(text: str | tuple[str, str]) -> str:
 
 
 def write(
-    directory: os.PathLike | str,
+    part: Part,
     comparison: dict[str, Any],
     *,
     class_names: Sequence[str],
@@ -240,10 +240,8 @@ def write(
       images: gives uint8 [n, H, W, C] for places [n] in the split; or why there are none.
     """
     from vitcls.report import plots
-    from vitcls.report.write import begin, replace
 
-    directory = pathlib.Path(os.path.abspath(directory))
-    new = begin(directory)
+    new = part.new
     text = json.dumps(comparison | {"units": _units(comparison)}, indent=2, allow_nan=False)
     (new / "compare.json").write_text(text + "\n", encoding="utf-8")
     (new / "compare.md").write_text(to_markdown(comparison), encoding="utf-8")
@@ -255,7 +253,7 @@ def write(
             figure.savefig(path, dpi=150)
         shown.append((title, caption if path else missing, path))
     (new / "index.html").write_text(printable(to_html(comparison, class_names, shown)), encoding="utf-8")
-    replace(directory, new)
+    part.replace()
 
 
 def _drawings(

@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from vitcls.core.terminal import printable
-from vitcls.report.write import begin, replace
+from vitcls.report.part import Part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +56,11 @@ class Picture:
 Block = Text | Table | Plot | Picture
 
 
-def write(
-    directory: pathlib.Path, *, title: str, lead: str, metrics: Mapping[str, Any], blocks: Sequence[Block]
-) -> None:
-    """Writes all of it; what was in `directory` is replaced once the new is whole. Numbers are finite or None.
-
-    Raises UserError where it cannot be written.
-    """
+def write(part: Part, *, title: str, lead: str, metrics: Mapping[str, Any], blocks: Sequence[Block]) -> None:
+    """Writes all of it; what was in the directory is replaced once the new is whole. Numbers are finite or None."""
     from vitcls.report import page
 
-    new = begin(directory)
+    new = part.new
     text = json.dumps(metrics, indent=2, allow_nan=False)
     (new / "metrics.json").write_text(text + "\n", encoding="utf-8")
     html = [f'<h1>{escape(title)}</h1>\n<p class="soft lead">{escape(lead)}</p>']
@@ -75,7 +70,7 @@ def write(
             # The name of a file need not be UTF-8; its bytes are kept.
             (new / f"{block.file}.csv").write_text(_csv(block), encoding="utf-8", errors="surrogateescape")
     (new / "index.html").write_text(printable(page.document(title, html)), encoding="utf-8")
-    replace(directory, new)
+    part.replace()
 
 
 def _html(block: Block, new: pathlib.Path) -> str:

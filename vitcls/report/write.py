@@ -1,9 +1,7 @@
 """Writes a report directory atomically."""
 
 import json
-import os
 import pathlib
-import shutil
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 from vitcls.core.errors import UserError
 from vitcls.core.terminal import printable
 from vitcls.metrics import METRICS, RocCurves
+from vitcls.report.part import Part
 
 Drawings = dict[str, tuple[str, str, Callable]]  # name of the file -> title, caption and what draws it
 UNITS = {  # of what is no metric of the table
@@ -29,7 +28,7 @@ UNITS = {  # of what is no metric of the table
 
 
 def write(
-    directory: os.PathLike | str,
+    part: Part,
     *,
     metrics: dict[str, Any],
     labels: np.ndarray,
@@ -55,8 +54,7 @@ def write(
     """
     from vitcls.report import page, plots
 
-    directory = pathlib.Path(directory)
-    new = begin(directory)
+    new = part.new
     units = {name: metric.unit for name, metric in METRICS.items()} | UNITS
     named = {name: unit for name, unit in units.items() if name in metrics}
     text = json.dumps(metrics | {"units": named}, indent=2, allow_nan=False)
@@ -78,7 +76,7 @@ def write(
             figure.savefig(path, dpi=figure.dpi if name in ("confusion_matrix", "class_accuracy") else 150)
         shown.append((title, caption if path or name == "mistakes" else "nothing was logged.", path))
     (new / "index.html").write_text(printable(page.render(metrics, facts, shown)), encoding="utf-8")
-    replace(directory, new)
+    part.replace()
 
 
 def _training(history: list[dict[str, Any]] | None, curves: Sequence[str]) -> Drawings:
@@ -148,27 +146,3 @@ def check_out(out: pathlib.Path, files: Collection[str], what: str) -> None:
     other = sorted(path.name for path in out.iterdir() if path.name not in files) if out.is_dir() else []
     if other:
         raise UserError(f"--out={out} holds {other[0]}, which is no file of {what}; name another directory")
-
-
-def begin(directory: pathlib.Path) -> pathlib.Path:
-    """An empty directory beside `directory`, for `replace`; what a write that failed has left there is gone.
-
-    Raises UserError where none can be made.
-    """
-    new = directory.with_name(f".{directory.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        new.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from None
-    return new
-
-
-def replace(directory: pathlib.Path, new: pathlib.Path) -> None:
-    """Puts `new` in the place of a directory, or where there is none yet."""
-    old = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    new.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)

@@ -137,14 +137,14 @@ def _add_work(app: FastAPI, service: Service) -> None:
     limits = service.limits
 
     async def predict(request: Request) -> Response:
-        """The most probable classes of each image, with an id."""
+        """The most probable classes of each image, with an id; and since when this model is served, as of /v1/model."""
         async with asyncio.timeout(limits.seconds):
             uploads = (await bodies.read(request, limits)).uploads
             if not uploads:
                 raise Refused(400, "there is no image in the request: send a form, image/* or JSON; see /docs")
             predictions = await _unless_gone(request, service.predict(uploads))
         status = 422 if all("error" in one for one in predictions) else 200
-        return JSONResponse({"predictions": predictions}, status)
+        return JSONResponse({"predictions": predictions, "since": service.since}, status)
 
     app.router.add_api_route(
         "/v1/predict", predict, methods=["POST"], openapi_extra=_IMAGES, route_class_override=_Plain

@@ -261,12 +261,17 @@ class Service:
         alarms = state.get("alarms", {})
         return shares | {f"alarms_{kind}": alarms.get(kind, {}).get("count", 0) for kind in KINDS if state}
 
+    @property
+    def since(self) -> str | None:
+        """When the run that is served was promoted or given back; None where none ever was."""
+        return self._source.since
+
     def about(self) -> dict[str, Any]:
         """What is served, and within which bounds."""
         model = self.batcher.model
         limits = self.limits
         return model.about | {
-            "since": self._source.since,
+            "since": self.since,
             "explains": model.explainer is not None,
             "limits": {"images": limits.images, "image_bytes": limits.image_bytes, "pixels": limits.pixels},
         }

@@ -1,5 +1,6 @@
 """Evaluation of a split: predictions over the devices, metrics, timings, and the report of them all."""
 
+import contextlib
 import dataclasses
 import pathlib
 import statistics
@@ -13,12 +14,13 @@ import numpy as np
 from vitcls import data, metrics, models, report
 from vitcls.core.errors import UserError
 from vitcls.core.progress import show_progress
-from vitcls.core.sharding import Partition
+from vitcls.core.sharding import Partition, all_or_none
 from vitcls.data import DatasetInfo
 from vitcls.data.corruptions import SEVERITIES, corrupt
 from vitcls.metrics.scaling import Scaling
 from vitcls.models import summary
 from vitcls.models.variables import variable_shapes
+from vitcls.report.part import Part
 from vitcls.training import build, facts, metrics_log
 
 PyTree = Any
@@ -128,55 +130,61 @@ def write_report(
 ) -> dict:
     """Evaluates `variables` on a split, writes report/ in the workdir `path` and returns the metrics.
 
-    `scale` makes other probabilities of the model's, for all but the corrupted images.
+    `scale` makes other probabilities of the model's, for all but the corrupted images. Raises UserError, before any
+    work, where report/ cannot be written or another process writes it.
     """
-    batches = split_batches(dataset, split, evaluator.partition, config)
-    examples = getattr(dataset, split)
-    probabilities = np.empty((len(examples.labels), info.num_classes), np.float32)
-    bank = evaluator.remember(variables)
-    watched = show_progress(batches, len(batches), f"batches of the {split} split")
-    sums = evaluator(variables, watched, probabilities, bank)
-    corrupted = {
-        name: [_accuracy(evaluator(variables, corrupt(batches, name, severity), bank=bank)) for severity in SEVERITIES]
-        for name in config.report.corruptions
-    }
-    timings = {}
-    if config.report.timing:
-        timings["images_per_second"] = measure_throughput(evaluator, variables, batches, bank)
-    learned = evaluator.partition.to_host(models.learned_weights(model, variables["params"]))
-    if jax.process_index():
-        return {}
-    if config.report.timing:
-        timings["latency_ms"] = measure_latency(config, model, info, evaluator.partition.to_host(bank))
+    with contextlib.ExitStack() as held:
+        part = path / "report"
+        made = all_or_none(lambda: None if jax.process_index() else held.enter_context(Part(part)))
+        batches = split_batches(dataset, split, evaluator.partition, config)
+        examples = getattr(dataset, split)
+        probabilities = np.empty((len(examples.labels), info.num_classes), np.float32)
+        bank = evaluator.remember(variables)
+        watched = show_progress(batches, len(batches), f"batches of the {split} split")
+        sums = evaluator(variables, watched, probabilities, bank)
+        corrupted = {
+            name: [
+                _accuracy(evaluator(variables, corrupt(batches, name, severity), bank=bank)) for severity in SEVERITIES
+            ]
+            for name in config.report.corruptions
+        }
+        timings = {}
+        if config.report.timing:
+            timings["images_per_second"] = measure_throughput(evaluator, variables, batches, bank)
+        learned = evaluator.partition.to_host(models.learned_weights(model, variables["params"]))
+        if jax.process_index():
+            return {}
+        if config.report.timing:
+            timings["latency_ms"] = measure_latency(config, model, info, evaluator.partition.to_host(bank))
 
-    if scale is not None:
-        probabilities = scale(probabilities).astype(np.float32)
-        sums |= metrics.evidence_of(examples.labels, probabilities).sums
-    evidence = metrics.Evidence(sums, examples.labels, probabilities)
-    history = metrics_log.read_history(path)
-    results = {"dataset": info.name, "split": split, "checkpoint_step": step}
-    results |= metrics.classification_report(evidence, info.class_names)
-    results |= {
-        "parameters": summary.count_parameters(variable_shapes(model, info.image_shape)["params"]),
-        "flops_per_image": summary.flops_per_image(model, info.image_shape),
-        **timings,
-        **({"corrupted_accuracy": corrupted} if corrupted else {}),
-        "learned_weights": {name: float(weight) for name, weight in learned.items()},
-        "train_seconds": next((e["train/seconds"] for e in reversed(history) if "train/seconds" in e), 0.0),
-    }
-    report.write(
-        path / "report",
-        metrics=results,
-        labels=examples.labels,
-        probabilities=probabilities,
-        roc=evidence.roc,
-        class_names=info.class_names,
-        images=lambda indices: np.stack([data.read_image(examples, int(i), info.image_shape) for i in indices]),
-        history=history,
-        facts=facts.facts(config, info, step=step) | ({"Probabilities": "calibrated"} if scale else {}),
-        curves=list(dict.fromkeys(["loss", "accuracy", *build.make_task(config, info).means])),
-    )
-    return results
+        if scale is not None:
+            probabilities = scale(probabilities).astype(np.float32)
+            sums |= metrics.evidence_of(examples.labels, probabilities).sums
+        evidence = metrics.Evidence(sums, examples.labels, probabilities)
+        history = metrics_log.read_history(path)
+        results = {"dataset": info.name, "split": split, "checkpoint_step": step}
+        results |= metrics.classification_report(evidence, info.class_names)
+        results |= {
+            "parameters": summary.count_parameters(variable_shapes(model, info.image_shape)["params"]),
+            "flops_per_image": summary.flops_per_image(model, info.image_shape),
+            **timings,
+            **({"corrupted_accuracy": corrupted} if corrupted else {}),
+            "learned_weights": {name: float(weight) for name, weight in learned.items()},
+            "train_seconds": next((e["train/seconds"] for e in reversed(history) if "train/seconds" in e), 0.0),
+        }
+        report.write(
+            made,
+            metrics=results,
+            labels=examples.labels,
+            probabilities=probabilities,
+            roc=evidence.roc,
+            class_names=info.class_names,
+            images=lambda indices: np.stack([data.read_image(examples, int(i), info.image_shape) for i in indices]),
+            history=history,
+            facts=facts.facts(config, info, step=step) | ({"Probabilities": "calibrated"} if scale else {}),
+            curves=list(dict.fromkeys(["loss", "accuracy", *build.make_task(config, info).means])),
+        )
+        return results
 
 
 def _accuracy(sums: metrics.Sums) -> float:

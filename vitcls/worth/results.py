@@ -77,13 +77,21 @@ def advice(cells: Sequence[Cell]) -> list[str]:
             f"{METHODS[best.method]} gets {100 * value:.1f} points more, which these test images do not tell from none "
             f"({100 * low:+.1f} to {100 * high:+.1f}), and takes {span(best.seconds)}."
         )
-    elif others := [cell for cell in full if cell not in together]:
-        value, low, high = _difference(chosen, others[0])
-        lines.append(
-            f"The next, {_words(others[0].method)}, gets {100 * value:.1f} points less ({100 * low:.1f} to "
-            f"{100 * high:.1f})."
-        )
+    else:
+        lines += [_behind(chosen, cell, cell in together) for cell in full[1:2]]
     return lines + _more_images(cells, chosen)
+
+
+def _behind(chosen: Cell, other: Cell, alike: bool) -> str:
+    """How far the second best is behind; `alike` where the test images do not tell the two apart."""
+    value, low, high = _difference(chosen, other)
+    less = f"The next, {_words(other.method)}, gets {100 * value:.1f} points less"
+    if not alike:
+        return f"{less} ({100 * low:.1f} to {100 * high:.1f})."
+    return (
+        f"{less}, which these test images do not tell from none ({100 * low:+.1f} to {100 * high:+.1f}), and takes "
+        f"{span(other.seconds)}."
+    )
 
 
 def _more_images(cells: Sequence[Cell], chosen: Cell) -> list[str]:

@@ -5,6 +5,7 @@ const percent = (p) => (p < 0.001 ? "< 0.1" : p > 0.999 ? "> 99.9" : (p * 100).t
 const count = (n, one, many) => n + " " + (n === 1 ? one : many);
 let classes = [];
 let explains = false;
+let since = null;
 let limits = { images: 16, image_bytes: 10 * 2 ** 20 };
 
 // What the server says, or an Error with a line for people.
@@ -48,14 +49,15 @@ async function about() {
   const model = await ask("v1/model");
   classes = model.classes;
   explains = model.explains;
+  since = model.since;
   limits = model.limits;
   document.title = model.dataset + " · vitcls";
   $("name").textContent = "What is it? " + model.classes.length + " classes of " + model.dataset;
   const accuracy = model.test.accuracy === undefined ? "" :
     ", " + percent(model.test.accuracy) + " right on " + model.test.num_examples + " test images";
-  const since = model.since ? " Served since " + new Date(model.since).toLocaleString() + "." : "";
+  const served = since ? " Served since " + new Date(since).toLocaleString() + "." : "";
   const sure = model.calibrated ? "Percentages are calibrated." : "Percentages are not calibrated.";
-  $("about").textContent = model.model + ", step " + model.checkpoint.step + accuracy + ". " + sure + since;
+  $("about").textContent = model.model + ", step " + model.checkpoint.step + accuracy + ". " + sure + served;
 }
 
 async function learned() {
@@ -90,17 +92,19 @@ async function send(files) {
   if (files.length === 0) return;
   document.body.setAttribute("aria-busy", "true");
   const bad = [];
+  let other = false;
   try {
     for (const images of parcels([...files])) {
       const form = new FormData();
       images.forEach((file) => form.append("file", file, file.name || "image"));
       const said = await ask("v1/predict", { method: "POST", body: form });
+      other ||= said.since !== since;
       said.predictions.forEach((answer, i) => {
         if (answer.error) bad.push((answer.file || "The image") + ": " + answer.error);
         else show(answer, images[i]);
       });
     }
-    await about();
+    if (other) await about();
   } catch (error) {
     bad.push(error.message.replace(/\.$/, ""));
   } finally {

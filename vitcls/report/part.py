@@ -1,0 +1,77 @@
+"""A directory of results, made anew by one process at a time and put in the place of the old one in one move."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import shutil
+from typing import IO
+
+from vitcls.core.errors import UserError
+
+_LOCK = ".lock"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # a disk without locks
+
+
+class Part(contextlib.AbstractContextManager):
+    """Claims `directory` from entry to exit, before the work whose results it will hold; `replace` puts them there.
+
+    Raises UserError on entry where it cannot be written or a living process has claimed it. What a killed one has left
+    is taken over, and what is not put in place is removed.
+    """
+
+    def __init__(self, directory: os.PathLike | str):
+        self.directory = pathlib.Path(os.path.abspath(directory))
+        self.new = self.directory.with_name(f".{self.directory.name}.new")  # to be filled
+
+    def __enter__(self) -> "Part":
+        self._made = [path for path in self.directory.parents if not path.exists()]
+        try:
+            self._lock = self._acquire()
+        except BlockingIOError:
+            raise UserError(f"{self.directory} is being written by another command; wait for it to end") from None
+        except OSError as error:
+            self._remove_parents()
+            raise UserError(f"{self.directory} cannot be written: {error.strerror or error}") from None
+        for path in self.new.iterdir():  # of a killed process
+            if path.name != _LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if not self._lock.closed:
+            shutil.rmtree(self.new, ignore_errors=True)
+            self._lock.close()
+            self._remove_parents()
+
+    def replace(self) -> None:
+        """Puts what was made in the place of the directory, or where there is none yet; the claim ends."""
+        old = self.directory.with_name(f".{self.directory.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        (self.new / _LOCK).unlink()
+        if self.directory.exists():
+            self.directory.rename(old)
+        self.new.rename(self.directory)
+        self._lock.close()
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _acquire(self) -> IO[str]:
+        """The locked file; the lock ends with the process, however that ends."""
+        while True:
+            self.new.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:
+                file = opened.enter_context(open(self.new / _LOCK, "w", encoding="utf-8"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno not in _NO_LOCKS:
+                        raise
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(self.new / _LOCK)):  # else put in place just now
+                    opened.pop_all()
+                    return file
+
+    def _remove_parents(self) -> None:
+        for path in self._made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
