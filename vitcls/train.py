@@ -31,6 +31,7 @@ from vitcls.training.state import NonFinite, TrainState
 from vitcls.training.stop_signal import StopSignal
 
 _logger = logging.getLogger("vitcls")
+_PATIENCE = 600.0  # seconds that a run waits at its end for another that writes its report
 
 
 def train_and_evaluate(
@@ -89,7 +90,12 @@ def train_and_evaluate(
             step, best = run_dir.open_workdir(path).restore(training.model, "best")
             variables = partition.replicate(best)
         split = config.report.split
-        return write_report(path, config, info, dataset, evaluator, training.model, variables, split=split, step=step)
+        return write_report(
+            *(path, config, info, dataset, evaluator, training.model, variables),
+            split=split,
+            step=step,
+            patience=_PATIENCE,
+        )
 
 
 def share(place: Place, lock: WorkdirLock | None) -> None:

@@ -1,8 +1,10 @@
 """A directory of results has one writer at a time, and what a killed one leaves is in nobody's way."""
 
+import logging
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -37,6 +39,14 @@ def test_the_second_is_refused_and_the_first_loses_nothing(holder, tmp_path):
     ):
         pass
     assert (tmp_path / "out" / ".report.new" / "half.png").exists()
+
+
+def test_who_has_patience_waits_for_the_first_to_end(holder, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "vitcls")
+    threading.Timer(1.2, holder.kill).start()
+    with Part(tmp_path / "out" / "report", patience=60) as made:
+        made.replace()
+    assert caplog.messages == [f"waiting for another command that writes {tmp_path}/out/report"]
 
 
 def test_what_a_killed_one_has_left_is_taken_over(holder, tmp_path):

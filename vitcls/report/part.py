@@ -2,14 +2,21 @@
 
 import contextlib
 import errno
-import fcntl
+import logging
 import os
 import pathlib
 import shutil
+import time
 from typing import IO
 
 from vitcls.core.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is claimed
+    fcntl = None
+
+_logger = logging.getLogger("vitcls")
 _LOCK = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # a disk without locks
 
@@ -17,18 +24,19 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # a disk without locks
 class Part(contextlib.AbstractContextManager):
     """Claims `directory` from entry to exit, before the work whose results it will hold; `replace` puts them there.
 
-    Raises UserError on entry where it cannot be written or a living process has claimed it. What a killed one has left
-    is taken over, and what is not put in place is removed.
+    Raises UserError on entry where it cannot be written or a living process has claimed it, and does not end within
+    `patience` seconds. What a killed one has left is taken over, and what is not put in place is removed.
     """
 
-    def __init__(self, directory: os.PathLike | str):
+    def __init__(self, directory: os.PathLike | str, patience: float = 0.0):
+        self._patience = patience
         self.directory = pathlib.Path(os.path.abspath(directory))
         self.new = self.directory.with_name(f".{self.directory.name}.new")  # to be filled
 
     def __enter__(self) -> "Part":
         self._made = [path for path in self.directory.parents if not path.exists()]
         try:
-            self._lock = self._acquire()
+            self._lock = self._wait_for_it()
         except BlockingIOError:
             raise UserError(f"{self.directory} is being written by another command; wait for it to end") from None
         except OSError as error:
@@ -56,6 +64,19 @@ class Part(contextlib.AbstractContextManager):
         self._lock.close()
         shutil.rmtree(old, ignore_errors=True)
 
+    def _wait_for_it(self) -> IO[str]:
+        end, told = time.monotonic() + self._patience, False
+        while True:
+            try:
+                return self._acquire()
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise
+            if not told:
+                _logger.info("waiting for another command that writes %s", self.directory)
+            told = True
+            time.sleep(0.5)
+
     def _acquire(self) -> IO[str]:
         """The locked file; the lock ends with the process, however that ends."""
         while True:
@@ -63,7 +84,8 @@ class Part(contextlib.AbstractContextManager):
             with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:
                 file = opened.enter_context(open(self.new / _LOCK, "w", encoding="utf-8"))
                 try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if fcntl is not None:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError as error:
                     if error.errno not in _NO_LOCKS:
                         raise

@@ -127,15 +127,16 @@ def write_report(
     split: str,
     step: int,
     scale: Scaling | None = None,
+    patience: float = 0.0,
 ) -> dict:
     """Evaluates `variables` on a split, writes report/ in the workdir `path` and returns the metrics.
 
     `scale` makes other probabilities of the model's, for all but the corrupted images. Raises UserError, before any
-    work, where report/ cannot be written or another process writes it.
+    work, where report/ cannot be written or another process writes it and does not end within `patience` seconds.
     """
     with contextlib.ExitStack() as held:
         part = path / "report"
-        made = all_or_none(lambda: None if jax.process_index() else held.enter_context(Part(part)))
+        made = all_or_none(lambda: None if jax.process_index() else held.enter_context(Part(part, patience)))
         batches = split_batches(dataset, split, evaluator.partition, config)
         examples = getattr(dataset, split)
         probabilities = np.empty((len(examples.labels), info.num_classes), np.float32)
