@@ -22,9 +22,13 @@ REFERENCE = 128
 def get_table(preset="full"):
     if preset not in PRESETS:
         raise errors.unknown("preset of vit_batch_size.py", preset, PRESETS)
+    names = {rule: f"learning rate {rule.replace('_', ' ')}" for rule in RULES}
     rows = [
         Row(
-            f"{rule}-{batch}", _config(preset, batch, scale(batch / REFERENCE)), x=batch, series=f"{rule} learning rate"
+            f"{rule}-{batch}",
+            _config(preset, batch, scale(batch / REFERENCE)),
+            x=batch,
+            series=tuple(names.values()) if batch == REFERENCE else (names[rule],),
         )
         for rule, scale in RULES.items()
         for batch in BATCHES[preset]

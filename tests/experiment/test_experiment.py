@@ -318,6 +318,13 @@ def test_every_row_of_a_smoke_table_has_a_model_that_takes_its_images(tmp_path):
     assert len(seen) > 20
 
 
+def test_a_row_may_be_a_point_of_several_lines():
+    """Where the rules of the learning rate meet."""
+    rows = table.load(ROOT / "configs" / "experiments" / "vit_batch_size.py:smoke").rows
+    lines = {row.x: set(row.series) for row in rows}
+    assert len(lines[128]) == 3 and all(lines[128] > set(row.series) for row in rows if row.x != 128)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith((":smoke", ",5"))])
 def test_every_smoke_table_runs_to_its_end(name, tmp_path):

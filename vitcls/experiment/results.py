@@ -123,8 +123,9 @@ def _scores(table: Table, runs: Sequence[Run], states: States):
     from vitcls.report import table_plots
 
     points = [
-        (run.row.name, run.row.series, run.row.x, states[run.name].report[table.metrics[0]])
+        (run.row.name, series, run.row.x, states[run.name].report[table.metrics[0]])
         for run in runs
+        for series in run.row.series
         if states[run.name].report
     ]
     return table_plots.scores(points, METRICS[table.metrics[0]].label, table.x_label) if points else None

@@ -34,7 +34,7 @@ class Row:
     config: ConfigDict  # as `default_config` makes it; the seed is the table's business
     paper: Mapping[str, float] = dataclasses.field(default_factory=dict)  # metric -> what the paper prints
     x: float | None = None  # place on the axis of the plot, where there is one
-    series: str = ""  # rows of one line in that plot
+    series: Sequence[str] = ("",)  # the lines of that plot that it is a point of
     part: str = ""  # rows with the same title are compared, in a table of their own
 
 
