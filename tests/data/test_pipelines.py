@@ -20,7 +20,7 @@ from PIL import Image
 
 from vitcls import data
 from vitcls.core import sharding
-from vitcls.core.errors import UserError
+from vitcls.core.errors import RunError, UserError
 from vitcls.data import pipelines, streaming
 from vitcls.data.dataset import Dataset, Split
 from vitcls.data.memory import host_memory_bytes
@@ -86,6 +86,29 @@ def test_both_pipelines_give_the_same_batches(tmp_path, sampling):
     assert (resident["label"] == (resident["image"][..., 0, 0, 0] % 4 == 0)).all()
     if sampling == "balanced":
         assert resident["label"].reshape(-1)[:40].mean() == 0.5
+
+
+def test_reading_goes_on_when_a_disk_comes_back(tmp_path, caplog):
+    photos, away = tmp_path / "photos", tmp_path / "away"
+    photos.mkdir()
+    encoded = dataset(encoded_in=photos)
+    undisturbed = read(encoded, config(pipeline="streaming"), [0, 2, 4])
+    photos.rename(away)
+    threading.Timer(2.0, away.rename, [photos]).start()
+    disturbed = read(encoded, config(pipeline="streaming"), [0, 2, 4])
+    jax.tree.map(np.testing.assert_array_equal, disturbed, undisturbed)
+    gone, back = caplog.messages
+    assert "No such file or directory" in gone and gone.endswith("; trying again for 120 s")
+    assert back == "the data can be read again"
+
+
+def test_a_disk_that_does_not_come_back_ends_the_run_in_one_line(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(streaming, "_PATIENCE", 1.0)
+    encoded = dataset(encoded_in=tmp_path)
+    (tmp_path / "007.png").unlink()
+    with pytest.raises(RunError, match=r"could not be read for 1 s \(.*007.png'\); the last checkpoint is kept, and"):
+        read(encoded, config(pipeline="streaming"), [0, 2, 4])
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize("pipeline", ["resident", "streaming"])

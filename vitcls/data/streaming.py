@@ -5,9 +5,11 @@ function of (seed, position in the run), so the stream can be entered at any ste
 """
 
 import functools
+import logging
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vitcls.core.errors import RunError
 from vitcls.core.sharding import Partition
 from vitcls.core.terminal import quiet_tensorflow
 from vitcls.data import images as image_files
@@ -22,9 +25,11 @@ from vitcls.data.dataset import Split
 from vitcls.data.images import BadImage, Crop
 from vitcls.data.order import epoch_order
 
+_logger = logging.getLogger("vitcls")
 _CHUNK = 32  # examples per task: large enough to hide the cost of calling Python, small enough to spread a batch
 _PREFETCHED = 4  # batches ready ahead of the one that is asked for
 _KEPT_EPOCHS = 4  # orders in memory: the one before, this one, the next, and one to spare
+_PATIENCE = 120.0  # seconds for which files are tried again that a disk does not give
 
 
 class Streaming:
@@ -137,6 +142,39 @@ def _decode(
     return image_files.decode(encoded, box=box, spare=crop.spare, **arguments)
 
 
+class _Patience:
+    """Loads again what a disk does not give, for a time; told in one line, though many threads read."""
+
+    def __init__(self, load: Callable[[int], Any], seconds: float):
+        self._load, self._seconds = load, seconds
+        self._lock, self._away = threading.Lock(), False
+
+    def __call__(self, row: int) -> Any:
+        """Raises RunError where it cannot be read for so long."""
+        end = time.monotonic() + self._seconds
+        while True:
+            try:
+                loaded = self._load(row)
+            except OSError as error:
+                self._tell(True, f"{error}; trying again for {self._seconds:.0f} s")
+                if time.monotonic() >= end:
+                    raise RunError(
+                        f"the data could not be read for {self._seconds:.0f} s ({error}); the last checkpoint is kept, "
+                        "and the same command goes on from it"
+                    ) from None
+                time.sleep(min(1.0, self._seconds / 10))
+            else:
+                self._tell(False, "the data can be read again")
+                return loaded
+
+    def _tell(self, away: bool, line: str) -> None:
+        if away != self._away:
+            with self._lock:
+                if away != self._away:
+                    self._away = away
+                    _logger.warning("%s", line)
+
+
 def _parallel_batches(
     load: Callable[[int], tuple[np.ndarray, np.integer]],
     num_rows: int,
@@ -144,13 +182,21 @@ def _parallel_batches(
     *,
     num_batches: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Runs load(0), load(1), ... in tf.data's threads; yields images [num_rows, H, W, C] and labels [num_rows]."""
+    """Runs load(0), load(1), ... in tf.data's threads; yields images [num_rows, H, W, C] and labels [num_rows].
+
+    Raises what `load` raises, but RunError for a disk that fails for _PATIENCE seconds.
+    """
     tf = _tensorflow()
     chunk = math.gcd(num_rows, _CHUNK)
     chunks_per_batch = num_rows // chunk
+    patient, failures = _Patience(load, _PATIENCE), []
 
     def load_chunk(number: np.int64) -> tuple[np.ndarray, np.ndarray]:
-        examples = [load(row) for row in range(int(number) * chunk, (int(number) + 1) * chunk)]
+        try:
+            examples = [patient(row) for row in range(int(number) * chunk, (int(number) + 1) * chunk)]
+        except Exception as error:  # which TensorFlow would wrap
+            failures.append(error)
+            raise
         return np.stack([image for image, _ in examples]), np.array([label for _, label in examples], np.int32)
 
     def load_in_graph(number):
@@ -169,7 +215,16 @@ def _parallel_batches(
     options = tf.data.Options()
     options.autotune.enabled = False
     dataset = dataset.with_options(options)
-    for images, labels in dataset.as_numpy_iterator():
+    batches = dataset.as_numpy_iterator()
+    while True:
+        try:
+            images, labels = next(batches)
+        except StopIteration:
+            return
+        except tf.errors.OpError:
+            if failures:
+                raise failures[0] from None
+            raise
         yield images.reshape(num_rows, *image_shape), labels.reshape(num_rows)
 
 
