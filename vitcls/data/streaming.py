@@ -147,32 +147,36 @@ class _Patience:
 
     def __init__(self, load: Callable[[int], Any], seconds: float):
         self._load, self._seconds = load, seconds
-        self._lock, self._away = threading.Lock(), False
+        self._lock, self._waiting, self._given_up = threading.Lock(), 0, False
 
     def __call__(self, row: int) -> Any:
-        """Raises RunError where it cannot be read for so long."""
-        end = time.monotonic() + self._seconds
+        """Raises RunError where it cannot be read for so long, and at once when that was so of another row."""
+        end = math.inf
         while True:
             try:
                 loaded = self._load(row)
             except OSError as error:
-                self._tell(True, f"{error}; trying again for {self._seconds:.0f} s")
-                if time.monotonic() >= end:
+                if end == math.inf:
+                    end = time.monotonic() + self._seconds
+                    self._count(1, f"{error}; trying again for {self._seconds:.0f} s")
+                if self._given_up or time.monotonic() >= end:
+                    self._given_up = True
                     raise RunError(
                         f"the data could not be read for {self._seconds:.0f} s ({error}); the last checkpoint is kept, "
                         "and the same command goes on from it"
                     ) from None
                 time.sleep(min(1.0, self._seconds / 10))
             else:
-                self._tell(False, "the data can be read again")
+                if end < math.inf:
+                    self._count(-1, "the data can be read again")
                 return loaded
 
-    def _tell(self, away: bool, line: str) -> None:
-        if away != self._away:
-            with self._lock:
-                if away != self._away:
-                    self._away = away
-                    _logger.warning("%s", line)
+    def _count(self, change: int, line: str) -> None:
+        """Counts the rows that wait, and tells of the first and of the end of the last."""
+        with self._lock:
+            self._waiting += change
+            if self._waiting == max(change, 0) and not self._given_up:
+                _logger.warning("%s", line)
 
 
 def _parallel_batches(
