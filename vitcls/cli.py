@@ -23,6 +23,8 @@ from vitcls.core import cluster, errors, peers, terminal
 from vitcls.core.cache import cache_dir
 from vitcls.core.errors import RunError, Stopped, UserError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk says
+
 
 class Verb(NamedTuple):
     """A command: `vitcls VERB` is `python -m MODULE`."""
@@ -71,9 +73,6 @@ def program(verb: str) -> str:
     """How the command was invoked: 'vitcls VERB', or 'python -m vitcls.VERB'."""
     as_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
     return f"python -m {VERBS[verb].module}" if as_module else f"vitcls {verb}"
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk says
 
 
 class Parser(argparse.ArgumentParser):

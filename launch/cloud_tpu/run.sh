@@ -121,7 +121,7 @@ install() {
   fi
   call compute tpus tpu-vm scp "$archive" "$name:vitcls.tar.gz" "${here[@]}" --worker=all --quiet &&
     on all "python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --quiet --clear --python=3.12 env && \
-tar xzf vitcls.tar.gz && ~/.local/bin/uv pip install --quiet --python=env './vitcls[tpu]'"
+tar xzf vitcls.tar.gz && ~/.local/bin/uv pip install --quiet --python=env './vitcls[tpu,gcs]'"
 }
 
 train() { # COMMAND...; it goes on where the connection is lost

@@ -5,6 +5,7 @@ The schemas are those of `kubeflow-trainer-api`, the published OpenAPI of Kubern
 """
 
 import pathlib
+import re
 
 import kubernetes_validate
 import pydantic
@@ -14,6 +15,7 @@ from kubeflow_trainer_api import models
 
 from vitcls.core import cluster
 from vitcls.serve import __main__ as serve
+from vitcls.training import places
 
 FOLDER = pathlib.Path(__file__).parents[2] / "launch" / "kubernetes"
 MANIFESTS = ("gpu.yaml", "tpu.yaml")
@@ -88,6 +90,12 @@ def test_a_slice_has_as_many_pods_as_its_chips_need():
     hosts = ",".join(f"vitcls-train-0-{i}.vitcls" for i in range(job["completions"]))  # as GKE sets it
     found = cluster.find(None, None, None, {"TPU_WORKER_HOSTNAMES": hosts, "KUBERNETES_SERVICE_HOST": "10.0.0.1"})
     assert found == cluster.Cluster("TPU pod of 4 hosts", None, None, None)
+
+
+def test_what_is_installed_for_tpus_can_write_the_bucket():
+    (extra,) = re.findall(r"EXTRA=(\S+)", (FOLDER / "tpu.yaml").read_text())
+    (installed,) = re.findall(r"\./vitcls\[(.*)\]", (FOLDER.parent / "cloud_tpu" / "run.sh").read_text())
+    assert set(extra.split(",")) == set(installed.split(",")) == {"tpu", places.EXTRAS["gs"]}
 
 
 @pytest.mark.parametrize("name", MANIFESTS)

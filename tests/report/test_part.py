@@ -1,6 +1,7 @@
 """A directory of results has one writer at a time, and what a killed one leaves is in nobody's way."""
 
 import logging
+import pathlib
 import signal
 import subprocess
 import sys
@@ -39,6 +40,21 @@ def test_the_second_is_refused_and_the_first_loses_nothing(holder, tmp_path):
     ):
         pass
     assert (tmp_path / "out" / ".report.new" / "half.png").exists()
+
+
+def test_it_cannot_be_claimed_while_it_is_put_in_place(tmp_path, monkeypatch):
+    rename, refused = pathlib.Path.rename, []
+
+    def claimed_before(path, target):
+        with pytest.raises(UserError, match="is being written by another"), Part(tmp_path / "report"):
+            pass
+        refused.append(path.name)
+        return rename(path, target)
+
+    with Part(tmp_path / "report") as made:
+        monkeypatch.setattr(pathlib.Path, "rename", claimed_before)
+        made.replace()
+    assert refused == [".report.new"] and not list((tmp_path / "report").iterdir())
 
 
 def test_who_has_patience_waits_for_the_first_to_end(holder, tmp_path, caplog):

@@ -57,10 +57,10 @@ class Part(contextlib.AbstractContextManager):
         """Puts what was made in the place of the directory, or where there is none yet; the claim ends."""
         old = self.directory.with_name(f".{self.directory.name}.old")
         shutil.rmtree(old, ignore_errors=True)
-        (self.new / _LOCK).unlink()
         if self.directory.exists():
             self.directory.rename(old)
-        self.new.rename(self.directory)
+        self.new.rename(self.directory)  # still locked, or another could claim it half-way
+        (self.directory / _LOCK).unlink()
         self._lock.close()
         shutil.rmtree(old, ignore_errors=True)
 
