@@ -101,12 +101,18 @@ def test_what_is_half_made_is_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["nowhere", "empty", "file"])
-def test_a_directory_that_is_no_workdir_is_one_line(place, tmp_path, capsys):
+def test_what_is_no_workdir_is_one_line_and_hides_no_run(place, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     good = make(tmp_path / "good")
-    assert cli.run(status.main, [str(good), str(tmp_path / place)]) == 2
+    assert cli.run(status.main, [str(tmp_path / place), str(good), "ftp://a/b"]) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1].startswith(f"{good} ") and len(out.splitlines()) == 2
     what = "is not the workdir of a run: it has no config.json; give the --workdir of vitcls train"
+    first, second = err.splitlines()
+    assert first == f"error: {tmp_path / place} {what}"
+    assert second.startswith("error: --workdir=ftp://a/b cannot be used")
+    assert cli.run(status.main, [str(tmp_path / place)]) == 2
     assert capsys.readouterr() == ("", f"error: {tmp_path / place} {what}\n")
 
 

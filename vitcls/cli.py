@@ -147,9 +147,20 @@ def add_groups_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of all commands that run on several processes; the environment says it for most clusters."""
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, for several processes")
-    parser.add_argument("--num_processes", type=int, metavar="N", help="how many processes take part")
-    parser.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0")
+    once = {"action": _Once}
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, for several processes", **once)
+    parser.add_argument("--num_processes", type=int, metavar="N", help="how many processes take part", **once)
+    parser.add_argument("--process_id", type=int, metavar="I", help="which of them this is, from 0", **once)
+
+
+class _Once(argparse.Action):
+    """A flag of which the last does not win: two values mean that two launchers have spoken."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        given = getattr(namespace, self.dest)
+        if given not in (None, value):
+            raise UserError(f"two of --{self.dest}, {given} and {value}; give one")
+        setattr(namespace, self.dest, value)
 
 
 def run(command: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:

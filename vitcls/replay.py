@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from vitcls import cli
+from vitcls.core import buckets
 from vitcls.core.errors import RunError, UserError
-from vitcls.training import places
 from vitcls.training.files import CONFIG_FILE
 
 
@@ -62,7 +62,7 @@ def _opened(receipt, workdir: str):
     whys = []
     for path in filter(None, (workdir, receipt.source)):
         try:
-            is_run = places.is_url(path) or pathlib.Path(path, CONFIG_FILE).exists()
+            is_run = buckets.is_url(path) or pathlib.Path(path, CONFIG_FILE).exists()
             served = model.of_workdir(path, str(receipt.step)) if is_run else model.of_artefact(path)
         except UserError as error:
             whys.append(str(error))

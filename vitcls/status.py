@@ -9,11 +9,12 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from vitcls import cli
 from vitcls.core import durations
-from vitcls.core.errors import UserError
+from vitcls.core.errors import RunError, UserError
 from vitcls.training import places
 from vitcls.training.files import CHECKPOINTS, CONFIG_FILE, DATASET_FILE, LOCK_FILE, METRICS_FILE
 from vitcls.training.lock import HEARTBEAT, died_here
@@ -169,14 +170,38 @@ def _span(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _print(runs: dict[str, places.Place], *, as_json: bool, clear: bool) -> None:
-    now = datetime.datetime.now().astimezone()
-    runs = [status(place.path, now, name) for name, place in runs.items()]
-    lines = [json.dumps(run) for run in runs] if as_json else table(runs)
-    print(("\x1b[H\x1b[2J" if clear else "") + "\n".join(lines), flush=True)
+class _Looking:
+    """Runs that are looked at, perhaps again and again, each by itself: what is wrong with one hides no other."""
+
+    def __init__(self, names: Sequence[str], held: contextlib.ExitStack):
+        self._names, self._held = names, held
+        self._places: dict[str, places.Place] = {}
+        self.wrong: list[UserError | RunError] = []
+
+    def look(self) -> list[dict[str, Any]]:
+        """What is known of the runs; of what is out of reach, as of the last look, or nothing."""
+        found, self.wrong = [], []
+        for name in self._names:
+            try:
+                self._reach(name)
+            except (UserError, RunError) as error:
+                self.wrong.append(error)
+            if name in self._places:
+                try:
+                    now = datetime.datetime.now().astimezone()
+                    found.append(status(self._places[name].path, now, name))
+                except UserError as error:
+                    self.wrong.append(error)
+        return found
+
+    def _reach(self, name: str) -> None:
+        if name in self._places:
+            self._places[name].refresh()
+        else:
+            self._places[name] = self._held.enter_context(places.opened(name, arrays=False))
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     parser = cli.Parser(prog=cli.program("status"), description=__doc__.splitlines()[0])
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="directory of a run, or its gs:// or s3:// URL")
     parser.add_argument("--watch", action="store_true", help=f"look again every {_REFRESH:.0f} seconds, until Ctrl-C")
@@ -184,13 +209,17 @@ def main(argv: list[str]) -> None:
     flags = parser.parse_args(argv)
     clear = flags.watch and not flags.json and sys.stdout.isatty()
     with contextlib.ExitStack() as held, contextlib.suppress(KeyboardInterrupt):  # how --watch is ended
-        runs = {name: held.enter_context(places.opened(name, arrays=False)) for name in flags.workdirs}
-        _print(runs, as_json=flags.json, clear=clear)
-        while flags.watch:
+        looking = _Looking(list(dict.fromkeys(flags.workdirs)), held)
+        while True:
+            runs = looking.look()
+            lines = [json.dumps(run) for run in runs] if flags.json else table(runs) if runs else []
+            print(("\x1b[H\x1b[2J" if clear else "") + "".join(f"{line}\n" for line in lines), end="", flush=True)
+            for error in looking.wrong:
+                print(f"error: {cli.one_line(error)}", file=sys.stderr, flush=True)
+            if not flags.watch:
+                return max((2 if isinstance(error, UserError) else 1 for error in looking.wrong), default=0)
             time.sleep(_REFRESH)
-            for place in runs.values():
-                place.refresh()
-            _print(runs, as_json=flags.json, clear=clear)
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import pytest
 
+from vitcls import cli
 from vitcls.core import cluster
 from vitcls.core.errors import UserError
 
@@ -82,6 +83,16 @@ def test_a_tpu_pod_is_left_to_jax(hosts):
 
 def test_flags_win_over_the_environment():
     assert find(SLURM, "host0:12", 3, 2) == ("process 2 of 3 (flags)", "host0:12", 3, 2, None)
+    assert find(JAX, "a:1", 3, 2) == ("process 2 of 3 (flags)", "a:1", 3, 2, None), "the same said twice"
+
+
+def test_a_flag_of_two_launchers_is_refused(capsys):
+    parser = cli.Parser(prog="vitcls")
+    cli.add_process_arguments(parser)
+    assert parser.parse_args(["--coordinator=a:1", "--coordinator=a:1"]).coordinator == "a:1"
+    for flag, one, other in (("--coordinator", "a:1", "b:1"), ("--num_processes", 2, 3), ("--process_id", 0, 1)):
+        with pytest.raises(UserError, match=f"two of {flag}, {one} and {other}; give one"):
+            parser.parse_args([f"{flag}={one}", f"{flag}={other}"])
 
 
 @pytest.mark.parametrize(
@@ -93,6 +104,10 @@ def test_flags_win_over_the_environment():
         (SLURM, (None, None, 0), "--coordinator and --num_processes missing"),
         ({}, ("h:1", 2, 2), "process 2 of 2 (flags) is impossible"),
         ({}, ("h", 2, 0), "the coordinator 'h' (flags) is not HOST:PORT"),
+        ({}, ("h:65536", 2, 0), "the coordinator 'h:65536' (flags) is not HOST:PORT"),
+        ({}, ("h:0", 2, 0), "ports are 1 to 65535"),
+        ({}, ("h:²", 2, 0), "ports are 1 to 65535"),
+        (JAX, ("b:2", 2, 0), "two coordinators, --coordinator=b:2 and JAX_COORDINATOR_ADDRESS=a:1; give one"),
         (JAX | {"JAX_PROCESS_ID": ""}, (), "but not JAX_PROCESS_ID"),
         (SLURM | {"SLURM_PROCID": "x"}, (), "SLURM_PROCID='x' is not a number"),
         (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": ""}, (), "Open MPI does not say where its processes meet"),

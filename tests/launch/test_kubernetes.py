@@ -13,9 +13,8 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models
 
-from vitcls.core import cluster
+from vitcls.core import buckets, cluster
 from vitcls.serve import __main__ as serve
-from vitcls.training import places
 
 FOLDER = pathlib.Path(__file__).parents[2] / "launch" / "kubernetes"
 MANIFESTS = ("gpu.yaml", "tpu.yaml")
@@ -95,7 +94,7 @@ def test_a_slice_has_as_many_pods_as_its_chips_need():
 def test_what_is_installed_for_tpus_can_write_the_bucket():
     (extra,) = re.findall(r"EXTRA=(\S+)", (FOLDER / "tpu.yaml").read_text())
     (installed,) = re.findall(r"\./vitcls\[(.*)\]", (FOLDER.parent / "cloud_tpu" / "run.sh").read_text())
-    assert set(extra.split(",")) == set(installed.split(",")) == {"tpu", places.EXTRAS["gs"]}
+    assert set(extra.split(",")) == set(installed.split(",")) == {"tpu", buckets.EXTRAS["gs"]}
 
 
 @pytest.mark.parametrize("name", MANIFESTS)

@@ -1,5 +1,6 @@
 """Workdirs in a bucket of a real server: kills, outages, several processes, and what a bucket cannot do."""
 
+import contextlib
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from PIL import Image
 from tests import bucket
 from tests.conftest import make_tiny_config
 from vitcls import cli, evaluate, predict, status
+from vitcls.core import buckets
 from vitcls.core.errors import RunError, UserError
 from vitcls.train import train_and_evaluate
 from vitcls.training import build, checkpoint, places, run_dir
@@ -171,6 +173,27 @@ def test_its_state_is_seen_from_afar(finished, server, capsys):
         assert not (place.path / "lock.json").exists()
 
 
+@pytest.mark.slow  # gcsfs tries for half a minute
+def test_a_server_that_dies_ends_no_watch_and_hides_no_other_run(monkeypatch, tmp_path, capsys):
+    process, url = bucket.start_server()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+    fsspec.filesystem("gs").clear_instance_cache()
+    bucket.files().pipe_file("runs/a/config.json", b"{}")
+    (tmp_path / "config.json").write_text("{}")
+    with contextlib.ExitStack() as held:
+        looking = status._Looking([str(tmp_path), "gs://runs/a"], held)
+        assert [run["state"] for run in looking.look()] == ["begun", "begun"] and not looking.wrong
+        process.kill()
+        process.communicate()
+        assert [run["workdir"] for run in looking.look()] == [str(tmp_path), "gs://runs/a"]
+        assert [str(error)[:34] for error in looking.wrong] == ["gs://runs/a cannot be reached (Can"]
+    fsspec.filesystem("gs").clear_instance_cache()
+    assert cli.run(status.main, ["gs://runs/a", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert out.count("begun") == 1
+    assert err.startswith("error: the bucket gs://runs is out of reach: ") and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("comes_back", [True, False])
 def test_a_bucket_that_is_out_of_reach_does_not_stop_a_run(comes_back, tmp_path, server, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "vitcls")
@@ -206,7 +229,7 @@ def test_a_bucket_that_is_out_of_reach_does_not_stop_a_run(comes_back, tmp_path,
 
 
 def test_a_checkpoint_that_is_cut_off_on_the_way_is_not_taken_for_one(finished, monkeypatch):
-    files = places._file_system(finished)  # fsspec keeps one for all
+    files = buckets.file_system(finished, "--workdir")  # fsspec keeps one for all
     fetch = files.get_file
 
     def cut(remote, local):

@@ -6,6 +6,7 @@ incomplete is refused.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ def find(
     """
     flags = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     if any(value is not None for value in flags.values()):
-        return _from_flags(flags)
+        return _from_flags(flags, environment)
     for detect in (_from_variables, _from_slurm, _from_open_mpi, _from_tpu, _from_kubernetes):
         cluster = detect(environment)
         if cluster is not None:
@@ -42,20 +43,27 @@ def find(
     return None
 
 
-def _from_flags(flags: dict) -> Cluster:
+def _from_flags(flags: dict, environment: Mapping[str, str]) -> Cluster:
     missing = [f"--{name}" for name, value in flags.items() if value is None]
     if missing:
         raise UserError(
             f"{' and '.join(missing)} missing: several processes need --coordinator=HOST:PORT, --num_processes and "
             "--process_id together; give none of them under Slurm, Open MPI, Kubernetes or on a TPU pod"
         )
+    other = environment.get("JAX_COORDINATOR_ADDRESS") or flags["coordinator"]
+    if other != flags["coordinator"]:
+        raise UserError(
+            f"two coordinators, --coordinator={flags['coordinator']} and JAX_COORDINATOR_ADDRESS={other}; give one"
+        )
     return _checked("flags", flags["coordinator"], flags["num_processes"], flags["process_id"])
 
 
 def _checked(found: str, coordinator: str, num_processes: int, process_id: int) -> Cluster:
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(f"the coordinator '{coordinator}' ({found}) is not HOST:PORT, such as host0:1234")
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+        raise UserError(
+            f"the coordinator '{coordinator}' ({found}) is not HOST:PORT, such as host0:1234; ports are 1 to 65535"
+        )
     if not 0 <= process_id < num_processes:
         raise UserError(
             f"process {process_id} of {num_processes} ({found}) is impossible; processes count from 0 to "

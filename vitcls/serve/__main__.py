@@ -25,10 +25,9 @@ import threading
 import time
 
 from vitcls import cli
-from vitcls.core import extras
+from vitcls.core import buckets, extras
 from vitcls.core.errors import UserError
 from vitcls.serve import databases
-from vitcls.training import places
 
 _logger = logging.getLogger("vitcls")
 _DRAIN = 30  # seconds that requests have to end after SIGTERM
@@ -123,7 +122,7 @@ def _database(flags) -> str:
     """The URL of the database; raises UserError where there is no place for one."""
     if flags.database:
         return flags.database
-    if places.is_url(flags.workdir):
+    if buckets.is_url(flags.workdir):
         raise UserError(f"--workdir={flags.workdir} is a bucket: give --database=sqlite:///FILE or postgresql://...")
     workdir, artefact = pathlib.Path(flags.workdir), pathlib.Path(f"{flags.artefact}.feedback.db")
     file = databases.of_workdir(workdir) if flags.workdir else artefact

@@ -19,14 +19,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from vitcls.core import extras
+from vitcls.core import buckets
 from vitcls.core.cache import cache_dir
 from vitcls.core.errors import RunError, UserError
 from vitcls.core.terminal import printable
 from vitcls.training.files import CHECKPOINTS, LOCK_FILE, MANIFEST, METRICS_FILE, PROFILE
 from vitcls.training.lock import LockFile, WorkdirLock
 
-EXTRAS = {"gs": "gcs", "s3": "s3"}  # what pip installs for a scheme
+_FLAG = "--workdir"
 _PERIOD = 5.0  # seconds between two looks at what has changed
 _EVENTS_PERIOD = 60.0  # TensorBoard's files grow all the time and go up whole
 _PATIENCE = 600.0  # seconds for which a run that has ended tries to reach the bucket
@@ -35,8 +35,6 @@ _SMALL = 5 * 2**20  # bytes; gcsfs sends larger files bare
 _PART_BYTES = 2**18  # of metrics.jsonl, after which a new part is begun
 _PARTS = f"{METRICS_FILE}.parts"
 _logger = logging.getLogger("vitcls")
-for _noisy in ("gcsfs", "google.auth"):
-    logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 
 class Place:
@@ -48,7 +46,7 @@ class Place:
         self.path = path
 
     def refresh(self) -> None:
-        """Brings a copy up to date."""
+        """Brings a copy up to date; raises RunError where the original is out of reach."""
 
     def share(self) -> None:
         """Lets the other processes have what the holder has written: it sends, and the others, later, fetch."""
@@ -70,7 +68,7 @@ def opened(name: os.PathLike | str, *, arrays: bool = True) -> Iterator[Place]:
     which Orbax and TensorBoard could not write.
     """
     check(name)
-    if not is_url(name):
+    if not buckets.is_url(name):
         yield Place(pathlib.Path(name))
         return
     bucket = Bucket(os.fspath(name), arrays=arrays)
@@ -94,9 +92,9 @@ def copied(name: os.PathLike | str) -> pathlib.Path:
 
 def publish(name: os.PathLike | str, directory: pathlib.Path, part: str) -> None:
     """Puts a file or folder of a workdir that was written anew, such as 'report', where the workdir is."""
-    if not is_url(name):
+    if not buckets.is_url(name):
         return
-    files, root = _file_system(os.fspath(name)), os.fspath(name).rstrip("/").partition("://")[2]
+    files, root = buckets.file_system(os.fspath(name), _FLAG), os.fspath(name).rstrip("/").partition("://")[2]
     there = (directory / part, *(directory / part).rglob("*"))
     new = [path.relative_to(directory).as_posix() for path in there if path.is_file()]
     for local in new:
@@ -106,17 +104,13 @@ def publish(name: os.PathLike | str, directory: pathlib.Path, part: str) -> None
             files.rm_file(old)
 
 
-def is_url(name: os.PathLike | str) -> bool:
-    return re.match(r"[A-Za-z][\w+.-]+:/", os.fspath(name)) is not None
-
-
 def check(name: os.PathLike | str) -> None:
     """Raises UserError where no workdir can have this name; looks at nothing but the name."""
     name = os.fspath(name)
     if printable(name) != name:
         raise UserError(f"the name of the workdir '{name}' is not UTF-8; choose another --workdir")
-    if is_url(name) and not re.match(rf"({'|'.join(EXTRAS)})://[^/]+/+[^/]", name):
-        known = " or ".join(f"{scheme}://BUCKET/DIR" for scheme in EXTRAS)
+    if buckets.is_url(name) and not buckets.is_in_bucket(name):
+        known = " or ".join(f"{scheme}://BUCKET/DIR" for scheme in buckets.EXTRAS)
         raise UserError(f"--workdir={name} cannot be used; give a directory, {known}")
 
 
@@ -126,7 +120,7 @@ class Bucket(Place):
     shared = False
 
     def __init__(self, url: str, *, arrays: bool = True):
-        self._files = _file_system(url)
+        self._files = buckets.file_system(url, _FLAG)
         copies = cache_dir() / "workdirs"
         copies.mkdir(exist_ok=True)
         super().__init__(pathlib.Path(tempfile.mkdtemp(dir=copies)))
@@ -152,6 +146,14 @@ class Bucket(Place):
             self._finish()
 
     def refresh(self) -> None:
+        try:
+            self._refresh()
+        except (RunError, UserError):
+            raise
+        except Exception as error:  # whatever a network, a proxy or a service says
+            raise RunError(f"{self._url} cannot be reached ({buckets.reason(error)})") from None
+
+    def _refresh(self) -> None:
         there = self._list()
         for name in sorted(there):
             if name.startswith(f"{_PARTS}/") or name == METRICS_FILE or self._found.get(name) == there[name]:
@@ -247,7 +249,7 @@ class Bucket(Place):
         except Exception as error:  # whatever a network, a proxy or a service says
             if self._silent_since is None:
                 self._silent_since = time.monotonic()
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                reason = buckets.reason(error)
                 _logger.warning("%s cannot be reached (%s); the run goes on and tries again", self._url, reason)
             return False
         if self._silent_since is not None:
@@ -368,28 +370,6 @@ class _LockObject:
 
 
 _SETTLE = 1.0  # seconds
-
-
-def _file_system(url: str):
-    """fsspec's file system of a URL; raises UserError where it, the bucket or the rights to it are missing."""
-    scheme, _, rest = url.partition("://")
-    bucket = rest.partition("/")[0]
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for credentials that nobody needs
-    with extras.needed(f"{scheme}://", EXTRAS[scheme]):
-        import fsspec
-
-        emulated = scheme == "gs" and "STORAGE_EMULATOR_HOST" in os.environ  # which knows no credentials
-        options = {"consistency": "md5"} if scheme == "gs" else {}  # S3's client compares checksums unasked
-        options |= {"token": "anon"} if emulated else {}
-        files = fsspec.filesystem(scheme, use_listings_cache=False, **options)
-    try:
-        files.ls(bucket)
-    except FileNotFoundError:
-        raise UserError(f"the bucket {scheme}://{bucket} is not there; create it, or use another --workdir") from None
-    except Exception as error:  # of credentials, names and networks, in as many kinds as there are services
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"the bucket {scheme}://{bucket} cannot be read: {reason}") from None
-    return files
 
 
 def _put(files, local: pathlib.Path, remote: str) -> None:
