@@ -1,6 +1,6 @@
 """How long a data set of ImageNet's length takes to open, and how much memory: the index of its records.
 
-    python -m benchmarks.record_index --records=1281167
+    python -m benchmarks.record_index --records=1281167 --form=array_record
 
 Records are TFDS's, with a tiny JPEG in each, in 1,024 files of a temporary directory (about 0.9 GB, which is deleted).
 The first start reads every file once; real files are 150 times as long, and their disk decides. Every later start
@@ -18,21 +18,21 @@ import struct
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
 from benchmarks import harness
 from vitcls import cli
+from vitcls.data.records import FORMS
 
 _FILES, _CLASSES, _BATCH = 1024, 1000, 64
 
 
-def _record(label: int) -> bytes:
-    """A record as TFDS writes them, in its frame; without the checksum of its body, which nothing reads."""
+def _example(label: int) -> bytes:
+    """A record as TFDS writes them."""
     from PIL import Image
     from tensorflow_datasets.proto import tf_example_pb2
-
-    from vitcls.data.records import crc32c
 
     file = io.BytesIO()
     Image.fromarray(np.full((16, 16, 3), label % 256, np.uint8)).save(file, "JPEG")
@@ -40,25 +40,42 @@ def _record(label: int) -> bytes:
     example.features.feature["image"].bytes_list.value.append(file.getvalue())
     example.features.feature["label"].int64_list.value.append(label)
     example.features.feature["file_name"].bytes_list.value.append(b"n01440764_10026.JPEG")
-    body = example.SerializeToString()
-    length = struct.pack("<Q", len(body))
-    checksum = crc32c(length)
-    masked = ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
-    return length + struct.pack("<I", masked) + body + bytes(4)
+    return example.SerializeToString()
 
 
-def write(directory: pathlib.Path, count: int) -> list[str]:
-    records = [_record(label) for label in range(_CLASSES)]
+def _write_tfrecord(path: str, records: Iterator[bytes]) -> None:
+    """Without the checksums of the records, which nothing reads."""
+    from vitcls.data.tfrecord import crc32c
+
+    with open(path, "wb") as file:
+        for record in records:
+            length = struct.pack("<Q", len(record))
+            checksum = crc32c(length)
+            masked = ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
+            file.write(length + struct.pack("<I", masked) + record + bytes(4))
+
+
+def _write_array_record(path: str, records: Iterator[bytes]) -> None:
+    from array_record.python import array_record_module
+
+    writer = array_record_module.ArrayRecordWriter(path, "group_size:1")  # as TFDS has it
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+def write(directory: pathlib.Path, count: int, form: str) -> list[str]:
+    examples = [_example(label) for label in range(_CLASSES)]
     ends = np.linspace(0, count, _FILES + 1).astype(int)
     names = []
     for number, (start, end) in enumerate(itertools.pairwise(ends)):
-        path = directory / f"imagenet-train.tfrecord-{number:05d}-of-{_FILES:05d}"
-        path.write_bytes(b"".join(records[place % _CLASSES] for place in range(start, end)))
-        names.append(str(path))
+        names.append(str(directory / f"imagenet-train.{form}-{number:05d}-of-{_FILES:05d}"))
+        records = (examples[place % _CLASSES] for place in range(start, end))
+        {"tfrecord": _write_tfrecord, "array_record": _write_array_record}[form](names[-1], records)
     return names
 
 
-def open_records(names: list[str], cache: str) -> harness.Row:
+def open_records(names: list[str], cache: str, form: str) -> harness.Row:
     """What a start does with the records, in this process."""
     os.environ["VITCLS_CACHE_DIR"] = cache
     from benchmarks.host_input import resident_megabytes
@@ -71,7 +88,7 @@ def open_records(names: list[str], cache: str) -> harness.Row:
     parse, partition = _record_parser("image", "label"), sharding.all_devices("data")
     streaming._tensorflow()
     before, start = resident_megabytes(), _clocks()
-    encoded, labels = index_records(names, parse)
+    encoded, labels = index_records(names, parse, form=form)
     indexed = _clocks()
     memory = resident_megabytes() - before
     split = Split(encoded, labels.astype(np.int32))
@@ -81,6 +98,7 @@ def open_records(names: list[str], cache: str) -> harness.Row:
     stream.host_inputs(0, 1)
     first = _clocks()
     return {
+        "form": form,
         "records": len(labels),
         "index s": indexed[0] - start[0],
         "index CPU s": indexed[1] - start[1],
@@ -99,6 +117,7 @@ def _clocks() -> tuple[float, float]:
 def main(argv: list[str]) -> int:
     flags = harness.parser(__doc__)
     flags.add_argument("--records", type=int, default=1_281_167)
+    flags.add_argument("--form", choices=FORMS, default="tfrecord")
     flags.add_argument("--job", help="for the child process")
     args = flags.parse_args(argv)
     if args.job:
@@ -108,7 +127,8 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as directory:
         cache = pathlib.Path(directory, "cache")
         cache.mkdir(mode=0o700)
-        job = json.dumps({"names": write(pathlib.Path(directory), args.records), "cache": str(cache)})
+        names = write(pathlib.Path(directory), args.records, args.form)
+        job = json.dumps({"names": names, "cache": str(cache), "form": args.form})
         for start in ("first", *["later"] * args.repeats):
             ran = harness.in_child("benchmarks.record_index", ["--job", job])
             rows.append({"start": start} | (ran.get("row") or {"error": ran.get("error")}))

@@ -10,14 +10,13 @@ import functools
 import json
 import math
 import os
-import re
 from collections.abc import Container
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
 from vitcls import models
-from vitcls.core import errors
+from vitcls.core import buckets, errors
 from vitcls.core.errors import UserError
 from vitcls.core.registry import (
     checked,
@@ -35,7 +34,7 @@ from vitcls.core.sharding import STRATEGIES
 from vitcls.data.augment import AUGMENTATIONS, TEST_TIME, make_augment
 from vitcls.data.corruptions import CORRUPTIONS
 from vitcls.data.order import MAX_BATCH_SIZE
-from vitcls.data.sources import SOURCES, source_of
+from vitcls.data.sources import SOURCES, TFDS, source_of
 from vitcls.metrics.table import ALWAYS_LOGGED, metric_of, metrics_of
 from vitcls.models.weights import hub
 from vitcls.optim import OPTIMIZERS, SCHEDULES
@@ -212,9 +211,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
             raise errors.unknown(f"field of {name}", key, fields)
         given[key] = checked(value, fields[key], f"config.model.{key}")
     resolved.model = ConfigDict({"name": name, **fields, **given})
-    check_local(config.dataset.data_dir, "config.dataset.data_dir")
-    if config.dataset.data_dir:
-        resolved.dataset.data_dir = os.path.abspath(os.path.expanduser(config.dataset.data_dir))
+    resolved.dataset.data_dir = place_of_data(config.dataset.data_dir, config.dataset.name, "config.dataset.data_dir")
     for block, entry in (("task", TASKS[task_name]), ("init", InitSettings), ("dataset", SOURCES.shared)):
         for key in paths(entry):
             path = resolved[block][key]
@@ -224,9 +221,20 @@ def resolve(config: ConfigDict) -> ConfigDict:
     return resolved.lock()
 
 
+def place_of_data(path: str, name: str, key: str) -> str:
+    """Where the data set `name` is: an absolute path, '' for the default, or for sets of TFDS a URL of a bucket."""
+    if source_of(name) == TFDS and buckets.is_url(path):
+        if not buckets.is_in_bucket(path):
+            known = " or ".join(f"{scheme}://BUCKET/DIR" for scheme in buckets.EXTRAS)
+            raise UserError(f"{key}='{path}' cannot be used; give a directory, {known}")
+        return path.rstrip("/")
+    check_local(path, key)
+    return path and os.path.abspath(os.path.expanduser(path))
+
+
 def check_local(path: str, key: str) -> None:
     """Raises UserError for a URL, which would be taken for a directory called `gs:`."""
-    if re.match(r"[A-Za-z][\w+.-]+:/", path):
+    if buckets.is_url(path):
         raise UserError(f"{key}='{path}' is a URL; it must be a local directory")
 
 

@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Iterator
 
 from vitcls import cli
+from vitcls.core import buckets
 from vitcls.core.errors import RunError, Stopped, UserError
 from vitcls.data.sources.tfds import BUILT_IN, find_builder
 
@@ -27,6 +28,8 @@ def prepare(name: str, data_dir: str = "") -> tuple[pathlib.Path, bool]:
     """
     if name in BUILT_IN:
         raise UserError(f"'{name}' needs no preparation; it is used through config.dataset.name='{name}'")
+    if buckets.is_url(data_dir):
+        raise UserError(f"--data_dir={data_dir} is a URL; prepare '{name}' on a disk, and copy the directory there")
     builder = find_builder(name, data_dir)
     place = pathlib.Path(builder.data_dir)
     if builder.info.splits:

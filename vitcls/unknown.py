@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from vitcls import cli, data, predict
+from vitcls.core import buckets
 from vitcls.core.errors import UserError
 from vitcls.data.images import LUMA
 from vitcls.metrics.unknown import SCORES, auroc, separation, threshold
@@ -75,7 +76,7 @@ def unknown(
             "score": chosen,
             "threshold": limit,
             "kept_on_test": float(np.mean(known[chosen] >= limit)),
-            "ood_data_dir": os.path.abspath(ood_data_dir) if ood_data_dir else "",
+            "ood_data_dir": place if buckets.is_url(place := ood_data_dir) else place and os.path.abspath(place),
             "sets": {
                 o: {
                     "place": _place(o),

@@ -252,6 +252,24 @@ def processes(owners, monkeypatch):
         yield sharding.Partition("data", mesh)
 
 
+def test_a_stream_that_is_dropped_has_no_thread_left(tmp_path):
+    """At once, not when garbage is collected: a thread in C++ at the end of Python ends the process with an abort."""
+    images = Counting(encoded_images("records", tmp_path, 64))
+    arguments = dict(image_shape=SHAPE, num_classes=4, batch_size=16, seed=0, balanced=False, crop=None)
+    gc.disable()
+    try:
+        stream = streaming.Streaming(sharding.all_devices("data"), Split(images, np.zeros(64, np.int32)), **arguments)
+        stream.host_inputs(0, 2)
+        dropped = weakref.ref(stream)
+        del stream
+        assert dropped() is None
+        read = len(images.seen)
+        time.sleep(0.2)
+        assert len(images.seen) == read
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("kind", ["folder", "records"])
 def test_no_process_reads_the_images_of_another(kind, tmp_path, monkeypatch):
     encoded = encoded_images(kind, tmp_path, 640)

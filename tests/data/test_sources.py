@@ -8,22 +8,29 @@ import struct
 import subprocess
 import sys
 
+import fsspec
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests import bucket
 from vitcls import predict
 from vitcls.config import default_config
 from vitcls.core import cache
 from vitcls.core.cache import cache_dir
 from vitcls.core.errors import UserError
+from vitcls.core.sharding import all_devices
 from vitcls.data import DatasetInfo, describe, read_image
 from vitcls.data import decode as decode_splits
 from vitcls.data import images as image_files
 from vitcls.data.images import decode_all, examine
 from vitcls.data.loading import load
-from vitcls.data.records import crc32c, index_records
+from vitcls.data.records import index_records
 from vitcls.data.sources.folder import FileImages
+from vitcls.data.streaming import Streaming
+from vitcls.data.tfrecord import crc32c
+from vitcls.prepare import prepare
 
 
 def config(**values):
@@ -667,8 +674,8 @@ PREPARE = """
 import io, sys, tensorflow_datasets as tfds, numpy as np
 from PIL import Image
 
-def prepare(name, splits):
-    builder = tfds.builder(name, data_dir=sys.argv[1])
+def prepare(name, splits, **options):
+    builder = tfds.builder(name, **{"data_dir": sys.argv[1]} | options)
     builder._split_generators = lambda *_: {split: enumerate(examples) for split, examples in splits.items()}
     builder.download_and_prepare()
 
@@ -692,13 +699,16 @@ prepare("imagenet2012", {
 prepare("binary_alpha_digits", {
     "train": [{"image": np.full((20, 16, 1), i, np.uint8), "label": i % 36} for i in range(72)],
 })
-mnist = np.load(sys.argv[2])
-prepare("mnist", {
+arrays = np.load(sys.argv[2])
+mnist = {
     split: [
-        {"image": image, "label": int(label)} for image, label in zip(mnist[f"x_{split}"], mnist[f"y_{split}"])
+        {"image": image, "label": int(label)} for image, label in zip(arrays[f"x_{split}"], arrays[f"y_{split}"])
     ]
     for split in ("train", "test")
-})
+}
+prepare("mnist", mnist)
+prepare("mnist", mnist, data_dir=sys.argv[1] + "/array_record", file_format="array_record")
+prepare("mnist", mnist, data_dir=sys.argv[1] + "/parquet", file_format="parquet")
 """
 
 
@@ -736,6 +746,81 @@ def test_tfds_gives_the_examples_that_were_prepared(prepared):
             assert as_rows(decoded(split, dataset), split.labels) == as_rows(arrays[f"x_{name}"], arrays[f"y_{name}"])
     chosen = np.array([5, 0, 17])
     np.testing.assert_array_equal(decoded(dataset.train.take(chosen), dataset), decoded(dataset.train, dataset)[chosen])
+
+
+def test_tfds_in_array_record_form_is_the_same_set(prepared):
+    dataset, expected = load(tfds_config(prepared / "array_record")), load(tfds_config(prepared))
+    for split, same in ((dataset.train, expected.train), (dataset.test, expected.test)):
+        assert len(split.labels) > 40
+        np.testing.assert_array_equal(split.labels, same.labels)
+        np.testing.assert_array_equal(decoded(split, dataset), decoded(same, expected))
+    assert dataset.train.images.name(3).startswith("the image of record 3 of ")
+
+
+def test_a_form_that_is_not_read_is_one_line(prepared):
+    with pytest.raises(UserError, match=r"'mnist' is prepared as parquet, .* as tfrecord or array_record"):
+        load(tfds_config(prepared / "parquet"))
+
+
+def test_damaged_array_records_are_named(prepared, tmp_path):
+    shutil.copytree(prepared / "array_record" / "mnist", tmp_path / "mnist")
+    (path,) = tmp_path.glob("mnist/*/mnist-train*")
+    whole, images = path.read_bytes(), load(tfds_config(tmp_path)).train.images
+    path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    with pytest.raises(UserError, match=r"mnist-train.* is damaged \(.*hash mismatch.*\); prepare the data set again"):
+        images.read(0)
+    for damaged in (path.read_bytes(), whole[:-3], whole[:1000], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"mnist-train.* is damaged \(.*\); prepare the data set again"):
+            load(tfds_config(tmp_path))
+    path.unlink()
+    with pytest.raises(OSError, match="mnist-train"):  # which is waited for, as by _Patience
+        images.read(0)
+
+
+@pytest.fixture(params=["gs", "s3"])
+def buckets(request, monkeypatch):
+    """fsspec's view of a server of buckets, one of which is called runs."""
+    if request.param == "gs":
+        process, url = bucket.start_server()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+        yield bucket.files()
+        process.communicate()
+        return
+    moto = pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+    files = fsspec.filesystem("s3", use_listings_cache=False, skip_instance_cache=True)
+    files.mkdir("runs")
+    yield files
+    server.stop()
+
+
+def test_tfds_in_a_bucket_is_the_same_set(prepared, buckets):
+    """Read by ranges of bytes; resized images of differing sizes, and the first batch of a stream, are the disk's."""
+    url = f"{buckets.protocol[0]}://runs/data"
+    for name in ("imagenet2012", "mnist"):
+        buckets.put(str(prepared / name), f"runs/data/{name}", recursive=True)
+    for values in ({}, {"name": "imagenet2012", "image_size": 8}):
+        dataset, expected = load(tfds_config(url, **values)), load(tfds_config(prepared, **values))
+        np.testing.assert_array_equal(dataset.train.labels, expected.train.labels)
+        np.testing.assert_array_equal(decoded(dataset.test, dataset), decoded(expected.test, expected))
+    both = [
+        Streaming(all_devices("data"), x.train, image_shape=(8, 8, 3), num_classes=1000, batch_size=64, **arguments)
+        for x in (dataset, expected)
+        for arguments in [{"seed": 0, "balanced": False, "crop": None}]
+    ]
+    afar, near = (stream.host_inputs(2, 3) for stream in both)
+    jax.tree.map(np.testing.assert_array_equal, afar, near)
+    with pytest.raises(UserError, match=f"'cifar10' is not prepared in {url}; .* and copy it there"):
+        load(tfds_config(url, name="cifar10"))
+    with pytest.raises(UserError, match=r"the bucket .*nowhere is not there; create it, or use another data_dir"):
+        load(tfds_config(url.replace("runs", "nowhere")))
+    with pytest.raises(UserError, match=f"--data_dir={url} is a URL; prepare 'mnist' on a disk"):
+        prepare("mnist", url)
 
 
 def test_tfds_by_version_and_with_a_validation_split(prepared):
@@ -874,7 +959,7 @@ def test_damaged_tfds_files_are_named(prepared, tmp_path):
     data = bytearray(path.read_bytes())
     data[12:40] = b"\xff" * 28  # the record, not its length
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"the record at byte 0 of .*mnist-train.* cannot be read"):
+    with pytest.raises(UserError, match=r"the record at 12 of .*mnist-train.* cannot be read"):
         load(tfds_config(tmp_path))
     path.unlink()
     with pytest.raises(UserError, match=r"mnist-train.* cannot be read .*prepare the data set again"):

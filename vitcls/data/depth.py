@@ -1,7 +1,6 @@
 """The white of a data set whose images have more than 8 bits."""
 
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -32,7 +31,7 @@ def find_max_value(images: EncodedImages) -> float:
     sample = np.unique(np.linspace(0, len(images) - 1, _DEPTH_SAMPLE).astype(int)).tolist()
     if all(largest(index, decode=False) is None for index in sample):
         return 0.0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(image_files.reading_threads(images)) as pool:
         found = max(value for value in pool.map(largest, range(len(images))) if value is not None)
     return announce_white(found)
 

@@ -47,7 +47,7 @@ def look(split: Split, channels: int) -> Look:
         width, height, _ = image_files.examine(content)
         return hashlib.blake2b(content, digest_size=16).digest(), (height, width)
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(image_files.reading_threads(split.images)) as pool:
         digests, sizes = zip(*pool.map(one, range(len(split.images))), strict=True)
     thumbnails = image_files.decode_all(
         split.images, size=(SIDE, SIDE), channels=channels, decoding=split.decoding, whole=True

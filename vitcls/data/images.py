@@ -24,6 +24,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000")
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # integers of 16 or 32 bits, floats; all gray
 _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _GRAY_MODES = ("1", "L", "LA", "La", *_DEEP_MODES)
+_THREADS_AFAR = 64
 WORTH_A_THREAD = 8_192  # bytes; Python holds its lock for most of the time that a smaller file takes
 # Bombs are refused here, and broken metadata of a good picture is of no interest. Set once: Pillow runs in threads, and
 # `warnings.catch_warnings` is for one thread only.
@@ -72,7 +73,7 @@ class Crop:
 
 
 class EncodedImages(Protocol):
-    """A sequence of encoded images that are read one at a time."""
+    """A sequence of encoded images that are read one at a time; with `afar` = True, each over a network."""
 
     def __len__(self) -> int: ...
 
@@ -81,6 +82,15 @@ class EncodedImages(Protocol):
     def name(self, index: int) -> str: ...
 
     def take(self, indices: np.ndarray) -> "EncodedImages": ...
+
+
+def reading_threads(images: EncodedImages | np.ndarray) -> int:
+    """How many threads read images at once: where each read waits for a network, more than there are cores."""
+    return _THREADS_AFAR if _are_afar(images) else os.cpu_count()
+
+
+def _are_afar(images: EncodedImages | np.ndarray) -> bool:
+    return getattr(images, "afar", False)
 
 
 def examine(data: bytes, most: int = MAX_PIXELS) -> tuple[int, int, int]:
@@ -238,11 +248,11 @@ def decode_all(
         raise UserError(f"none of {len(images)} images can be decoded, as {images.name(0)}")
     decoded = np.empty((len(images), *first.shape), np.uint8)
     sample = [len(images.read(index)) for index in range(min(len(images), 16))]
-    if np.mean(sample) < WORTH_A_THREAD:
+    if np.mean(sample) < WORTH_A_THREAD and not _are_afar(images):
         for index in range(len(images)):
             place(index)
         return decoded
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(reading_threads(images)) as pool:
         for _ in pool.map(place, range(len(images))):
             pass  # brings up the first failure
     return decoded
@@ -258,7 +268,10 @@ def aspects_of(images: EncodedImages) -> np.ndarray:
             return 1.0
         return width / height
 
-    return np.array([one(index) for index in range(len(images))], np.float32)
+    if not _are_afar(images):
+        return np.array([one(index) for index in range(len(images))], np.float32)
+    with ThreadPoolExecutor(reading_threads(images)) as pool:
+        return np.array(list(pool.map(one, range(len(images)))), np.float32)
 
 
 def warn_black(name: str, error: BadImage) -> None:

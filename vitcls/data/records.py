@@ -1,19 +1,21 @@
-"""Random access to TFRecord files, without TensorFlow: an index of where every record lies."""
+"""Random access to the records of files, on a disk or in a bucket: an index of where every record lies."""
 
 import dataclasses
 import hashlib
 import os
-import struct
 import textwrap
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
+from vitcls.core import buckets
 from vitcls.core.cache import cache_dir, load_arrays, store_arrays
 from vitcls.core.errors import UserError
+from vitcls.data import array_record, images, tfrecord
 
-_HEADER, _FOOTER = 12, 4  # length uint64 and its CRC; then, after the record, its CRC
+FORMS = {"tfrecord": tfrecord, "array_record": array_record}  # each scans a file, and reads a record of one
 Parse = Callable[[bytes], tuple[bytes, int]]  # record -> encoded image, label
 
 
@@ -21,20 +23,27 @@ Parse = Callable[[bytes], tuple[bytes, int]]  # record -> encoded image, label
 class RecordImages:
     """The encoded images of records, read by place; see `data.images.EncodedImages`."""
 
+    store: Any  # fsspec's file system that has the files
+    form: str  # one of FORMS
     files: tuple[str, ...]
     file_numbers: np.ndarray  # [N]
-    offsets: np.ndarray  # [N], bytes
-    lengths: np.ndarray  # [N], bytes
+    offsets: np.ndarray  # [N], as the form counts them
+    lengths: np.ndarray  # [N]
     parse: Parse
 
     def __len__(self) -> int:
         return len(self.offsets)
 
+    @property
+    def afar(self) -> bool:
+        return self.store.protocol != ("file", "local")
+
     def read(self, index: int) -> bytes:
         return self.parse(self._record(index))[0]
 
     def name(self, index: int) -> str:
-        return f"the image at byte {self.offsets[index]:,} of {self.files[self.file_numbers[index]]}"
+        unit = "at byte" if self.form == "tfrecord" else "of record"
+        return f"the image {unit} {self.offsets[index]:,} of {self.files[self.file_numbers[index]]}"
 
     def take(self, indices: np.ndarray) -> "RecordImages":
         return dataclasses.replace(
@@ -45,23 +54,34 @@ class RecordImages:
         )
 
     def _record(self, index: int) -> bytes:
-        # Opened for every read: a large set has more files than a process may hold open.
-        with open(self.files[self.file_numbers[index]], "rb", buffering=0) as file:
-            return os.pread(file.fileno(), int(self.lengths[index]), int(self.offsets[index]))
+        name = self.files[self.file_numbers[index]]
+        try:
+            return FORMS[self.form].read(self.store, name, int(self.offsets[index]), int(self.lengths[index]))
+        except (OSError, UserError):
+            raise
+        except Exception as error:  # whatever a network, a proxy or a service says
+            raise OSError(f"{name} cannot be read: {buckets.reason(error)}") from None
 
 
-def index_records(files: Sequence[os.PathLike | str], parse: Parse) -> tuple[RecordImages, np.ndarray]:
-    """Returns the records of TFRecord files and their labels, int64 [N]; no image is decoded.
+def index_records(
+    files: Sequence[os.PathLike | str], parse: Parse, *, form: str = "tfrecord", store: Any = None
+) -> tuple[RecordImages, np.ndarray]:
+    """Returns the records of files and their labels, int64 [N]; no image is decoded.
 
-    All files are read once; the index is kept in the cache directory for as long as they stay as they are. Raises
-    UserError naming a file that is missing, cut short or damaged.
+    All files are read once; the index is kept in the cache directory for as long as they stay as they are. `store` is
+    fsspec's file system that has them, by default the local one. Raises UserError naming a file that is missing, cut
+    short or damaged.
     """
+    import fsspec
+
+    store = store or fsspec.filesystem("file")
     files = tuple(map(os.fspath, files))
-    path = cache_dir() / "indexes" / f"{_fingerprint(files)}.npz"
+    path = cache_dir() / "indexes" / f"{_fingerprint(store, files)}.npz"
     arrays = load_arrays(path, ("file_numbers", "offsets", "lengths", "labels"))
     if arrays is None:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            tables = list(pool.map(lambda name: _scan(name, parse), files))
+        found = RecordImages(store, form, files, *np.zeros((3, 0), np.int64), parse=parse)
+        with ThreadPoolExecutor(images.reading_threads(found)) as pool:
+            tables = list(pool.map(lambda name: _scan(store, form, name, parse), files))
         offsets, lengths, labels = np.concatenate([np.zeros((0, 3), np.int64), *tables]).T
         arrays = {
             "file_numbers": np.repeat(np.arange(len(files)), [len(table) for table in tables]),
@@ -71,63 +91,33 @@ def index_records(files: Sequence[os.PathLike | str], parse: Parse) -> tuple[Rec
         }
         store_arrays(path, arrays)
     labels = arrays.pop("labels")
-    return RecordImages(files, **arrays, parse=parse), labels
+    return RecordImages(store, form, files, **arrays, parse=parse), labels
 
 
-def _scan(name: str, parse: Parse) -> np.ndarray:
+def _scan(store: Any, form: str, name: str, parse: Parse) -> np.ndarray:
     """Reads a file from end to end: (offset, length, label) of every record, int64 [N, 3]."""
-    size = os.path.getsize(name)
     rows = []
-    with open(name, "rb") as file:
-        place = 0
-        while place < size:
-            header = file.read(_HEADER)
-            length = struct.unpack("<Q", header[:8])[0] if _is_header(header) else size
-            end = place + _HEADER + length + _FOOTER
-            if end > size:
-                raise UserError(f"{name} is damaged or cut short at byte {place:,}; prepare the data set again")
-            record = file.read(length)
-            try:
-                rows.append((place + _HEADER, length, parse(record)[1]))
-            except Exception as error:  # a protocol buffer can be damaged in many ways
-                reason = textwrap.shorten(str(error), 200, placeholder=" ...")
-                raise UserError(
-                    f"the record at byte {place:,} of {name} cannot be read ({reason}); prepare the data set again"
-                ) from None
-            file.read(_FOOTER)
-            place = end
+    for offset, length, record in FORMS[form].scan(store, name):
+        try:
+            rows.append((offset, length, parse(record)[1]))
+        except Exception as error:  # a protocol buffer can be damaged in many ways
+            reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+            raise UserError(
+                f"the record at {offset:,} of {name} cannot be read ({reason}); prepare the data set again"
+            ) from None
     return np.asarray(rows, np.int64).reshape(-1, 3)
 
 
-def _is_header(header: bytes) -> bool:
-    """Whether the 12 bytes before a record are a length and its checksum (TFRecord's masked CRC-32C)."""
-    if len(header) != _HEADER:
-        return False
-    checksum = crc32c(header[:8])
-    masked = ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
-    return masked == struct.unpack("<I", header[8:])[0]
-
-
-def crc32c(data: bytes) -> int:
-    """The CRC-32C (Castagnoli) of a few bytes, as RFC 3720 defines it."""
-    checksum = 0xFFFFFFFF
-    for byte in data:
-        checksum = _CRC_TABLE[(checksum ^ byte) & 0xFF] ^ checksum >> 8
-    return checksum ^ 0xFFFFFFFF
-
-
-def _crc_entry(value: int) -> int:
-    for _ in range(8):
-        value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
-    return value
-
-
-_CRC_TABLE = tuple(map(_crc_entry, range(256)))
-
-
-def _fingerprint(files: Sequence[str]) -> str:
-    try:
-        facts = [(os.path.abspath(name), os.path.getsize(name), os.stat(name).st_mtime_ns) for name in files]
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}); prepare the data set again") from None
+def _fingerprint(store: Any, files: Sequence[str]) -> str:
+    """Of names, sizes and times; folders are listed, as asking a bucket for each file takes long."""
+    found = {}
+    for folder in {os.path.dirname(name) for name in files}:
+        found |= store.find(folder, maxdepth=1, detail=True)
+    facts = []
+    for name in files:
+        try:
+            info = found[store._strip_protocol(name)]
+        except KeyError:
+            raise UserError(f"{name} cannot be read (it is not there); prepare the data set again") from None
+        facts.append((name, info["size"], str(info.get("mtime") or info.get("LastModified"))))
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

@@ -7,7 +7,6 @@ function of (seed, position in the run), so the stream can be entered at any ste
 import functools
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -73,19 +72,20 @@ class Streaming:
 
     def _read_from(self, step: int) -> Iterator[dict[str, np.ndarray]]:
         """This process's rows of every batch from `step` on, without end."""
-        rows = self._partition.local_rows(self._batch_size)
-        num_rows = len(rows)
+        # Without `self`, which has the iterator: in a cycle its threads would outlive it, up to the end of the process.
+        split, order, batch_size, shape = self._split, self._order, self._batch_size, self._image_shape
+        crop, seed, rows = self._crop, self._seed, self._partition.local_rows(self._batch_size)
 
         def load(row: int) -> tuple[np.ndarray, np.integer]:
-            batch, place = divmod(row, num_rows)
-            position = (step + batch) * self._batch_size + int(rows[place])  # in the whole run
-            epoch, offset = divmod(position, len(self._split.labels))
-            index = int(self._order(epoch)[offset])
-            image = read_image(self._split, index, self._image_shape, crop=self._crop, seed=(self._seed, position))
-            return image, self._split.labels[index]
+            batch, place = divmod(row, len(rows))
+            position = (step + batch) * batch_size + int(rows[place])  # in the whole run
+            epoch, offset = divmod(position, len(split.labels))
+            index = int(order(epoch)[offset])
+            return read_image(split, index, shape, crop=crop, seed=(seed, position)), split.labels[index]
 
-        for images, labels in _parallel_batches(load, num_rows, self._image_shape):
-            yield {"image": images, "label": labels, "mask": np.ones(num_rows, np.float32)}
+        mask = np.ones(len(rows), np.float32)
+        batches = _parallel_batches(load, len(rows), shape, threads=image_files.reading_threads(split.images))
+        return ({"image": images, "label": labels, "mask": mask} for images, labels in batches)
 
 
 def evaluation_batches(
@@ -102,7 +102,8 @@ def evaluation_batches(
         return read_image(split, index, image_shape), split.labels[index]
 
     num_batches = -(-num_examples // batch_size)
-    batches = _parallel_batches(load, num_rows, image_shape, num_batches=num_batches)
+    threads = image_files.reading_threads(split.images)
+    batches = _parallel_batches(load, num_rows, image_shape, threads=threads, num_batches=num_batches)
     for batch, (images, labels) in enumerate(batches):
         mask = (batch * batch_size + rows < num_examples).astype(np.float32)
         yield {"image": images, "label": labels, "mask": mask}
@@ -184,9 +185,10 @@ def _parallel_batches(
     num_rows: int,
     image_shape: tuple[int, int, int],
     *,
+    threads: int,
     num_batches: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Runs load(0), load(1), ... in tf.data's threads; yields images [num_rows, H, W, C] and labels [num_rows].
+    """Runs load(0), load(1), ... in `threads` of tf.data; yields images [num_rows, H, W, C] and labels [num_rows].
 
     Raises what `load` raises, but RunError for a disk that fails for _PATIENCE seconds.
     """
@@ -210,7 +212,7 @@ def _parallel_batches(
     limit = np.iinfo(np.int64).max if num_batches is None else num_batches * chunks_per_batch
     dataset = (
         tf.data.Dataset.range(limit)
-        .map(load_in_graph, num_parallel_calls=os.cpu_count(), deterministic=True)
+        .map(load_in_graph, num_parallel_calls=threads, deterministic=True)
         .batch(chunks_per_batch, drop_remainder=True, num_parallel_calls=2, deterministic=True)
         .prefetch(_PREFETCHED)
     )
@@ -218,6 +220,7 @@ def _parallel_batches(
     # run, would now and then wait for it, for up to a minute.
     options = tf.data.Options()
     options.autotune.enabled = False
+    options.threading.private_threadpool_size = threads
     dataset = dataset.with_options(options)
     batches = dataset.as_numpy_iterator()
     while True:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from vitcls import config as configs
-from vitcls.core import durations
+from vitcls.core import buckets, durations
 from vitcls.core.errors import UserError
 from vitcls.core.registry import paths
 from vitcls.data import DatasetInfo
@@ -138,8 +138,7 @@ def data_dir(path: pathlib.Path | None, config: configs.ConfigDict, moved_to: st
 
     Raises UserError where a run has lost its data.
     """
-    configs.check_local(moved_to, "--data_dir")
-    place = os.path.abspath(os.path.expanduser(moved_to)) if moved_to else config.dataset.data_dir
+    place = configs.place_of_data(moved_to, config.dataset.name, "--data_dir") or config.dataset.data_dir
     if path is None:
         return place
     try:
@@ -148,7 +147,8 @@ def data_dir(path: pathlib.Path | None, config: configs.ConfigDict, moved_to: st
             place = json.loads((path / MOVED_FILE).read_text(encoding="utf-8"))["data_dir"]
     except (OSError, ValueError, KeyError, TypeError):  # there is no run, or its data have not moved
         pass
-    if place and (path / CONFIG_FILE).exists() and not os.path.exists(place):
+    there = not place or buckets.is_url(place) or os.path.exists(place)
+    if (path / CONFIG_FILE).exists() and not there:
         raise UserError(f"the data of the run in {path} are not in {place}; say where they are with --data_dir=DIR")
     return place
 

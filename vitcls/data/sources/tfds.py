@@ -1,16 +1,21 @@
 """Classification sets of TensorFlow Datasets, read without TensorFlow."""
 
+import contextlib
 import dataclasses
+import os
+import re
 import shlex
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
-from vitcls.core import errors
+from vitcls.core import buckets, errors
 from vitcls.core.errors import UserError
 from vitcls.data import images as image_files
 from vitcls.data.dataset import Source, Split
-from vitcls.data.records import index_records
+from vitcls.data.records import FORMS, index_records
 
 BUILT_IN = ("digits", "synthetic", "synthetic_jpeg", "folder", "npz")  # names that are not TFDS's
 
@@ -20,26 +25,41 @@ class Tfds:
     """A prepared classification set of TensorFlow Datasets, by name."""
 
     def load(self, config) -> Source:
-        builder = find_builder(config.name, config.data_dir)
+        if buckets.is_url(config.data_dir):
+            store = buckets.file_system(config.data_dir, "data_dir")
+            with _descriptions(store, config) as directory:
+                return self._load(config, directory, store)
+        return self._load(config, config.data_dir)
+
+    def _load(self, config, directory: str, store: Any = None) -> Source:
+        """From a directory of TFDS; with `store` one that describes what config.data_dir has in a bucket."""
+        builder = find_builder(config.name, directory)
         if not builder.info.splits:
-            option = f" --data_dir={shlex.quote(config.data_dir)}" if config.data_dir else ""
+            option = f" --data_dir={shlex.quote(config.data_dir)}" if config.data_dir and not store else ""
             raise UserError(
-                f"the data set '{config.name}' is not prepared in {builder.data_dir}; "
-                f"prepare it with 'vitcls prepare {config.name}{option}'"
+                f"the data set '{config.name}' is not prepared in {config.data_dir if store else builder.data_dir}; "
+                f"prepare it with 'vitcls prepare {config.name}{option}'" + (" and copy it there" if store else "")
             )
         image_key, label_key = _tfds_keys(builder)
         available = builder.info.splits
         if "train" not in available:
             raise UserError(f"the data set '{config.name}' has no 'train' split; it has {', '.join(available)}")
-        if builder.info.file_format.value != "tfrecord":
+        form = builder.info.file_format.value
+        forms = ["tfrecord"] if store else list(FORMS)
+        if form not in forms:
+            where = " in a bucket" if store else ""
             raise UserError(
-                f"the data set '{config.name}' is prepared as {builder.info.file_format.value}; prepare it as tfrecord"
+                f"the data set '{config.name}' is prepared as {form}, which cannot be read{where}; "
+                f"prepare it as {' or '.join(forms)}"
             )
         parse = _record_parser(image_key, label_key)
         splits = {}
         for name in ("train", "validation", "test"):
             if name in available:
-                images, labels = index_records(available[name].filepaths, parse)
+                files = [os.fspath(path) for path in available[name].filepaths]
+                if store:
+                    files = [f"{config.data_dir}/{os.path.relpath(path, directory)}" for path in files]
+                images, labels = index_records(files, parse, form=form, store=store)
                 splits[name] = Split(images, labels.astype(np.int32))
         if "test" in splits and splits["test"].labels.min() < 0:  # as ImageNet's, whose labels are not public
             del splits["test"]
@@ -61,6 +81,19 @@ class Tfds:
             shapes.add(tuple(declared))
         names = tuple(builder.info.features[label_key].names)
         return Source(config.name, names, splits, tuple(shapes))
+
+
+@contextlib.contextmanager
+def _descriptions(store: Any, config) -> Iterator[str]:
+    """A directory with what describes a set in a bucket, in all its versions, without the records."""
+    root = store._strip_protocol(config.data_dir)
+    with tempfile.TemporaryDirectory() as directory:
+        for path in store.find(f"{root}/{re.split('[/:]', config.name)[0]}"):
+            if path.endswith((".json", ".txt")):
+                copy = os.path.join(directory, os.path.relpath(path, root))
+                os.makedirs(os.path.dirname(copy), exist_ok=True)
+                store.get_file(path, copy)
+        yield directory
 
 
 def find_builder(name: str, data_dir: str):
