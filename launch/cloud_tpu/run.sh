@@ -19,7 +19,8 @@
 # after which it gives up and leaves the slice; VITCLS_SECONDS_OF_PATIENCE (120) for workers that outlive a dead one.
 #
 # Exit code: that of the training; 1 where gcloud refused or did not answer, or the slice was lost once too often; 2 for
-# bad input, before anything is created; 130 or 143 after a signal, which leaves the slice and its training alone.
+# bad input, or where already the first question to gcloud fails: nothing is created then; 130 or 143 after a signal,
+# which leaves the slice and its training alone.
 set -uo pipefail
 
 slices="v5e-1 v5e-4 v5e-8 v5e-16 v5e-32 v5e-64 v5e-128 v5e-256 v6e-1 v6e-4 v6e-8 v6e-16 v6e-32 v6e-64 v6e-128 v6e-256"
@@ -239,7 +240,7 @@ look() { # sets `state`; fails where it is not known
   [ "$state" = "$before" ] || say "$name is $state"
 }
 
-# Asks what there is and does the next thing; fails where a question or an order was not answered.
+# Asks what there is and does the next thing; fails where a question or an order failed.
 turn() { # COMMAND...
   look || return
   case ${code:+over }$state in
@@ -301,7 +302,8 @@ plan() { # COMMAND...: what `run` asks of gcloud where all goes well
 
 [ "$action" != run ] || check_run "$@"
 [ -n "$dry_run" ] || command -v gcloud >/dev/null || fail "gcloud is not installed; see cloud.google.com/sdk"
-commit=$(git -C "$root" rev-parse HEAD 2>/dev/null) || fail "$root is no checkout of git, whose newest commit is installed"
+[ "$action" != run ] || commit=$(git -C "$root" rev-parse HEAD 2>/dev/null) ||
+  fail "$root is no checkout of git; its newest commit is what is installed"
 scratch=$(mktemp -d) child=""
 trap 'rm -rf "$scratch"' EXIT
 case $dry_run$action in

@@ -1,10 +1,13 @@
 """launch/cloud_tpu/run.sh: what it would ask of gcloud, and what it refuses before it asks anything."""
 
+import http.server
+import json
 import pathlib
 import re
 import shlex
 import shutil
 import subprocess
+import threading
 
 import pytest
 
@@ -118,6 +121,48 @@ def test_bad_input_is_one_line_and_code_2(arguments, words):
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and words in line
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """The API of Cloud TPU for somebody who has no slice and no permission, in the form of its published errors."""
+
+    def answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.asked.append((self.command, self.path, json.loads(body or "{}")))
+        post = self.command == "POST"
+        code, status, words = (403, "PERMISSION_DENIED", "not you") if post else (404, "NOT_FOUND", "c100 is not there")
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps({"error": {"code": code, "message": words, "status": status}}).encode())
+
+    do_GET = do_POST = answer
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
+def test_gcloud_itself_answers_in_the_words_that_are_looked_for(tmp_path, monkeypatch):
+    """It finds no slice, so one is asked for; that is refused, which ends the launcher."""
+    (tmp_path / "token").write_text("token")
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "config"))
+    monkeypatch.setenv("CLOUDSDK_AUTH_ACCESS_TOKEN_FILE", str(tmp_path / "token"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        server.asked = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU", f"http://127.0.0.1:{server.server_port}/")
+        done = launch("run", *HERE[::2], "--project=project-1", "--slice=v5e-16", "--spot", *TRAIN)
+        server.shutdown()
+    assert done.returncode == 1 and "c100 is GONE" in done.stderr and "not you" in done.stderr
+    place = "/v2/projects/project-1/locations/us-east5-b/queuedResources"
+    (get, where, _), *posts = server.asked
+    assert (get, where.partition("?")[0]) == ("GET", f"{place}/c100")
+    post, where, body = posts[0]
+    assert (post, where.partition("?")[0]) == ("POST", place) and "queuedResourceId=c100" in where
+    (spec,) = body["tpu"]["nodeSpec"]
+    assert (spec["nodeId"], spec["node"]["acceleratorType"], body["spot"]) == ("c100", "v5litepod-16", {})
 
 
 @pytest.mark.slow
