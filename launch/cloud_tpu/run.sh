@@ -90,6 +90,11 @@ training, '$0 delete --name=$name ${here[*]}' stops the bill"
   exit "$1"
 }
 
+interrupted() { # CODE NAME
+  { kill "$child" && wait "$child"; } 2>/dev/null # it may be about to write into $scratch
+  leave "$1" "ended by $2"
+}
+
 # gcloud, and what it says in files; with --dry_run its command in print. A signal interrupts `wait`, but no command.
 call() {
   if [ -n "$dry_run" ]; then
@@ -288,15 +293,8 @@ run() { # COMMAND...
 
 plan() { # COMMAND...: what `run` asks of gcloud where all goes well
   id=ID
-  describe
-  create
-  describe
-  ask_workers
-  install
-  ask_workers
-  train "$@"
-  ask_workers
-  log
+  describe && create && describe
+  ask_workers && install && ask_workers && train "$@" && ask_workers && log
   delete
 }
 
@@ -308,8 +306,8 @@ scratch=$(mktemp -d) child=""
 trap 'rm -rf "$scratch"' EXIT
 case $dry_run$action in
   run)
-    trap 'kill "$child" 2>/dev/null; leave 130 "ended by Ctrl-C"' INT
-    trap 'kill "$child" 2>/dev/null; leave 143 "ended by SIGTERM"' TERM
+    trap 'interrupted 130 Ctrl-C' INT
+    trap 'interrupted 143 SIGTERM' TERM
     run "$@"
     ;;
   1run) plan "$@" ;;

@@ -292,6 +292,7 @@ def test_a_signal_ends_the_launcher_alone(cloud, sent):
     last = err.splitlines()[-1]
     assert code == 128 + sent and "ended by" in last and "goes on" in last and "delete --name=c100" in last
     assert cloud.alive() == 2 and cloud.looks("delete") == 0
+    assert list((cloud.path / "tmp").iterdir()) == []
     logs = cloud.launch("logs")
     assert logs.stdout.readline() == SAID
     assert ended(cloud.launch("delete"))[0] == 0 and not (cloud.path / "state").exists()
