@@ -3,19 +3,30 @@
 #
 # launch/cloud_tpu/run.sh run --name=c100 --project=P --zone=Z --slice=v6e-16 [--spot] [--restarts=20] [--dry_run] \
 #     -- vitcls train --config=configs/vit_cifar100.py --workdir=gs://BUCKET/c100
-# launch/cloud_tpu/run.sh logs --name=c100 --project=P --zone=Z         # follow it again
+# launch/cloud_tpu/run.sh logs --name=c100 --project=P --zone=Z         # follow it, line by line
 # launch/cloud_tpu/run.sh delete --name=c100 --project=P --zone=Z       # stop paying
 #
 # What is installed is the newest commit of this checkout. A slice that is preempted stays in the queue as SUSPENDED and
 # never comes back by itself: the script deletes it, asks for another, and the run goes on from its last checkpoint in
-# the bucket. It must therefore keep running; the training does not need it. --dry_run prints every gcloud command.
+# the bucket. It must therefore keep running; the training does not need it. If it was ended, the same command takes up
+# the slice and what runs on it. --restarts counts trainings that are started again, on the same slice or another.
 #
-# Exit code: that of the training; 1 where a command of gcloud failed; 2 for bad input, before anything is created.
+# A slice is deleted once its training has ended or the queue says that it is lost, never because nobody answers. With
+# several workers and an SSH agent, gcloud wants its key there: ssh-add ~/.ssh/google_compute_engine.
+# --dry_run prints the commands of gcloud for a run without mishap.
+#
+# In the environment, in seconds: VITCLS_SECONDS_BETWEEN_LOOKS (30); VITCLS_SECONDS_OF_SILENCE (1800) without an answer,
+# after which it gives up and leaves the slice; VITCLS_SECONDS_OF_PATIENCE (120) for workers that outlive a dead one.
+#
+# Exit code: that of the training; 1 where gcloud refused or did not answer, or the slice was lost once too often; 2 for
+# bad input, or where already the first question to gcloud fails: nothing is created then; 130 or 143 after a signal,
+# which leaves the slice and its training alone.
 set -uo pipefail
 
 slices="v5e-1 v5e-4 v5e-8 v5e-16 v5e-32 v5e-64 v5e-128 v5e-256 v6e-1 v6e-4 v6e-8 v6e-16 v6e-32 v6e-64 v6e-128 v6e-256"
 name="" project="" zone="" slice="" spot="" restarts=20 dry_run="" action=${1:-}
-seconds_between_looks=30
+between_looks=${VITCLS_SECONDS_BETWEEN_LOOKS:-30}
+silence=${VITCLS_SECONDS_OF_SILENCE:-1800} patience=${VITCLS_SECONDS_OF_PATIENCE:-120}
 root=$(cd "$(dirname "$0")/../.." && pwd)
 
 fail() {
@@ -55,6 +66,8 @@ check_run() { # COMMAND...
   local argument workdir=""
   [[ " $slices " == *" $slice "* && -n $slice ]] || fail "--slice=$slice is not offered; use one of $slices"
   [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts=$restarts is not a whole number"
+  [[ $between_looks =~ ^[0-9.]+$ && $silence =~ ^[0-9]+$ && $patience =~ ^[0-9]+$ ]] ||
+    fail "VITCLS_SECONDS_BETWEEN_LOOKS, _OF_SILENCE and _OF_PATIENCE are numbers, not '$between_looks $silence $patience'"
   [ "${1:-} ${2:-}" = "vitcls train" ] || fail "after -- comes the command: vitcls train --config=... --workdir=gs://..."
   for argument in "$@"; do
     [[ $argument != --workdir=* ]] || workdir=${argument#*=}
@@ -64,17 +77,50 @@ check_run() { # COMMAND...
     fail "--workdir=$workdir is not gs://BUCKET/PATH; the disks of a slice are gone after a preemption"
 }
 
-call() { # gcloud, or with --dry_run its command in print
+here=(--project="$project" --zone="$zone")
+connection=(-oConnectTimeout=10 -oServerAliveInterval=20) # a machine that is gone closes no connection
+
+say() {
+  echo "run.sh: $1" >&2
+}
+
+leave() { # CODE REASON
+  say "$2; what there is of $name goes on. The same command takes it up, '$0 logs --name=$name ${here[*]}' shows the \
+training, '$0 delete --name=$name ${here[*]}' stops the bill"
+  exit "$1"
+}
+
+interrupted() { # CODE NAME
+  { kill "$child" && wait "$child"; } 2>/dev/null # it may be about to write into $scratch
+  leave "$1" "ended by $2"
+}
+
+# gcloud, and what it says in files; with --dry_run its command in print. A signal interrupts `wait`, but no command.
+call() {
   if [ -n "$dry_run" ]; then
-    printf 'gcloud'
-    printf ' %q' "$@"
-    printf '\n'
-  else
+    printf 'gcloud' && printf ' %q' "$@" && echo
+  elif [ "$action" != run ]; then
     gcloud "$@"
+  else
+    gcloud "$@" >"$scratch/out" 2>"$scratch/err" &
+    child=$!
+    wait "$child"
   fi
 }
 
-here=(--project="$project" --zone="$zone")
+complaint() {
+  grep -m 1 ERROR "$scratch/err" || tail -n 5 "$scratch/err"
+}
+
+pause() {
+  sleep "$between_looks" &
+  child=$!
+  wait "$child"
+}
+
+describe() {
+  call compute tpus queued-resources describe "$name" "${here[@]}" --format='value(state.state)'
+}
 
 create() {
   local accelerator=${slice/v5e/v5litepod} runtime=v2-alpha-tpuv6e
@@ -83,99 +129,188 @@ create() {
     --accelerator-type="$accelerator" --runtime-version="$runtime" ${spot:+--spot}
 }
 
-state() { # ACTIVE, SUSPENDED, ...; nothing where it is not known
-  call compute tpus queued-resources describe "$name" "${here[@]}" --format='value(state.state)'
-}
-
 delete() {
   call compute tpus queued-resources delete "$name" "${here[@]}" --force --quiet
 }
 
 on() { # WORKER COMMAND
-  call compute tpus tpu-vm ssh "$name" "${here[@]}" --worker="$1" --quiet --command="$2"
+  call compute tpus tpu-vm ssh "$name" "${here[@]}" --worker="$1" --quiet "${connection[@]/#/--ssh-flag=}" --command="$2"
 }
 
-wait_until_active() {
-  local now
-  while :; do
-    now=$(state)
-    if [ -n "$dry_run" ]; then
-      echo "$now"
-      return
-    fi
-    echo "run.sh: $name is ${now:-not known}" >&2
-    case $now in
-      ACTIVE) return ;;
-      FAILED | SUSPENDING | SUSPENDED) return 1 ;;
-    esac
-    sleep $seconds_between_looks
-  done
+ask_workers() {
+  on all "echo \"worker: \$(bash worker.sh state $commit 2>/dev/null || echo absent)\""
 }
 
-# The images have Python 3.10; uv brings a newer one.
 install() {
-  local archive=vitcls.tar.gz
-  if [ -z "$dry_run" ]; then
-    archive=$(mktemp -d)/vitcls.tar.gz
-    git -C "$root" archive --format=tar.gz --prefix=vitcls/ --output="$archive" HEAD || return
-  fi
-  call compute tpus tpu-vm scp "$archive" "$name:vitcls.tar.gz" "${here[@]}" --worker=all --quiet &&
-    on all "python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --quiet --clear --python=3.12 env && \
-tar xzf vitcls.tar.gz && ~/.local/bin/uv pip install --quiet --python=env './vitcls[tpu,gcs]'"
+  local archive=$scratch/vitcls.tar.gz
+  git -C "$root" archive --format=tar.gz --prefix=vitcls/ --output="$archive" "$commit" &&
+    call compute tpus tpu-vm scp "$archive" "$root/launch/cloud_tpu/worker.sh" "$name:" "${here[@]}" --worker=all \
+      --quiet "${connection[@]/#/--scp-flag=}" && on all "bash worker.sh install $commit"
 }
 
-train() { # COMMAND...; it goes on where the connection is lost
-  local command
-  command=$(printf ' %q' "$@")
-  on all "cd vitcls && rm -f ~/exit && PATH=~/env/bin:\$PATH setsid nohup \
-bash -c $(printf '%q' "$command; echo \$? > ~/exit") > ~/log 2>&1 < /dev/null &"
+train() { # COMMAND...
+  on all "bash worker.sh train $restarted $id$(printf ' %q' "$@")"
 }
 
-follow() { # ends when the training on the first worker does, or when it is gone
-  on 0 "tail -n +1 -F log & until [ -e exit ]; do sleep 1; done; sleep 1; kill \$!"
+log() { # the first worker's, from where it was shown
+  on 0 "bash worker.sh log $shown"
 }
 
-verdict() { # the highest exit code of all workers; nothing where they do not answer, or not all have ended
-  local answers
-  answers=$(on all "for i in \$(seq 60); do [ -e exit ] && break; sleep 1; done; cat exit") || return
-  if [ -n "$dry_run" ]; then
-    echo "$answers"
+show_log() {
+  log || return
+  cat "$scratch/out"
+  shown=$((shown + $(wc -c <"$scratch/out")))
+}
+
+# What is known of the slice: its state; whether it was there, and not deleted here since; the exit code of the training
+# once that is over. Of the training: how often it was started again, the id of its command, the bytes of its log that
+# were shown, since when a worker is dead while others live.
+state="" taken="" code="" restarted=0 id="" shown=0 died=""
+
+again() { # CODE that ends it when that was once too often
+  if ((restarted < restarts)); then
+    restarted=$((restarted + 1))
+    say "starting again ($restarted of $restarts)"
   else
-    sort -n <<<"$answers" | tail -1
+    say "not finished after $restarts restarts; the last checkpoint is in the bucket"
+    code=$1
   fi
+}
+
+# The next thing to do on a slice that is there, by what its workers say. All of them answer, or nothing is done.
+work() { # COMMAND...
+  local word attempt run ended absent=0 missing=0 running=0 over=0 worst=0
+  ask_workers && grep -q '^worker: ' "$scratch/out" || return
+  while read -r _ word attempt run ended; do # the newest attempt first
+    [[ $word != running && $word != ended || $run == "$id" ]] ||
+      fail "$name trains by another command; take another --name, or look at it with '$0 logs --name=$name ${here[*]}'"
+    ((${attempt:-0} <= restarted)) || restarted=$attempt
+    case $word in
+      running) running=1 ;;
+      ended)
+        if ((attempt < restarted)); then
+          missing=1
+        else
+          over=1 worst=$((ended > worst ? ended : worst))
+        fi
+        ;;
+      ready) missing=1 ;;
+      *) absent=1 ;;
+    esac
+  done < <(grep '^worker: ' "$scratch/out" | sort -k 3,3nr)
+  if ((absent && !running)); then
+    say "installing commit ${commit:0:12}"
+    install
+  elif ((missing && (running || !over))); then # or a start that did not reach all
+    say "starting the training"
+    train "$@"
+  elif ((running)); then
+    watch $((worst > 0 || absent))
+  else
+    conclude $((missing && worst < 137 ? 137 : worst))
+  fi
+}
+
+watch() { # 1 where one is dead: the others end by themselves, or are ended, as by Slurm
+  show_log || return
+  if (($1 == 0)); then
+    died=""
+  elif ((SECONDS - ${died:=$SECONDS} >= patience)); then
+    say "a worker is dead, and the others have not ended in $patience s"
+    on all "bash worker.sh stop" || return
+  fi
+  pause
+}
+
+conclude() { # CODE
+  show_log || return
+  died=""
+  if (($1 < 128)); then # done, or a failure that would come again
+    code=$1
+  else
+    say "ended with exit code $1"
+    again "$1"
+  fi
+}
+
+look() { # sets `state`; fails where it is not known
+  local before=$state
+  if describe; then
+    state=$(<"$scratch/out")
+  elif grep -q NOT_FOUND "$scratch/err"; then
+    state=GONE
+  else
+    return 1
+  fi
+  [ "$state" = "$before" ] || say "$name is $state"
+}
+
+# Asks what there is and does the next thing; fails where a question or an order failed.
+turn() { # COMMAND...
+  look || return
+  case ${code:+over }$state in
+    GONE)
+      [ -z "$taken" ] || { say "somebody has deleted $name; it is not asked for again" && exit 1; }
+      if ! create; then
+        [ "$restarted" -gt 0 ] || leave 1 "$(complaint)"
+        return 1
+      fi
+      taken=1 shown=0 died=""
+      ;;
+    "over GONE") exit "$code" ;;
+    over*) delete ;;
+    ACTIVE)
+      taken=1
+      work "$@"
+      ;;
+    FAILED | SUSPENDING | SUSPENDED)
+      [ -z "$taken" ] || again 1
+      taken=""
+      delete
+      ;;
+    DELETING) pause ;;
+    *) # in the queue, for as long as it takes
+      taken=1
+      pause
+      ;;
+  esac
 }
 
 run() { # COMMAND...
-  local attempt code
-  for ((attempt = 0; attempt <= restarts; attempt++)); do
-    [ "$attempt" -eq 0 ] || echo "run.sh: starting again ($attempt of $restarts)" >&2
-    if [ "$attempt" -eq 0 ] || [ "$(state)" != ACTIVE ]; then
-      [ "$attempt" -eq 0 ] || delete
-      create || exit 1
-      wait_until_active || continue
-      install || continue
+  local silent="" # since when
+  id=$(printf '%q ' "$@" | cksum | cut -d' ' -f1)
+  while :; do
+    if turn "$@"; then
+      silent=""
+      continue
     fi
-    train "$@" || continue
-    follow
-    code=$(verdict)
-    if [ -n "$dry_run" ]; then
-      echo "$code"
-      delete
-      exit 0
-    elif [[ $code =~ ^[0-9]+$ && $code -lt 128 ]]; then # done, or a failure that would come again
-      delete
-      exit "$code"
-    fi
+    [ -n "$state" ] || fail "nothing is known of $name: $(complaint)"
+    say "$(complaint)"
+    ((SECONDS - ${silent:=$SECONDS} < silence)) || leave 1 "gcloud or a worker has failed for $silence s"
+    pause
   done
+}
+
+plan() { # COMMAND...: what `run` asks of gcloud where all goes well
+  id=ID
+  describe && create && describe
+  ask_workers && install && ask_workers && train "$@" && ask_workers && log
   delete
-  echo "run.sh: not finished after $restarts restarts; the last checkpoint is in the bucket" >&2
-  exit 1
 }
 
 [ "$action" != run ] || check_run "$@"
 [ -n "$dry_run" ] || command -v gcloud >/dev/null || fail "gcloud is not installed; see cloud.google.com/sdk"
-case $action in
-  run) run "$@" ;;
-  logs) follow ;;
-  delete) delete ;;
+[ "$action" != run ] || commit=$(git -C "$root" rev-parse HEAD 2>/dev/null) ||
+  fail "$root is no checkout of git; its newest commit is what is installed"
+scratch=$(mktemp -d) child=""
+trap 'rm -rf "$scratch"' EXIT
+case $dry_run$action in
+  run)
+    trap 'interrupted 130 Ctrl-C' INT
+    trap 'interrupted 143 SIGTERM' TERM
+    run "$@"
+    ;;
+  1run) plan "$@" ;;
+  *logs) on 0 "[ ! -e worker.sh ] && echo nothing is installed yet || bash worker.sh follow" ;;
+  *delete) delete ;;
 esac

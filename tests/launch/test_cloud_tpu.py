@@ -1,10 +1,13 @@
 """launch/cloud_tpu/run.sh: what it would ask of gcloud, and what it refuses before it asks anything."""
 
+import http.server
+import json
 import pathlib
 import re
 import shlex
 import shutil
 import subprocess
+import threading
 
 import pytest
 
@@ -68,40 +71,26 @@ def test_only_documented_flags_are_used(action):
 def test_a_run_is_asked_for_installed_trained_followed_and_deleted(slice_, accelerator, runtime):
     found = commands("run", *HERE, f"--slice={slice_}", "--spot")
     assert [command for command, _, _ in found] == [
+        "queued-resources describe",
         "queued-resources create",
         "queued-resources describe",
+        "tpu-vm ssh",
         "tpu-vm scp",
-        *["tpu-vm ssh"] * 4,
+        *["tpu-vm ssh"] * 5,
         "queued-resources delete",
     ]
-    create = found[0][1]
+    create = found[1][1]
     assert (create["--accelerator-type"], create["--runtime-version"]) == (accelerator, runtime)
     assert create["--node-id"] == "c100" and "--spot" in create
-    assert [flags.get("--worker") for _, flags, _ in found] == [None, None, "all", "all", "all", "0", "all", None]
+    on_workers = [flags["--worker"] for command, flags, _ in found if command.startswith("tpu-vm")]
+    assert on_workers == [*["all"] * 6, "0"]
+    *archive_and_orders, home = found[4][2]
+    assert [pathlib.Path(file).name for file in archive_and_orders] == [
+        "vitcls.tar.gz",
+        "worker.sh",
+    ] and home == "c100:"
     assert "--force" in found[-1][1]
-    assert "--spot" not in commands("run", *HERE, f"--slice={slice_}")[0][1]
-
-
-def test_what_the_workers_are_told_to_run_does_what_it_says(tmp_path):
-    """The words of the command reach vitcls as they were given, and its exit code is asked for."""
-    done = launch("run", *HERE, "--slice=v6e-1", "--dry_run", *TRAIN, "--config.total=5 epochs", "--config.x='$HOME'")
-    _, train, follow, verdict = (
-        next(word for word in shlex.split(line) if word.startswith("--command=")).removeprefix("--command=")
-        for line in done.stdout.splitlines()
-        if "tpu-vm ssh" in line
-    )
-    for folder in ("env/bin", "vitcls"):
-        (tmp_path / folder).mkdir(parents=True)
-    program = tmp_path / "env" / "bin" / "vitcls"
-    program.write_text('#!/bin/bash\nprintf "<%s>" "$@"\nsleep 1\nexit 7\n')
-    program.chmod(0o755)
-    home = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    subprocess.run(["bash", "-c", train], cwd=tmp_path, env=home, check=True, timeout=30)
-    lines = subprocess.run(["bash", "-c", follow], cwd=tmp_path, env=home, capture_output=True, text=True, timeout=30)
-    said = "<train><--config=configs/vit_cifar100.py><--workdir=gs://bucket/c100><--config.total=5 epochs>"
-    assert lines.stdout == said + "<--config.x='$HOME'>"
-    code = subprocess.run(["bash", "-c", verdict], cwd=tmp_path, env=home, capture_output=True, text=True, timeout=90)
-    assert code.stdout == "7\n"
+    assert "--spot" not in commands("run", *HERE, f"--slice={slice_}")[1][1]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +121,48 @@ def test_bad_input_is_one_line_and_code_2(arguments, words):
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and words in line
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """The API of Cloud TPU for somebody who has no slice and no permission, in the form of its published errors."""
+
+    def answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.asked.append((self.command, self.path, json.loads(body or "{}")))
+        post = self.command == "POST"
+        code, status, words = (403, "PERMISSION_DENIED", "not you") if post else (404, "NOT_FOUND", "c100 is not there")
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps({"error": {"code": code, "message": words, "status": status}}).encode())
+
+    do_GET = do_POST = answer
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
+def test_gcloud_itself_answers_in_the_words_that_are_looked_for(tmp_path, monkeypatch):
+    """It finds no slice, so one is asked for; that is refused, which ends the launcher."""
+    (tmp_path / "token").write_text("token")
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "config"))
+    monkeypatch.setenv("CLOUDSDK_AUTH_ACCESS_TOKEN_FILE", str(tmp_path / "token"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        server.asked = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU", f"http://127.0.0.1:{server.server_port}/")
+        done = launch("run", *HERE[::2], "--project=project-1", "--slice=v5e-16", "--spot", *TRAIN)
+        server.shutdown()
+    assert done.returncode == 1 and "c100 is GONE" in done.stderr and "not you" in done.stderr
+    place = "/v2/projects/project-1/locations/us-east5-b/queuedResources"
+    (get, where, _), *posts = server.asked
+    assert (get, where.partition("?")[0]) == ("GET", f"{place}/c100")
+    post, where, body = posts[0]
+    assert (post, where.partition("?")[0]) == ("POST", place) and "queuedResourceId=c100" in where
+    (spec,) = body["tpu"]["nodeSpec"]
+    assert (spec["nodeId"], spec["node"]["acceleratorType"], body["spot"]) == ("c100", "v5litepod-16", {})
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def test_a_slice_has_as_many_pods_as_its_chips_need():
 
 def test_what_is_installed_for_tpus_can_write_the_bucket():
     (extra,) = re.findall(r"EXTRA=(\S+)", (FOLDER / "tpu.yaml").read_text())
-    (installed,) = re.findall(r"\./vitcls\[(.*)\]", (FOLDER.parent / "cloud_tpu" / "run.sh").read_text())
+    (installed,) = re.findall(r"\./vitcls\[(.*)\]", (FOLDER.parent / "cloud_tpu" / "worker.sh").read_text())
     assert set(extra.split(",")) == set(installed.split(",")) == {"tpu", buckets.EXTRAS["gs"]}
 
 

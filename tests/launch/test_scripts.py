@@ -21,7 +21,7 @@ def test_shellcheck_has_nothing_to_say(script):
 
 
 def test_there_are_scripts_and_their_help_says_how_to_call_them():
-    assert {script.name for script in SCRIPTS} == {"local.sh", "run.sh", "train.sbatch"}
+    assert {script.name for script in SCRIPTS} == {"local.sh", "run.sh", "train.sbatch", "worker.sh"}
     for script in SCRIPTS:
         if script.suffix == ".sh":
             done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
