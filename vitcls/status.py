@@ -13,7 +13,7 @@ from typing import Any
 
 from vitcls import cli
 from vitcls.core import durations
-from vitcls.core.errors import UserError
+from vitcls.core.errors import RunError, UserError
 from vitcls.training import places
 from vitcls.training.files import CHECKPOINTS, CONFIG_FILE, DATASET_FILE, LOCK_FILE, METRICS_FILE
 from vitcls.training.lock import HEARTBEAT, died_here
@@ -188,9 +188,14 @@ def main(argv: list[str]) -> None:
         _print(runs, as_json=flags.json, clear=clear)
         while flags.watch:
             time.sleep(_REFRESH)
+            away = []
             for place in runs.values():
-                place.refresh()
+                try:
+                    place.refresh()
+                except RunError as error:  # a bucket that may come back
+                    away.append(str(error))
             _print(runs, as_json=flags.json, clear=clear)
+            print("".join(f"{line}\n" for line in away), end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
