@@ -180,15 +180,18 @@ def assert_same_end(workdir, trained):
 
 def test_a_run_whose_bucket_is_away_trains_on_and_loses_nothing(store, trained, tmp_path, monkeypatch, capsys):
     workdir = f"{store.scheme}://runs/away/run"
-    run = Run(tmp_path, workdir, store.proxy.url if store.scheme == "s3" else store.url, waits=True)
+    run = Run(tmp_path, workdir, store.proxy.url, waits=True)
     run.read_until("before step 4")
     wait_until(lambda: store.files().exists("runs/away/run/checkpoints/4/manifest.json"))
-    with store.hanging():  # it takes requests and does not answer
+    array = r"P\w+ .*/away/run/checkpoints/8/tree/d/\w+$"
+    with store.proxy.catch(array, "half") as wait_for_request, contextlib.ExitStack() as held:
         run.go_on()
         run.read_until("before step 10")
-        assert [event["step"] for event in read_history(run.directory())] == [4, 6, 8]
+        wait_for_request()
+        held.enter_context(store.hanging())  # it takes requests and does not answer
         run.read_until(rf"{workdir} cannot be reached \(no answer\); the run goes on and tries again")
-        wait_until(lambda: checkpoint.steps(run.directory() / "checkpoints")[-1] == 8)
+        assert [event["step"] for event in read_history(run.directory())] == [4, 6, 8]
+        assert checkpoint.steps(run.directory() / "checkpoints")[-1] == 8
     run.read_until(rf"{workdir} is reached again after \d+ s")
     seen = look(workdir, capsys)
     assert (seen["step"], seen["checkpoint_step"], seen["state"]) == (8, 8, "alive")
@@ -272,3 +275,32 @@ def test_a_bucket_that_was_taken_over_while_it_was_away_is_left_alone(store, mon
             wait_until(lambda: "is reached again" in caplog.text)
     assert files.cat_file(f"{root}/config.json") == b"theirs"
     assert json.loads(files.cat_file(f"{root}/lock.json")) == other
+
+
+def test_who_reads_a_bucket_that_is_away_waits_for_it(store, monkeypatch, caplog):
+    """Another process of a run, and `vitcls status --watch`."""
+    workdir, files = f"{store.scheme}://runs/away/read", store.files()
+    files.pipe_file("runs/away/read/config.json", b"{}")
+    script = "from vitcls import cli, status; from vitcls.training import places\n"
+    script += "places._ANSWER, status._REFRESH = 1.0, 0.1\nraise SystemExit(cli.run(status.main))"
+    watch = subprocess.Popen(
+        [sys.executable, "-c", script, "--watch", "--json", workdir],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert json.loads(watch.stdout.readline())["state"] == "begun"
+    with places.opened(workdir) as place:
+        monkeypatch.setattr(places, "_ANSWER", 1.0)
+        reading = threading.Thread(target=place.share)
+        with store.proxy.away():
+            assert f"{workdir} cannot be reached (" in watch.stderr.readline()
+            reading.start()
+            wait_until(lambda: "cannot be reached" in caplog.text)
+            files.pipe_file("runs/away/read/dataset.json", b"{}")
+        reading.join()
+        assert (place.path / "dataset.json").exists()
+    watch.send_signal(signal.SIGINT)
+    _, err = watch.communicate(timeout=30)
+    assert watch.returncode == 0 and "Traceback" not in err

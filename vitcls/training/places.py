@@ -38,7 +38,7 @@ _PART_BYTES = 2**18  # of metrics.jsonl, after which a new part is begun
 _PARTS = f"{METRICS_FILE}.parts"
 _logger = logging.getLogger("vitcls")
 for _noisy in ("gcsfs", "google.auth"):
-    logging.getLogger(_noisy).setLevel(logging.ERROR)
+    logging.getLogger(_noisy).setLevel(logging.CRITICAL)  # what they raise is said in one line
 
 
 class Place:
