@@ -100,7 +100,7 @@ def outage_rows(
 def main(argv: list[str]) -> None:
     flags = harness.parser(__doc__)
     flags.add_argument("--scheme", choices=tuple(places.EXTRAS), default="gs")
-    flags.add_argument("--steps", type=int, default=1800)
+    flags.add_argument("--steps", type=int, default=1000)
     flags.add_argument("--seconds", type=int, default=60, help="for which the bucket is away")
     flags.add_argument(
         "--workdir", default="", help="directory of a run; its last checkpoint is sent, and none trained"
