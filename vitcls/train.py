@@ -78,6 +78,7 @@ def train_and_evaluate(
         batches = data.train_batches(
             dataset, config.dataset, partition=partition, batch_size=config.batch_size, seed=config.seed
         )
+        held.callback(batches.close)
         validation = None
         if dataset.validation is not None:
             validation = split_batches(dataset, "validation", partition, config)

@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 
-import fsspec
 import jax
 import numpy as np
 import pytest
@@ -781,22 +780,12 @@ def test_damaged_array_records_are_named(prepared, tmp_path):
 @pytest.fixture(params=["gs", "s3"])
 def buckets(request, monkeypatch):
     """fsspec's view of a server of buckets, one of which is called runs."""
-    if request.param == "gs":
-        process, url = bucket.start_server()
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
-        yield bucket.files()
-        process.communicate()
-        return
-    moto = pytest.importorskip("moto.server")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("DEFAULT_REGION", "us-east-1")):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-    files = fsspec.filesystem("s3", use_listings_cache=False, skip_instance_cache=True)
-    files.mkdir("runs")
-    yield files
-    server.stop()
+    monkeypatch.setattr(image_files, "_THREADS_AFAR", 4)  # the server of gs accepts five connections at once
+    process, url = bucket.start_server(request.param)
+    for name, value in bucket.environment(request.param, url).items():
+        monkeypatch.setenv(name, value)
+    yield bucket.files(request.param)
+    process.communicate()
 
 
 def test_tfds_in_a_bucket_is_the_same_set(prepared, buckets):
@@ -808,12 +797,13 @@ def test_tfds_in_a_bucket_is_the_same_set(prepared, buckets):
         dataset, expected = load(tfds_config(url, **values)), load(tfds_config(prepared, **values))
         np.testing.assert_array_equal(dataset.train.labels, expected.train.labels)
         np.testing.assert_array_equal(decoded(dataset.test, dataset), decoded(expected.test, expected))
-    both = [
-        Streaming(all_devices("data"), x.train, image_shape=(8, 8, 3), num_classes=1000, batch_size=64, **arguments)
-        for x in (dataset, expected)
-        for arguments in [{"seed": 0, "balanced": False, "crop": None}]
-    ]
-    afar, near = (stream.host_inputs(2, 3) for stream in both)
+    inputs = []
+    for split in (dataset.train, expected.train):
+        shape = {"image_shape": (8, 8, 3), "num_classes": 1000, "batch_size": 64}
+        stream = Streaming(all_devices("data"), split, seed=0, balanced=False, crop=None, **shape)
+        inputs.append(stream.host_inputs(2, 3))
+        stream.close()
+    afar, near = inputs
     jax.tree.map(np.testing.assert_array_equal, afar, near)
     with pytest.raises(UserError, match=f"'cifar10' is not prepared in {url}; .* and copy it there"):
         load(tfds_config(url, name="cifar10"))

@@ -36,7 +36,6 @@ def file_system(url: str, flag: str):
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for credentials that nobody needs
     with extras.needed(f"{scheme}://", EXTRAS[scheme]):
         import fsspec
-        from fsspec.asyn import sync
 
         fsspec.get_filesystem_class(scheme)
     emulated = scheme == "gs" and "STORAGE_EMULATOR_HOST" in os.environ  # which knows no credentials
@@ -46,7 +45,7 @@ def file_system(url: str, flag: str):
         if scheme == "gs" and not emulated and not urllib.request.getproxies():
             socket.getaddrinfo("storage.googleapis.com", 443)  # gcsfs would look for credentials for half a minute
         files = fsspec.filesystem(scheme, use_listings_cache=False, **options)
-        sync(files.loop, files._ls, bucket, timeout=_FIRST_LOOK)  # nobody waits for its retries
+        files.ls(bucket, timeout=_FIRST_LOOK)  # its retries included
     except FileNotFoundError:
         raise UserError(f"the bucket {scheme}://{bucket} is not there; create it, or use another {flag}") from None
     except Exception as error:  # of credentials, names and networks, in as many kinds as there are services
@@ -57,5 +56,7 @@ def file_system(url: str, flag: str):
 
 
 def reason(error: Exception) -> str:
-    """Why a bucket could not be reached, in a line."""
+    """What a service, a network or a proxy says, in a line."""
+    if isinstance(error, TimeoutError):
+        return "no answer"
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -92,7 +92,7 @@ def train_batches(dataset: Dataset, config, *, partition: Partition, batch_size:
     """The training split behind the pipeline that the block `dataset` of a config asks for.
 
     Both have `host_inputs(step, length)`, what one call needs on the devices, and, traced, `batch_fn(inputs, step,
-    length)`, which gives i -> batch of step + i. They give the same batches.
+    length)`, which gives i -> batch of step + i. They give the same batches. `close()` ends what reads ahead.
     """
     arguments = {
         "num_classes": dataset.num_classes,

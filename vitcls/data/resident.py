@@ -59,6 +59,9 @@ class Resident:
         self._compute_order = partition.compile_evaluation(order)
         self._orders: dict[int, jax.Array] = {}  # of the epochs that the newest call touched
 
+    def close(self) -> None:
+        """Nothing is read ahead."""
+
     def host_inputs(self, step: int, length: int) -> dict[str, Any]:
         """What the call that starts at `step` needs on the devices; nothing moves but the number of a new epoch."""
         first, _ = first_place(step, batch_size=self._batch_size, num_examples=self._num_examples)

@@ -66,13 +66,17 @@ class Streaming:
             {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}, stacked=True
         )
 
+    def close(self) -> None:
+        """Ends the threads that read ahead; they must not outlive the thread that asks, or Python itself."""
+        self._batches, self._next_step = None, -1
+
     def batch_fn(self, inputs: dict[str, jax.Array], step: jax.Array, length: int) -> Callable[[jax.Array], dict]:
         """Traced: returns i -> batch of `step` + i, for i < `length`."""
         return lambda i: jax.tree.map(lambda x: x[i], inputs)
 
     def _read_from(self, step: int) -> Iterator[dict[str, np.ndarray]]:
         """This process's rows of every batch from `step` on, without end."""
-        # Without `self`, which has the iterator: in a cycle its threads would outlive it, up to the end of the process.
+        # Without `self`, which has the iterator: a stream that is dropped is closed at once.
         split, order, batch_size, shape = self._split, self._order, self._batch_size, self._image_shape
         crop, seed, rows = self._crop, self._seed, self._partition.local_rows(self._batch_size)
 
@@ -148,35 +152,40 @@ class _Patience:
 
     def __init__(self, load: Callable[[int], Any], seconds: float):
         self._load, self._seconds = load, seconds
-        self._lock, self._waiting, self._given_up = threading.Lock(), 0, False
+        self._lock, self._waiting = threading.Lock(), 0
+        self._ended = ""  # why no row is loaded any more
+
+    def end(self, why: str) -> None:
+        """Makes every row fail that has not been loaded; reading threads are idle soon."""
+        self._ended = self._ended or why
 
     def __call__(self, row: int) -> Any:
         """Raises RunError where it cannot be read for so long, and at once when that was so of another row."""
         end = math.inf
-        while True:
+        while not self._ended:
             try:
                 loaded = self._load(row)
             except OSError as error:
                 if end == math.inf:
                     end = time.monotonic() + self._seconds
                     self._count(1, f"{error}; trying again for {self._seconds:.0f} s")
-                if self._given_up or time.monotonic() >= end:
-                    self._given_up = True
-                    raise RunError(
+                if time.monotonic() >= end:
+                    self.end(
                         f"the data could not be read for {self._seconds:.0f} s ({error}); the last checkpoint is kept, "
                         "and the same command goes on from it"
-                    ) from None
+                    )
                 time.sleep(min(1.0, self._seconds / 10))
             else:
                 if end < math.inf:
                     self._count(-1, "the data can be read again")
                 return loaded
+        raise RunError(self._ended)
 
     def _count(self, change: int, line: str) -> None:
         """Counts the rows that wait, and tells of the first and of the end of the last."""
         with self._lock:
             self._waiting += change
-            if self._waiting == max(change, 0) and not self._given_up:
+            if self._waiting == max(change, 0) and not self._ended:
                 _logger.warning("%s", line)
 
 
@@ -195,12 +204,14 @@ def _parallel_batches(
     tf = _tensorflow()
     chunk = math.gcd(num_rows, _CHUNK)
     chunks_per_batch = num_rows // chunk
-    patient, failures = _Patience(load, _PATIENCE), []
+    patient, failures, closed = _Patience(load, _PATIENCE), [], threading.Event()
 
     def load_chunk(number: np.int64) -> tuple[np.ndarray, np.ndarray]:
         try:
             examples = [patient(row) for row in range(int(number) * chunk, (int(number) + 1) * chunk)]
         except Exception as error:  # which TensorFlow would wrap
+            if closed.is_set():
+                return np.zeros((chunk, *image_shape), np.uint8), np.zeros(chunk, np.int32)
             failures.append(error)
             raise
         return np.stack([image for image, _ in examples]), np.array([label for _, label in examples], np.int32)
@@ -223,16 +234,16 @@ def _parallel_batches(
     options.threading.private_threadpool_size = threads
     dataset = dataset.with_options(options)
     batches = dataset.as_numpy_iterator()
-    while True:
-        try:
-            images, labels = next(batches)
-        except StopIteration:
-            return
-        except tf.errors.OpError:
-            if failures:
-                raise failures[0] from None
-            raise
-        yield images.reshape(num_rows, *image_shape), labels.reshape(num_rows)
+    try:
+        for images, labels in batches:
+            yield images.reshape(num_rows, *image_shape), labels.reshape(num_rows)
+    except tf.errors.OpError:
+        if failures:
+            raise failures[0] from None
+        raise
+    finally:  # nobody waits for what is being read
+        closed.set()
+        patient.end("the stream is closed")
 
 
 def _host_epoch_order(

@@ -86,7 +86,7 @@ class WorkdirLock(contextlib.AbstractContextManager):
         self._stop = threading.Event()
         self._beats = 0
         self._acquire()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread = threading.Thread(target=self._keep_beating, daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -131,15 +131,18 @@ class WorkdirLock(contextlib.AbstractContextManager):
     def _text(self) -> str:
         return json.dumps(self._held | {"beats": self._beats, "last_beat": _now()}) + "\n"
 
-    def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT):
+    def beat(self) -> None:
+        """Writes the heartbeat, unless another run has taken the workdir; raises what its disk or bucket raises."""
+        holder = self._holder()
+        self.lost = self.lost or (holder is not None and holder["token"] != self._held["token"])
+        if not self.lost:
+            self._beats += 1
+            self._file.replace(self._text(), self._held["token"])
+
+    def _keep_beating(self) -> None:
+        while not self.lost and not self._stop.wait(HEARTBEAT):
             with contextlib.suppress(Exception):  # a disk or a bucket that is away, in whatever words, may come back
-                holder = self._holder()
-                if holder is not None and holder["token"] != self._held["token"]:
-                    self.lost = True
-                    return
-                self._beats += 1
-                self._file.replace(self._text(), self._held["token"])
+                self.beat()
 
 
 def this_process() -> dict:

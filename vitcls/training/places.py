@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vitcls.core import buckets
@@ -30,6 +30,8 @@ _FLAG = "--workdir"
 _PERIOD = 5.0  # seconds between two looks at what has changed
 _EVENTS_PERIOD = 60.0  # TensorBoard's files grow all the time and go up whole
 _PATIENCE = 600.0  # seconds for which a run that has ended tries to reach the bucket
+_ANSWER = 15.0  # seconds in which a bucket answers; two tries to renew a lock are shorter than its silence
+_SLOWEST = 2**17  # bytes a second of a line that is not taken for a dead one
 _TRIES = 3  # to read a whole file
 _SMALL = 5 * 2**20  # bytes; gcsfs sends larger files bare
 _PART_BYTES = 2**18  # of metrics.jsonl, after which a new part is begun
@@ -97,11 +99,12 @@ def publish(name: os.PathLike | str, directory: pathlib.Path, part: str) -> None
     files, root = buckets.file_system(os.fspath(name), _FLAG), os.fspath(name).rstrip("/").partition("://")[2]
     there = (directory / part, *(directory / part).rglob("*"))
     new = [path.relative_to(directory).as_posix() for path in there if path.is_file()]
-    for local in new:
-        _put(files, directory / local, f"{root}/{local}")
-    for old in files.find(f"{root}/{part}"):
-        if old.removeprefix(f"{root}/") not in new:
-            files.rm_file(old)
+    with _in_one_line(os.fspath(name)):
+        for local in new:
+            _put(files, directory / local, f"{root}/{local}")
+        for old in files.find(f"{root}/{part}", timeout=_limit()):
+            if old.removeprefix(f"{root}/") not in new:
+                files.rm_file(old, timeout=_limit())
 
 
 def check(name: os.PathLike | str) -> None:
@@ -141,17 +144,13 @@ class Bucket(Place):
 
     def share(self) -> None:
         if self._lock is None:
-            self.refresh()
+            self._keep_trying(self._refresh)
         else:
             self._finish()
 
     def refresh(self) -> None:
-        try:
+        with _in_one_line(self._url):
             self._refresh()
-        except (RunError, UserError):
-            raise
-        except Exception as error:  # whatever a network, a proxy or a service says
-            raise RunError(f"{self._url} cannot be reached ({buckets.reason(error)})") from None
 
     def _refresh(self) -> None:
         there = self._list()
@@ -162,10 +161,13 @@ class Bucket(Place):
                 self._fetch(name, size=there[name][0])
         whole = {name for name in there if name == METRICS_FILE or name.startswith(f"{_PARTS}/")}
         if any(self._found.get(name) != there[name] for name in whole):
-            self._metrics.read({name: self._files.cat_file(f"{self._root}/{name}") for name in whole}, self.path)
+            self._metrics.read({name: self._read(name, size=there[name][0]) for name in whole}, self.path)
         for name in self._found.keys() - there.keys():
             self._forget(name)
         self._found = there
+
+    def _read(self, name: str, size: int) -> bytes:
+        return self._files.cat_file(f"{self._root}/{name}", timeout=_limit(size))
 
     def _forget(self, name: str) -> None:
         """Removes a file from the copy, and the folders that are empty without it."""
@@ -180,7 +182,7 @@ class Bucket(Place):
         local = self.path / name
         local.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(_TRIES):
-            self._files.get_file(f"{self._root}/{name}", str(local))
+            self._files.get_file(f"{self._root}/{name}", str(local), timeout=_limit(size))
             # Not every service says that it was cut off; only checkpoints never change after they were listed.
             if local.stat().st_size == size or not _checkpoint(name):
                 break
@@ -194,7 +196,7 @@ class Bucket(Place):
         self._files.invalidate_cache()
         found = {
             path.removeprefix(f"{self._root}/"): (info["size"], str(info.get("mtime") or info.get("LastModified")))
-            for path, info in self._files.find(self._root, detail=True).items()
+            for path, info in self._files.find(self._root, detail=True, timeout=_limit()).items()
         }
         whole = {name.rpartition("/")[0] for name in found if name.endswith(f"/{MANIFEST}")}
         self._torn = [name for name in found if (folder := _checkpoint(name)) and folder not in whole]
@@ -209,9 +211,12 @@ class Bucket(Place):
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[WorkdirLock]:
-        with WorkdirLock(_LockObject(self._files, self._root, self._url)) as lock:
+        with _in_one_line(self._url):
+            lock = WorkdirLock(_LockObject(self._files, self._root, self._url))
+        with lock:
             self.refresh()  # another run may have ended since
-            self._remove(self._torn)
+            with _in_one_line(self._url):
+                self._remove(self._torn)
             stop = threading.Event()
             self._lock = lock
             thread = threading.Thread(target=self._keep_up, args=(stop,), daemon=True)
@@ -227,25 +232,35 @@ class Bucket(Place):
         events_since = time.monotonic()
         while not stop.wait(_PERIOD):
             with_events = time.monotonic() - events_since > _EVENTS_PERIOD
-            if self._try_to_push(with_events=with_events) and with_events:
+            if self._try(self._push, with_events=with_events) and with_events:
                 events_since = time.monotonic()
 
     def _finish(self) -> None:
-        """Brings the bucket up to date with all that there is; raises RunError where it stays out of reach."""
+        """Brings the bucket up to date with all that there is.
+
+        Raises RunError where it stays out of reach, and where another run has taken the workdir.
+        """
+        self._keep_trying(self._push, with_events=True, last=True)
+        self._lock.check()
+
+    def _keep_trying(self, act: Callable[..., None], **options: bool) -> None:
         deadline = time.monotonic() + _PATIENCE
-        while not self._lock.lost and not self._try_to_push(with_events=True, last=True):
+        while not self._try(act, **options):
             if time.monotonic() > deadline:
-                self._keep = True
-                raise RunError(
-                    f"{self._url} could not be reached for {_PATIENCE:.0f} s; what it lacks is in {self.path}"
-                )
+                self._keep = self._lock is not None
+                lacks = f"; what it lacks is in {self.path}" if self._keep else ""
+                raise RunError(f"{self._url} could not be reached for {_PATIENCE:.0f} s{lacks}")
             time.sleep(min(_PERIOD, 1.0))
 
-    def _try_to_push(self, **options: bool) -> bool:
+    def _try(self, act: Callable[..., None], **options: bool) -> bool:
+        """Whether the bucket could be reached; says once that it could not, and once that it can again."""
         try:
             with self._pushing:
-                if not self._lock.lost:
-                    self._push(**options)
+                if self._lock and self._silent_since is not None:
+                    self._lock.beat()  # another run may have taken the workdir meanwhile
+                act(**options)
+        except RunError:
+            raise
         except Exception as error:  # whatever a network, a proxy or a service says
             if self._silent_since is None:
                 self._silent_since = time.monotonic()
@@ -258,6 +273,8 @@ class Bucket(Place):
         return True
 
     def _push(self, *, with_events: bool, last: bool = False) -> None:
+        if self._lock.lost:
+            return
         # Checkpoints are listed first: what was said up to their step is in files that are listed later.
         names = list(_names(self.path, checkpoints=True)) + list(_names(self.path, checkpoints=False))
         changed = {}
@@ -270,9 +287,9 @@ class Bucket(Place):
             with contextlib.suppress(FileNotFoundError):
                 self._send(name, last=last)
                 self._sent[name] = changed[name]
-        if last and self._metrics.open_parts:
+        if last and (self._metrics.open_parts or self._metrics.superseded):
             self._send(METRICS_FILE, last=True)
-        gone = self._sent.keys() - set(names)
+        gone = [name for name in self._sent.keys() - set(names) if not (self.path / name).exists()]
         self._remove(sorted(gone, key=lambda name: not name.endswith(f"/{MANIFEST}")))
 
     def _send(self, name: str, *, last: bool) -> None:
@@ -280,13 +297,14 @@ class Bucket(Place):
             _put(self._files, self.path / name, f"{self._root}/{name}")
             return
         for part, data in self._metrics.next(self.path / name, whole=last):
-            self._files.pipe_file(f"{self._root}/{part}", data)
-        self._remove(self._metrics.superseded())
+            self._files.pipe_file(f"{self._root}/{part}", data, timeout=_limit(len(data)))
+        self._remove(self._metrics.superseded)
+        self._metrics.superseded = []
 
     def _remove(self, names: list[str]) -> None:
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                self._files.rm_file(f"{self._root}/{name}")
+                self._files.rm_file(f"{self._root}/{name}", timeout=_limit())
             self._sent.pop(name, None)
 
 
@@ -298,15 +316,16 @@ class _Parts:
         self._begin = 0  # where the open part begins
         self._inode = 0
         self.open_parts: list[str] = []  # in the bucket
-        self._superseded: list[str] = []
+        self.superseded: list[str] = []  # that the file now holds, and that may still be in the bucket
 
     def read(self, objects: dict[str, bytes], directory: pathlib.Path) -> None:
         """Puts the file together from its objects."""
         data = objects.get(METRICS_FILE, b"")
         self.open_parts = sorted(name for name in objects if name != METRICS_FILE)
         for name in self.open_parts:
-            offset = int(name.rpartition("/")[2])
-            data = data[:offset] + objects[name] if offset <= len(data) else data
+            # A part that begins before the end is one that a killed run had put into the file, and not yet removed.
+            if int(name.rpartition("/")[2]) == len(data):
+                data += objects[name]
         (directory / METRICS_FILE).write_bytes(data)
 
     def next(self, path: pathlib.Path, *, whole: bool) -> Iterator[tuple[str, bytes]]:
@@ -315,21 +334,17 @@ class _Parts:
         data = data[: data.rfind(b"\n") + 1]
         if whole or inode != self._inode or len(data) < self._sent:  # the file is another: it was rewound
             yield METRICS_FILE, data
-            self._superseded, self.open_parts = self.open_parts, []
+            self.superseded, self.open_parts = [*self.superseded, *self.open_parts], []
             self._begin = len(data)
         elif len(data) > self._sent:
             name = f"{_PARTS}/{self._begin:012d}"
             yield name, data[self._begin :]
             if name not in self.open_parts:
                 self.open_parts.append(name)
+            self.superseded = [old for old in self.superseded if old != name]
             if len(data) - self._begin > _PART_BYTES:
                 self._begin = len(data)
         self._sent, self._inode = len(data), inode
-
-    def superseded(self) -> list[str]:
-        """Parts that the file now holds, once."""
-        names, self._superseded = self._superseded, []
-        return names
 
 
 class _LockObject:
@@ -343,30 +358,30 @@ class _LockObject:
         if self.read() is not None:
             return False
         try:
-            self._files.pipe_file(self._path, text.encode(), mode="create")
-        except FileExistsError:
-            return False
+            self._files.pipe_file(self._path, text.encode(), mode="create", timeout=_limit())
+        except FileExistsError:  # also where fsspec tried again, as the answer to its own success was lost
+            return self.read() == text
         time.sleep(_SETTLE)  # for services that do not know of exclusive creation: the last of two wins
         return self.read() == text
 
     def read(self) -> str | None:
         self._files.invalidate_cache()
         try:
-            return self._files.cat_file(self._path).decode(errors="replace")
+            return self._files.cat_file(self._path, timeout=_limit()).decode(errors="replace")
         except FileNotFoundError:
             return None
 
     def replace(self, text: str, token: str) -> None:
-        self._files.pipe_file(self._path, text.encode())
+        self._files.pipe_file(self._path, text.encode(), timeout=_limit())
 
     def remove_dead(self, holder: str, token: str) -> None:
         if holder in (self.read() or ""):
-            self._files.rm_file(self._path)
+            self._files.rm_file(self._path, timeout=_limit())
 
     def release(self, *, held: bool) -> None:
         if held:
             with contextlib.suppress(Exception):  # out of reach: without heartbeats it is soon taken for dead
-                self._files.rm_file(self._path)
+                self._files.rm_file(self._path, timeout=_limit())
 
 
 _SETTLE = 1.0  # seconds
@@ -380,18 +395,38 @@ def _put(files, local: pathlib.Path, remote: str) -> None:
     """
     size = local.stat().st_size
     if files.protocol[0] == "gs" and size < _SMALL:
-        files.pipe_file(remote, local.read_bytes(), chunksize=max(size, 1))
+        files.pipe_file(remote, local.read_bytes(), chunksize=max(size, 1), timeout=_limit(size))
     else:
-        files.put_file(str(local), remote)
+        files.put_file(str(local), remote, timeout=_limit(size))
+
+
+def _limit(size: int = 0) -> float:
+    """Seconds after which a request is given up, with all that fsspec tries again on its own, for `size` bytes.
+
+    Without one, a server that takes a request and falls silent would hold it for minutes, and a heartbeat with it.
+    """
+    return _ANSWER + size / _SLOWEST
+
+
+@contextlib.contextmanager
+def _in_one_line(url: str) -> Iterator[None]:
+    """Raises RunError for whatever a network, a proxy or a service says."""
+    try:
+        yield
+    except (RunError, UserError):
+        raise
+    except Exception as error:
+        raise RunError(f"{url} cannot be reached ({buckets.reason(error)}); the same command tries again") from error
 
 
 def _names(directory: pathlib.Path, *, checkpoints: bool) -> Iterator[str]:
     """The files of a workdir that belong into the bucket, by their names in it."""
-    for path in directory.rglob("*"):
-        name = path.relative_to(directory).as_posix()
-        passing = any(part.startswith(".") or part.endswith(".tmp") or "-tmp" in part for part in name.split("/"))
-        if not passing and name != LOCK_FILE and name.startswith(f"{CHECKPOINTS}/") == checkpoints and path.is_file():
-            yield name
+    for folder, _, files in os.walk(directory):  # which does not mind that a folder is gone before it is looked into
+        for file in files:
+            name = pathlib.Path(folder, file).relative_to(directory).as_posix()
+            passing = any(part.startswith(".") or part.endswith(".tmp") or "-tmp" in part for part in name.split("/"))
+            if not passing and name != LOCK_FILE and name.startswith(f"{CHECKPOINTS}/") == checkpoints:
+                yield name
 
 
 def _checkpoint(name: str) -> str | None:
