@@ -2,7 +2,8 @@
 # A run on a Cloud TPU slice: asks the queue for it, installs vitcls on all workers, trains, follows, and deletes it.
 #
 # launch/cloud_tpu/run.sh run --name=c100 --project=P --zone=Z --slice=v6e-16 [--spot] [--restarts=20] [--dry_run] \
-#     -- vitcls train --config=configs/vit_cifar100.py --workdir=gs://BUCKET/c100
+#     -- vitcls train --config=configs/vit_cifar100.py --config.dataset.data_dir=gs://BUCKET/tensorflow_datasets \
+#     --workdir=gs://BUCKET/c100
 # launch/cloud_tpu/run.sh logs --name=c100 --project=P --zone=Z         # follow it, line by line
 # launch/cloud_tpu/run.sh delete --name=c100 --project=P --zone=Z       # stop paying
 #
