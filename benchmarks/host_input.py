@@ -8,8 +8,8 @@ with vitcls' decoding. Each number of cores is a process of its own, bound to th
 files are textured, so that they have about the bytes of ImageNet's (110 KB): smooth ones decode twice as fast.
 
 Images per second of CPU time are what one core does when it has nothing else to do; they hold on a machine that others
-use too, where the wall clock's do not. `rss` is the memory of a process that streams three epochs with vitcls, after
-each of them. The row `fast_decode` is what config.dataset.fast_decode changes: of how many crops, by how much of 255.
+use too, where the wall clock's do not. `rss` is the memory of a process that streams with vitcls, after each of
+`--epochs`. The row `fast_decode` is what config.dataset.fast_decode changes: of how many crops, by how much of 255.
 """
 
 import functools
@@ -176,7 +176,7 @@ def resident_megabytes() -> float:
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def memory(names: list[str], size: int, count: int, epochs: int = 3) -> list[harness.Row]:
+def memory(names: list[str], size: int, count: int, epochs: int) -> list[harness.Row]:
     """Resident memory after every epoch of `count` images."""
     batches, rows = vitcls_batches(names, size), []
     for epoch in range(1, epochs + 1):
@@ -213,6 +213,7 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--size", type=int, default=224, help="pixels that the model sees")
     flags.add_argument("--images", type=int, default=1024, help="in the files")
     flags.add_argument("--batches", type=int, default=8, help=f"of {_BATCH} images, in one turn")
+    flags.add_argument("--epochs", type=int, default=3, help="after which the memory is looked at")
     flags.add_argument("--job", help="for the child process")
     args = flags.parse_args(argv)
     if args.job:
@@ -226,7 +227,8 @@ def main(argv: list[str]) -> int:
         names = write_records(pathlib.Path(directory), args.images)
         kilobytes = sum(map(os.path.getsize, names)) / args.images / 1e3
         jobs = [dict(kind="rates", count=args.batches, repeats=args.repeats, cores=cores) for cores in args.cores]
-        jobs += [dict(kind=kind, count=args.images, cores=args.cores[-1]) for kind in ("memory", "fast_decode")]
+        last = {"count": args.images, "cores": args.cores[-1]}
+        jobs += [{"kind": "memory", "epochs": args.epochs} | last, {"kind": "fast_decode"} | last]
         for job in jobs:
             job |= {"names": names, "size": args.size}
             ran = harness.in_child("benchmarks.host_input", ["--job", json.dumps(job)])
