@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from vitcls import predict
 from vitcls.config import default_config
 from vitcls.core import cache
 from vitcls.core.cache import cache_dir
-from vitcls.core.errors import UserError
+from vitcls.core.errors import RunError, UserError
 from vitcls.core.sharding import all_devices
 from vitcls.data import DatasetInfo, describe, read_image
 from vitcls.data import decode as decode_splits
@@ -782,10 +783,16 @@ def buckets(request, monkeypatch):
     """fsspec's view of a server of buckets, one of which is called runs."""
     monkeypatch.setattr(image_files, "_THREADS_AFAR", 4)  # the server of gs accepts five connections at once
     process, url = bucket.start_server(request.param)
-    for name, value in bucket.environment(request.param, url).items():
-        monkeypatch.setenv(name, value)
-    yield bucket.files(request.param)
+    go_to(request.param, url, monkeypatch)
+    yield bucket.files(request.param, url)
     process.communicate()
+
+
+def go_to(scheme, url, monkeypatch):
+    """Makes clients look for buckets at `url`."""
+    for name, value in bucket.environment(scheme, url).items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class(scheme).clear_instance_cache()  # S3's knows its server from the start
 
 
 def test_tfds_in_a_bucket_is_the_same_set(prepared, buckets):
@@ -811,6 +818,19 @@ def test_tfds_in_a_bucket_is_the_same_set(prepared, buckets):
         load(tfds_config(url.replace("runs", "nowhere")))
     with pytest.raises(UserError, match=f"--data_dir={url} is a URL; prepare 'mnist' on a disk"):
         prepare("mnist", url)
+
+
+@pytest.mark.parametrize("file", ["dataset_info.json", "tfrecord"])
+def test_a_bucket_that_falls_silent_is_told_in_a_line(prepared, buckets, monkeypatch, file):
+    """While a set is described, and while its records are looked for."""
+    scheme = buckets.protocol[0]
+    buckets.put(str(prepared / "mnist"), "runs/data/mnist", recursive=True)
+    proxy = bucket.Proxy(os.environ[next(iter(bucket.environment(scheme, "")))])
+    go_to(scheme, proxy.url, monkeypatch)
+    monkeypatch.setattr("vitcls.core.buckets._ANSWER", 1.0)
+    url = f"{scheme}://runs/data"
+    with proxy.catch(file, "head"), pytest.raises(RunError, match=rf"{url} cannot be reached \(no answer\)"):
+        load(tfds_config(url))
 
 
 def test_tfds_by_version_and_with_a_validation_split(prepared):

@@ -32,11 +32,12 @@ ANSWER = 3.0  # seconds; a busy machine is not to be taken for one that is away
 COMMAND = f"""
 import sys
 from vitcls import cli, main, train
+from vitcls.core import buckets
 from vitcls.report import plots
 from vitcls.training import places
 
 plots.styled = lambda draw: None
-places._PERIOD, places._SETTLE, places._ANSWER = 0.05, 0.01, {ANSWER}
+places._PERIOD, places._SETTLE, buckets._ANSWER = 0.05, 0.01, {ANSWER}
 update = train.Update.__call__
 
 def update_when_told(self, state, sums, step):
@@ -201,7 +202,7 @@ def test_a_run_whose_bucket_is_away_trains_on_and_loses_nothing(store, trained, 
         run.read_until("step 12/12  eval")
         run.read_until("cannot be reached")
         with monkeypatch.context() as patch:
-            patch.setattr(buckets, "_FIRST_LOOK", 0.5)
+            patch.setattr(buckets, "_ANSWER", 0.5)
             assert cli.run(status.main, [workdir]) == 1
         assert re.fullmatch(r"error: the bucket \w+://runs is out of reach: .*\n", capsys.readouterr().err)
     assert run.end() == 0, run.lines
@@ -249,7 +250,7 @@ def test_what_a_bucket_lacks_that_does_not_come_back_is_kept(store, tmp_path, mo
 
         def run():
             with places.opened(f"{store.scheme}://runs/away/for_good") as place, place.hold():
-                monkeypatch.setattr(places, "_ANSWER", 0.3)
+                monkeypatch.setattr(buckets, "_ANSWER", 0.3)
                 held.enter_context(store.hanging())
                 (place.path / "config.json").write_text("{}")
 
@@ -268,7 +269,7 @@ def test_a_bucket_that_was_taken_over_while_it_was_away_is_left_alone(store, mon
             other = json.loads(files.cat_file(f"{root}/lock.json"))
             other |= {"token": "other", "process_id": 1, "host": "afar", "since": "yesterday"}
             with store.proxy.away():
-                monkeypatch.setattr(places, "_ANSWER", ANSWER)
+                monkeypatch.setattr(buckets, "_ANSWER", ANSWER)
                 (place.path / "config.json").write_text("ours, newer")
                 wait_until(lambda: "cannot be reached" in caplog.text)
                 files.pipe_file(f"{root}/lock.json", json.dumps(other).encode())
@@ -282,8 +283,8 @@ def test_who_reads_a_bucket_that_is_away_waits_for_it(store, monkeypatch, caplog
     """Another process of a run, and `vitcls status --watch`."""
     workdir, files = f"{store.scheme}://runs/away/read", store.files()
     files.pipe_file("runs/away/read/config.json", b"{}")
-    script = "from vitcls import cli, status; from vitcls.training import places\n"
-    script += "places._ANSWER, status._REFRESH = 1.0, 0.1\nraise SystemExit(cli.run(status.main))"
+    script = "from vitcls import cli, status; from vitcls.core import buckets\n"
+    script += "buckets._ANSWER, status._REFRESH = 1.0, 0.1\nraise SystemExit(cli.run(status.main))"
     watch = subprocess.Popen(
         [sys.executable, "-c", script, "--watch", "--json", workdir],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
@@ -293,7 +294,7 @@ def test_who_reads_a_bucket_that_is_away_waits_for_it(store, monkeypatch, caplog
     )
     assert json.loads(watch.stdout.readline())["state"] == "begun"
     with places.opened(workdir) as place:
-        monkeypatch.setattr(places, "_ANSWER", 1.0)
+        monkeypatch.setattr(buckets, "_ANSWER", 1.0)
         reading = threading.Thread(target=place.share)
         with store.proxy.away():
             assert f"{workdir} cannot be reached (" in watch.stderr.readline()

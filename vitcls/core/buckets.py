@@ -1,16 +1,19 @@
 """Buckets, gs:// and s3://, as file systems of fsspec."""
 
+import contextlib
 import logging
 import os
 import re
 import socket
 import urllib.request
+from collections.abc import Iterator
 
 from vitcls.core import extras
 from vitcls.core.errors import RunError, UserError
 
 EXTRAS = {"gs": "gcs", "s3": "s3"}  # what pip installs for a scheme
-_FIRST_LOOK = 15.0  # seconds in which a bucket answers, or is out of reach
+_ANSWER = 15.0  # seconds in which a bucket answers; two tries to renew a lock are shorter than its silence
+_SLOWEST = 2**17  # bytes a second of a line that is not taken for a dead one
 # What Python, aiohttp, botocore and fsspec raise where there is no way to a server, or no answer of it.
 _AWAY = {"gaierror", "ConnectionError", "ClientConnectionError", "HTTPClientError", "TimeoutError", "FSTimeoutError"}
 for _noisy in ("gcsfs", "google.auth"):
@@ -45,7 +48,7 @@ def file_system(url: str, flag: str):
         if scheme == "gs" and not emulated and not urllib.request.getproxies():
             socket.getaddrinfo("storage.googleapis.com", 443)  # gcsfs would look for credentials for half a minute
         files = fsspec.filesystem(scheme, use_listings_cache=False, **options)
-        files.ls(bucket, timeout=_FIRST_LOOK)  # its retries included
+        files.ls(bucket, timeout=limit())
     except FileNotFoundError:
         raise UserError(f"the bucket {scheme}://{bucket} is not there; create it, or use another {flag}") from None
     except Exception as error:  # of credentials, names and networks, in as many kinds as there are services
@@ -53,6 +56,25 @@ def file_system(url: str, flag: str):
             raise RunError(f"the bucket {scheme}://{bucket} is out of reach: {reason(error)}") from None
         raise UserError(f"the bucket {scheme}://{bucket} cannot be read: {reason(error)}") from None
     return files
+
+
+def limit(size: int = 0) -> float:
+    """Seconds after which a request is given up, with all that fsspec tries again on its own, for `size` bytes.
+
+    Without one, a server that takes a request and falls silent would hold it for minutes, and a heartbeat with it.
+    """
+    return _ANSWER + size / _SLOWEST
+
+
+@contextlib.contextmanager
+def in_one_line(url: str) -> Iterator[None]:
+    """Raises RunError for whatever a network, a proxy or a service says."""
+    try:
+        yield
+    except (RunError, UserError):
+        raise
+    except Exception as error:
+        raise RunError(f"{url} cannot be reached ({reason(error)}); the same command tries again") from error
 
 
 def reason(error: Exception) -> str:

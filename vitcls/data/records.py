@@ -112,7 +112,7 @@ def _fingerprint(store: Any, files: Sequence[str]) -> str:
     """Of names, sizes and times; folders are listed, as asking a bucket for each file takes long."""
     found = {}
     for folder in {os.path.dirname(name) for name in files}:
-        found |= store.find(folder, maxdepth=1, detail=True)
+        found |= store.find(folder, maxdepth=1, detail=True, timeout=buckets.limit())
     facts = []
     for name in files:
         try:

@@ -1,8 +1,10 @@
 """TFRecord files, without TensorFlow: a length and its checksum, the record, and its checksum."""
 
+import io
 import struct
 from collections.abc import Iterator
 
+from vitcls.core import buckets
 from vitcls.core.errors import UserError
 
 _BLOCK = 2**20  # bytes that are asked of a bucket at once
@@ -14,9 +16,8 @@ def scan(files, name: str) -> Iterator[tuple[int, int, bytes]]:
 
     `files` is fsspec's file system that has `name`.
     """
-    size, place = files.size(name), 0
-    # gcsfs's own way of reading ahead takes a request for every few bytes.
-    with files.open(name, "rb", block_size=_BLOCK, cache_type="readahead") as file:
+    size, place = files.info(name, timeout=buckets.limit())["size"], 0
+    with io.BufferedReader(_Ranges(files, name, size), _BLOCK) as file:
         while place < size:
             header = file.read(_HEADER)
             length = struct.unpack("<Q", header[:8])[0] if _is_header(header) else size
@@ -29,10 +30,27 @@ def scan(files, name: str) -> Iterator[tuple[int, int, bytes]]:
 
 
 def read(files, name: str, offset: int, length: int) -> bytes:
-    record = files.cat_file(name, start=offset, end=offset + length)
+    record = files.cat_file(name, start=offset, end=offset + length, timeout=buckets.limit(length))
     if len(record) != length:  # not every service says that it was cut off
         raise OSError(f"{name} ends within the record at byte {offset:,}")
     return record
+
+
+class _Ranges(io.RawIOBase):
+    """A file that is read from end to end, in requests that are given up in time."""
+
+    def __init__(self, files, name: str, size: int):
+        self._files, self._name, self._size, self._place = files, name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        length = min(len(buffer), self._size - self._place)
+        if length:
+            buffer[:length] = read(self._files, self._name, self._place, length)
+            self._place += length
+        return length
 
 
 def _is_header(header: bytes) -> bool:

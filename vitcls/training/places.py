@@ -30,8 +30,6 @@ _FLAG = "--workdir"
 _PERIOD = 5.0  # seconds between two looks at what has changed
 _EVENTS_PERIOD = 60.0  # TensorBoard's files grow all the time and go up whole
 _PATIENCE = 600.0  # seconds for which a run that has ended tries to reach the bucket
-_ANSWER = 15.0  # seconds in which a bucket answers; two tries to renew a lock are shorter than its silence
-_SLOWEST = 2**17  # bytes a second of a line that is not taken for a dead one
 _TRIES = 3  # to read a whole file
 _SMALL = 5 * 2**20  # bytes; gcsfs sends larger files bare
 _PART_BYTES = 2**18  # of metrics.jsonl, after which a new part is begun
@@ -99,12 +97,12 @@ def publish(name: os.PathLike | str, directory: pathlib.Path, part: str) -> None
     files, root = buckets.file_system(os.fspath(name), _FLAG), os.fspath(name).rstrip("/").partition("://")[2]
     there = (directory / part, *(directory / part).rglob("*"))
     new = [path.relative_to(directory).as_posix() for path in there if path.is_file()]
-    with _in_one_line(os.fspath(name)):
+    with buckets.in_one_line(os.fspath(name)):
         for local in new:
             _put(files, directory / local, f"{root}/{local}")
-        for old in files.find(f"{root}/{part}", timeout=_limit()):
+        for old in files.find(f"{root}/{part}", timeout=buckets.limit()):
             if old.removeprefix(f"{root}/") not in new:
-                files.rm_file(old, timeout=_limit())
+                files.rm_file(old, timeout=buckets.limit())
 
 
 def check(name: os.PathLike | str) -> None:
@@ -149,7 +147,7 @@ class Bucket(Place):
             self._finish()
 
     def refresh(self) -> None:
-        with _in_one_line(self._url):
+        with buckets.in_one_line(self._url):
             self._refresh()
 
     def _refresh(self) -> None:
@@ -167,7 +165,7 @@ class Bucket(Place):
         self._found = there
 
     def _read(self, name: str, size: int) -> bytes:
-        return self._files.cat_file(f"{self._root}/{name}", timeout=_limit(size))
+        return self._files.cat_file(f"{self._root}/{name}", timeout=buckets.limit(size))
 
     def _forget(self, name: str) -> None:
         """Removes a file from the copy, and the folders that are empty without it."""
@@ -182,7 +180,7 @@ class Bucket(Place):
         local = self.path / name
         local.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(_TRIES):
-            self._files.get_file(f"{self._root}/{name}", str(local), timeout=_limit(size))
+            self._files.get_file(f"{self._root}/{name}", str(local), timeout=buckets.limit(size))
             # Not every service says that it was cut off; only checkpoints never change after they were listed.
             if local.stat().st_size == size or not _checkpoint(name):
                 break
@@ -196,7 +194,7 @@ class Bucket(Place):
         self._files.invalidate_cache()
         found = {
             path.removeprefix(f"{self._root}/"): (info["size"], str(info.get("mtime") or info.get("LastModified")))
-            for path, info in self._files.find(self._root, detail=True, timeout=_limit()).items()
+            for path, info in self._files.find(self._root, detail=True, timeout=buckets.limit()).items()
         }
         whole = {name.rpartition("/")[0] for name in found if name.endswith(f"/{MANIFEST}")}
         self._torn = [name for name in found if (folder := _checkpoint(name)) and folder not in whole]
@@ -211,11 +209,11 @@ class Bucket(Place):
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[WorkdirLock]:
-        with _in_one_line(self._url):
+        with buckets.in_one_line(self._url):
             lock = WorkdirLock(_LockObject(self._files, self._root, self._url))
         with lock:
             self.refresh()  # another run may have ended since
-            with _in_one_line(self._url):
+            with buckets.in_one_line(self._url):
                 self._remove(self._torn)
             stop = threading.Event()
             self._lock = lock
@@ -297,14 +295,14 @@ class Bucket(Place):
             _put(self._files, self.path / name, f"{self._root}/{name}")
             return
         for part, data in self._metrics.next(self.path / name, whole=last):
-            self._files.pipe_file(f"{self._root}/{part}", data, timeout=_limit(len(data)))
+            self._files.pipe_file(f"{self._root}/{part}", data, timeout=buckets.limit(len(data)))
         self._remove(self._metrics.superseded)
         self._metrics.superseded = []
 
     def _remove(self, names: list[str]) -> None:
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                self._files.rm_file(f"{self._root}/{name}", timeout=_limit())
+                self._files.rm_file(f"{self._root}/{name}", timeout=buckets.limit())
             self._sent.pop(name, None)
 
 
@@ -358,7 +356,7 @@ class _LockObject:
         if self.read() is not None:
             return False
         try:
-            self._files.pipe_file(self._path, text.encode(), mode="create", timeout=_limit())
+            self._files.pipe_file(self._path, text.encode(), mode="create", timeout=buckets.limit())
         except FileExistsError:  # also where fsspec tried again, as the answer to its own success was lost
             return self.read() == text
         time.sleep(_SETTLE)  # for services that do not know of exclusive creation: the last of two wins
@@ -367,21 +365,21 @@ class _LockObject:
     def read(self) -> str | None:
         self._files.invalidate_cache()
         try:
-            return self._files.cat_file(self._path, timeout=_limit()).decode(errors="replace")
+            return self._files.cat_file(self._path, timeout=buckets.limit()).decode(errors="replace")
         except FileNotFoundError:
             return None
 
     def replace(self, text: str, token: str) -> None:
-        self._files.pipe_file(self._path, text.encode(), timeout=_limit())
+        self._files.pipe_file(self._path, text.encode(), timeout=buckets.limit())
 
     def remove_dead(self, holder: str, token: str) -> None:
         if holder in (self.read() or ""):
-            self._files.rm_file(self._path, timeout=_limit())
+            self._files.rm_file(self._path, timeout=buckets.limit())
 
     def release(self, *, held: bool) -> None:
         if held:
             with contextlib.suppress(Exception):  # out of reach: without heartbeats it is soon taken for dead
-                self._files.rm_file(self._path, timeout=_limit())
+                self._files.rm_file(self._path, timeout=buckets.limit())
 
 
 _SETTLE = 1.0  # seconds
@@ -395,28 +393,9 @@ def _put(files, local: pathlib.Path, remote: str) -> None:
     """
     size = local.stat().st_size
     if files.protocol[0] == "gs" and size < _SMALL:
-        files.pipe_file(remote, local.read_bytes(), chunksize=max(size, 1), timeout=_limit(size))
+        files.pipe_file(remote, local.read_bytes(), chunksize=max(size, 1), timeout=buckets.limit(size))
     else:
-        files.put_file(str(local), remote, timeout=_limit(size))
-
-
-def _limit(size: int = 0) -> float:
-    """Seconds after which a request is given up, with all that fsspec tries again on its own, for `size` bytes.
-
-    Without one, a server that takes a request and falls silent would hold it for minutes, and a heartbeat with it.
-    """
-    return _ANSWER + size / _SLOWEST
-
-
-@contextlib.contextmanager
-def _in_one_line(url: str) -> Iterator[None]:
-    """Raises RunError for whatever a network, a proxy or a service says."""
-    try:
-        yield
-    except (RunError, UserError):
-        raise
-    except Exception as error:
-        raise RunError(f"{url} cannot be reached ({buckets.reason(error)}); the same command tries again") from error
+        files.put_file(str(local), remote, timeout=buckets.limit(size))
 
 
 def _names(directory: pathlib.Path, *, checkpoints: bool) -> Iterator[str]:

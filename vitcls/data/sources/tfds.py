@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vitcls.core import buckets, errors
-from vitcls.core.errors import UserError
+from vitcls.core.errors import RunError, UserError
 from vitcls.data import images as image_files
 from vitcls.data.dataset import Source, Split
 from vitcls.data.records import FORMS, index_records
@@ -59,7 +59,8 @@ class Tfds:
                 files = [os.fspath(path) for path in available[name].filepaths]
                 if store:
                     files = [f"{config.data_dir}/{os.path.relpath(path, directory)}" for path in files]
-                images, labels = index_records(files, parse, form=form, store=store)
+                with buckets.in_one_line(config.data_dir) if store else contextlib.nullcontext():
+                    images, labels = index_records(files, parse, form=form, store=store)
                 splits[name] = Split(images, labels.astype(np.int32))
         if "test" in splits and splits["test"].labels.min() < 0:  # as ImageNet's, whose labels are not public
             del splits["test"]
@@ -72,6 +73,8 @@ class Tfds:
             for index in range(min(8, len(splits["train"].images))):
                 try:
                     width, height, channels = image_files.examine(splits["train"].images.read(index))
+                except OSError as error:
+                    raise RunError(f"{error}; the same command tries again") from None
                 except image_files.BadImage as error:
                     raise UserError(
                         f"image {index} of the train split of '{config.name}' {error}; prepare it anew"
@@ -88,11 +91,12 @@ def _descriptions(store: Any, config) -> Iterator[str]:
     """A directory with what describes a set in a bucket, in all its versions, without the records."""
     root = store._strip_protocol(config.data_dir)
     with tempfile.TemporaryDirectory() as directory:
-        for path in store.find(f"{root}/{re.split('[/:]', config.name)[0]}"):
-            if path.endswith((".json", ".txt")):
-                copy = os.path.join(directory, os.path.relpath(path, root))
-                os.makedirs(os.path.dirname(copy), exist_ok=True)
-                store.get_file(path, copy)
+        with buckets.in_one_line(config.data_dir):
+            for path in store.find(f"{root}/{re.split('[/:]', config.name)[0]}", timeout=buckets.limit()):
+                if path.endswith((".json", ".txt")):
+                    copy = os.path.join(directory, os.path.relpath(path, root))
+                    os.makedirs(os.path.dirname(copy), exist_ok=True)
+                    store.get_file(path, copy, timeout=buckets.limit())
         yield directory
 
 
