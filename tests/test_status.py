@@ -4,16 +4,21 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
 
-from vitcls import cli, status
-from vitcls.training import lock
+from vitcls import cli, evaluate, status
+from vitcls import config as configs
+from vitcls.core.errors import RunError, UserError
+from vitcls.train import train_and_evaluate
+from vitcls.training import lock, run_dir
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOW = datetime.datetime(2026, 3, 1, 12, tzinfo=datetime.UTC)
@@ -87,15 +92,57 @@ def test_a_finished_run_and_its_test_accuracy(trained, tmp_path):
     assert line(workdir)[-1].strip() == "finished"
 
 
+def test_an_evaluation_finishes_no_run(trained, tmp_path, no_pictures):
+    """And that of another checkpoint does not tell how well the run does at its end."""
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text())
+    steps = {name: run_dir.open_workdir(workdir).find_step(name) for name in ("last", "best")}
+    assert steps == {"last": 12, "best": 6}
+    for end in ("last", "best"):
+        (workdir / "config.json").write_text(json.dumps(config | {"report": config["report"] | {"checkpoint": end}}))
+        for step in (6, 12):
+            accuracy = evaluate.evaluate(workdir, checkpoint=str(step))["accuracy"]
+            words = f", test accuracy {accuracy:.2%}" if step == steps[end] else ""
+            assert line(workdir)[-1].strip() == f"finished{words}"
+    (workdir / "config.json").write_text(json.dumps(config | {"total": "24 steps"}))
+    run = status.status(workdir, NOW)
+    assert (run["step"], run["total_steps"], run["state"], run["test_accuracy"]) == (12, 24, "stopped", None)
+
+
+def test_an_old_run_that_was_stopped_and_evaluated(tmp_path, no_pictures):
+    with tarfile.open(ROOT / "tests" / "workdirs" / "resnext_digits.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    evaluate.evaluate(tmp_path / "resnext_digits")
+    assert line(tmp_path / "resnext_digits")[-1].strip() == "stopped"
+
+
+def test_a_run_that_failed_says_why_until_it_goes_on(tiny_config, tmp_path, no_pictures):
+    workdir = tmp_path / "run"
+    tiny_config.optimizer.learning_rate, tiny_config.nonfinite_limit = 1e30, 1
+    tiny_config.optimizer.clip_norm = 0.0
+    with pytest.raises(RunError) as error:
+        train_and_evaluate(tiny_config, workdir)
+    run = status.status(workdir, NOW)
+    assert (run["state"], run["failure"]) == ("failed", str(error.value)[:200])
+    assert line(workdir)[-1].strip() == f"failed: {run['failure'].partition(';')[0]}"
+    other = tiny_config.copy_and_resolve_references()
+    other.seed += 1
+    with pytest.raises(UserError):  # of a start that is none
+        train_and_evaluate(other, workdir)
+    assert status.status(workdir, NOW)["state"] == "failed"
+    run_dir.begin(workdir, configs.resolve(tiny_config), run_dir.open_workdir(workdir).info)
+    assert status.status(workdir, NOW)["state"] != "failed"
+
+
 def test_what_is_half_made_is_a_line(tmp_path):
     for name in ("lock.json", "config.json"):
         workdir = tmp_path / name
         workdir.mkdir()
-        (workdir / name).write_text("{}" if name == "config.json" else json.dumps(beat(1)))
+        (workdir / name).write_text(json.dumps({"total": "3 epochs"} if name == "config.json" else beat(1)))
         cells = [cell.strip() for cell in line(workdir) if cell]
         assert cells == ["-/-", "-", "-", "-", "-", "begun" if name == "config.json" else "alive"]
     torn = make(tmp_path / "torn")
-    for name in ("config.json", "dataset.json", "metrics.jsonl", "checkpoints/80/_CHECKPOINT_METADATA"):
+    for name in ("dataset.json", "metrics.jsonl", "checkpoints/80/_CHECKPOINT_METADATA"):
         (torn / name).write_bytes(b'{"step": \xff')
     assert [cell.strip() for cell in line(torn) if cell] == ["80/-", "-", "-", "-", "80", "stopped"]
 
@@ -114,6 +161,16 @@ def test_what_is_no_workdir_is_one_line_and_hides_no_run(place, tmp_path, capsys
     assert second.startswith("error: --workdir=ftp://a/b cannot be used")
     assert cli.run(status.main, [str(tmp_path / place)]) == 2
     assert capsys.readouterr() == ("", f"error: {tmp_path / place} {what}\n")
+
+
+@pytest.mark.parametrize("text", [b'{"step": \xff', b'{"total": "3 ep', b"[]", b"{}", b""])
+def test_a_config_that_is_none_is_one_line_and_hides_no_run(text, tmp_path, capsys):
+    bad, good = make(tmp_path / "bad"), make(tmp_path / "good")
+    (bad / "config.json").write_bytes(text)
+    assert cli.run(status.main, [str(bad), str(good)]) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1].startswith(f"{good} ") and len(out.splitlines()) == 2
+    assert re.fullmatch(rf"error: config.json of {bad} cannot be used \(.+\); restore it from a copy\n", err)
 
 
 def test_columns_are_aligned_and_json_is_one_object_a_line(tmp_path, capsys):

@@ -6,6 +6,7 @@ vitcls status WORKDIR... [--watch] [--json]
 import contextlib
 import datetime
 import json
+import math
 import pathlib
 import sys
 import time
@@ -16,7 +17,15 @@ from vitcls import cli
 from vitcls.core import durations
 from vitcls.core.errors import RunError, UserError
 from vitcls.training import places
-from vitcls.training.files import CHECKPOINTS, CONFIG_FILE, DATASET_FILE, LOCK_FILE, METRICS_FILE
+from vitcls.training.files import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    DATASET_FILE,
+    FAILED_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    RECORD,
+)
 from vitcls.training.lock import HEARTBEAT, died_here
 
 _SILENCE = 3 * HEARTBEAT  # seconds without a heartbeat after which a run is called silent
@@ -31,39 +40,97 @@ def status(workdir: pathlib.Path, now: datetime.datetime, name: str = "") -> dic
 
     Returns:
       workdir, step, total_steps, loss (training, of the last logging interval), accuracy (the last on the validation
-      split), images_per_second, checkpoint_step, checkpoint_age_seconds, state (begun, alive, silent, stopped or
-      finished), silent_seconds and test_accuracy.
+      split), images_per_second, checkpoint_step, checkpoint_age_seconds, state (begun, alive, silent, stopped, failed
+      or finished), silent_seconds, failure (why a run failed) and test_accuracy (of a finished run).
 
     Raises UserError where `workdir` is not the workdir of a run.
     """
     name = name or str(workdir)
-    config, lock = _read(workdir / CONFIG_FILE), _read(workdir / LOCK_FILE)
-    if not (config or lock or (workdir / CONFIG_FILE).exists()):
+    config, lock, failed = _config(workdir, name), _read(workdir / LOCK_FILE), _read(workdir / FAILED_FILE)
+    if not (config or lock or failed):
         raise UserError(
             f"{name} is not the workdir of a run: it has no config.json; give the --workdir of vitcls train"
         )
     lines = _lines(workdir / METRICS_FILE)
     saved = _last_checkpoint(workdir / CHECKPOINTS)
     steps = [step for step in (_last(lines, "step"), saved) if step is not None]
-    report = _read(workdir / "report" / "metrics.json")
+    total = _total_steps(config, _read(workdir / DATASET_FILE))
+    report = final_report(workdir, config)
+    life = _life(lock, failed, now, began=bool(steps), ended=_has_ended(workdir, config, total))
+    tested = life["state"] == "finished" and report.get("split") == "test"
     return {
         "workdir": name,
         "step": max(steps, default=None),
-        "total_steps": _total_steps(config, _read(workdir / DATASET_FILE)),
+        "total_steps": total,
         "loss": _last(lines, "train/loss"),
         "accuracy": _last(lines, "eval/accuracy"),
         "images_per_second": _last(lines, "train/images_per_second"),
         "checkpoint_step": saved,
         "checkpoint_age_seconds": None if saved is None else _checkpoint_age(workdir / CHECKPOINTS / str(saved), now),
-        **_life(lock, report, now, began=bool(steps)),
-        "test_accuracy": report.get("accuracy") if report.get("split") == "test" else None,
+        **life,
+        "test_accuracy": report.get("accuracy") if tested else None,
     }
 
 
 def is_alive(workdir: pathlib.Path) -> bool:
     """Whether a run holds a directory."""
     lock = _read(workdir / LOCK_FILE)
-    return _life(lock, {}, datetime.datetime.now().astimezone(), began=True)["state"] == "alive"
+    return _life(lock, {}, datetime.datetime.now().astimezone(), began=True, ended=False)["state"] == "alive"
+
+
+def final_report(workdir: pathlib.Path, config: dict) -> dict:
+    """metrics.json of the report, if it is of the checkpoint that training itself reports at its end; else {}.
+
+    `vitcls evaluate` may have written it since, also of another checkpoint.
+    """
+    report = _read(workdir / "report" / "metrics.json")
+    return report if _is_probe(config) or report.get("checkpoint_step") == _final_step(workdir, config) else {}
+
+
+def _final_step(workdir: pathlib.Path, config: dict) -> int | None:
+    """The step of the checkpoint 'last' or 'best', as config.report.checkpoint says (`checkpoint.best`)."""
+    folder = workdir / CHECKPOINTS
+    last = _last_checkpoint(folder)
+    if last is None or config.get("report", {}).get("checkpoint") != "best":
+        return last
+    best, metric = _read(folder / str(last) / RECORD).get("best"), config["checkpoint"]["metric"]
+    for step in _checkpoints(folder):
+        scores = _read(folder / str(step) / RECORD).get("metrics") or {}
+        if metric in scores and _number(scores[metric]) == _number(best):
+            return step
+    return None
+
+
+def _has_ended(workdir: pathlib.Path, config: dict, total_steps: int | None) -> bool:
+    """Whether training has nothing left to do, by its last checkpoint: it has made all steps, or stopped early.
+
+    A probe takes no steps: it has ended when its report is there, which nothing else writes.
+    """
+    if _is_probe(config):
+        return (workdir / "report" / "metrics.json").exists()
+    last = _last_checkpoint(workdir / CHECKPOINTS)
+    if last is None:
+        return False
+    return last == total_steps or _read(workdir / CHECKPOINTS / str(last) / RECORD).get("finished") is True
+
+
+def _is_probe(config: dict) -> bool:
+    return bool(config.get("probe", {}).get("features"))
+
+
+def _config(workdir: pathlib.Path, name: str) -> dict:
+    """config.json; {} where there is none yet. Raises UserError where it is none, as it is never half written."""
+    try:
+        config = json.loads((workdir / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        config, why = None, getattr(error, "strerror", None) or str(error)
+    else:
+        why = "it is no config"
+    if not isinstance(config, dict) or "total" not in config:
+        raise UserError(f"{CONFIG_FILE} of {name} cannot be used ({why}); restore it from a copy")
+    return config
 
 
 def _read(path: pathlib.Path) -> dict:
@@ -91,9 +158,18 @@ def _last(lines: list[str], name: str) -> float | None:
 
 
 def _last_checkpoint(folder: pathlib.Path) -> int | None:
+    return max(_checkpoints(folder), default=None)
+
+
+def _checkpoints(folder: pathlib.Path) -> list[int]:
     with contextlib.suppress(OSError):
-        return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=None)
-    return None
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    return []
+
+
+def _number(value: float | None) -> float | None:
+    """None for what is not a number, which is never the best."""
+    return None if value is None or math.isnan(value) else value
 
 
 def _checkpoint_age(folder: pathlib.Path, now: datetime.datetime) -> float | None:
@@ -103,7 +179,7 @@ def _checkpoint_age(folder: pathlib.Path, now: datetime.datetime) -> float | Non
 
 
 def _total_steps(config: dict, dataset: dict) -> int | None:
-    if config.get("probe", {}).get("features"):  # a probe takes no steps
+    if _is_probe(config):  # which takes no steps
         return None
     with contextlib.suppress(KeyError, TypeError, UserError):
         count = dataset["num_examples"]["train"]
@@ -111,18 +187,21 @@ def _total_steps(config: dict, dataset: dict) -> int | None:
     return None
 
 
-def _life(lock: dict, report: dict, now: datetime.datetime, *, began: bool) -> dict[str, Any]:
-    """Whether a run is alive: its lock is written anew every few seconds, and goes when it ends in an orderly way."""
+def _life(lock: dict, failed: dict, now: datetime.datetime, *, began: bool, ended: bool) -> dict[str, Any]:
+    """Whether a run is alive: its lock is written anew every few seconds, and goes when it ends.
+
+    Then it leaves failed.json if it was by an error (training/lock.py).
+    """
     if not lock:
-        state = "finished" if report else "stopped" if began else "begun"
-        return {"state": state, "silent_seconds": None}
+        state = "failed" if failed else "finished" if ended else "stopped" if began else "begun"
+        return {"state": state, "silent_seconds": None, "failure": failed.get("failure")}
     last = lock.get("last_beat") or lock.get("since")  # 0.1.0 wrote no last_beat
     try:
         silent = max((now - datetime.datetime.fromisoformat(last)).total_seconds(), 0.0)
     except (TypeError, ValueError):
-        return {"state": "silent", "silent_seconds": None}
+        return {"state": "silent", "silent_seconds": None, "failure": None}
     alive = silent < _SILENCE and not died_here(lock)
-    return {"state": "alive" if alive else "silent", "silent_seconds": silent}
+    return {"state": "alive" if alive else "silent", "silent_seconds": silent, "failure": None}
 
 
 def table(runs: list[dict[str, Any]]) -> list[str]:
@@ -155,6 +234,8 @@ def _state(run: dict[str, Any]) -> str:
         return "silent" if run["silent_seconds"] is None else f"silent for {_span(run['silent_seconds'])}"
     if run["state"] == "finished" and run["test_accuracy"] is not None:
         return f"finished, test accuracy {run['test_accuracy']:.2%}"
+    if run["state"] == "failed" and run["failure"]:
+        return f"failed: {run['failure'].partition(';')[0]}"  # without the advice
     return run["state"]
 
 

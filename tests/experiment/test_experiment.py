@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from vitcls import cli, ledger, models
+from vitcls import cli, evaluate, ledger, models
 from vitcls.experiment import __main__ as command
 from vitcls.experiment import results, table, work
 from vitcls.models.variables import variable_shapes
@@ -241,6 +242,15 @@ def test_what_is_finished_is_skipped_and_the_list_says_what_is_left(done, file, 
     assert lines[4].startswith("narrow-seed7") and "pending, about 0:00:" in lines[4]
     assert cli.run(command.main, arguments) == 0
     assert ledger.read("", directory) == before
+
+
+def test_a_stopped_run_that_was_evaluated_is_not_finished(trained, tmp_path, tiny_config, no_pictures):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    run = table.Run(table.Row("run", tiny_config), tiny_config.seed, workdir)
+    assert work.state_of(run).status == "finished"
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    evaluate.evaluate(workdir)
+    assert work.state_of(run).status == "interrupted"
 
 
 @pytest.mark.parametrize(

@@ -282,7 +282,7 @@ def test_a_bucket_that_was_taken_over_while_it_was_away_is_left_alone(store, mon
 def test_who_reads_a_bucket_that_is_away_waits_for_it(store, monkeypatch, caplog):
     """Another process of a run, and `vitcls status --watch`."""
     workdir, files = f"{store.scheme}://runs/away/read", store.files()
-    files.pipe_file("runs/away/read/config.json", b"{}")
+    files.pipe_file("runs/away/read/config.json", b'{"total": "1 epochs"}')
     script = "from vitcls import cli, status; from vitcls.core import buckets\n"
     script += "buckets._ANSWER, status._REFRESH = 1.0, 0.1\nraise SystemExit(cli.run(status.main))"
     watch = subprocess.Popen(

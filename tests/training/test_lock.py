@@ -1,5 +1,6 @@
 """Two runs in one workdir: the second is refused, and the lock of a dead one is taken over."""
 
+import errno
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from vitcls.core.errors import RunError, UserError
+from vitcls.core.errors import RunError, Stopped, UserError
 from vitcls.training import lock
 from vitcls.training.lock import LockFile, WorkdirLock
 
@@ -61,6 +62,41 @@ def test_a_lock_is_released_and_leaves_no_directory_that_it_made(tmp_path):
     with WorkdirLock(LockFile(tmp_path / "new" / "run")):
         assert (tmp_path / "new" / "run" / lock.LOCK_FILE).exists()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        (RunError("the loss is not finite;\n lower the rate"), "the loss is not finite; lower the rate"),
+        (MemoryError(), "MemoryError"),
+        (OSError(errno.ENOSPC, "No space"), "OSError: [Errno 28] No space"),
+        (UserError("another config"), None),
+        (Stopped(143, "stopped"), None),
+    ],
+)
+def test_a_run_that_ends_by_an_error_leaves_why(error, failure, tmp_path):
+    with pytest.raises(type(error)), WorkdirLock(LockFile(tmp_path)):
+        raise error
+    left = {path.name: json.loads(path.read_text())["failure"] for path in tmp_path.iterdir()}
+    assert left == ({} if failure is None else {"failed.json": failure})
+
+
+def test_a_run_that_ends_as_the_disk_is_full_leaves_that_it_failed(tmp_path, monkeypatch):
+    def full(self, text, token):
+        raise OSError(errno.ENOSPC, "No space")
+
+    with pytest.raises(RunError), WorkdirLock(LockFile(tmp_path)):
+        monkeypatch.setattr(LockFile, "replace", full)
+        raise RunError("no room")
+    assert [path.name for path in tmp_path.iterdir()] == ["failed.json"]
+
+
+def test_a_run_that_ends_as_another_process_is_gone_leaves_why(tmp_path):
+    end = "from vitcls.core import peers; held = WorkdirLock(LockFile(sys.argv[1])); peers.end('process 1 is gone')"
+    script = f"import sys; from vitcls.training.lock import LockFile, WorkdirLock; {end}"
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False).returncode == 1
+    left = {path.name: json.loads(path.read_text())["failure"] for path in tmp_path.iterdir()}
+    assert left == {"failed.json": "process 1 is gone"}
 
 
 def test_a_reused_process_id_does_not_keep_a_lock(tmp_path, holder):

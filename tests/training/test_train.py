@@ -1,6 +1,7 @@
 """A run that is killed and started again ends as if nothing had happened."""
 
 import dataclasses
+import datetime
 import gzip
 import json
 import os
@@ -17,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from vitcls import config as configs
-from vitcls import data
+from vitcls import data, status
 from vitcls.core.errors import RunError, UserError
 from vitcls.models.variables import variable_shapes
 from vitcls.train import train_and_evaluate
@@ -284,8 +285,10 @@ def test_early_stopping_ends_the_run_and_it_stays_ended(tiny_config, tmp_path):
     train_and_evaluate(tiny_config, tmp_path)
     # With no learning no evaluation improves on the first, so the third after it is the last.
     assert [event["step"] for event in read_history(tmp_path) if "eval/loss" in event] == [2, 4, 6, 8]
-    train_and_evaluate(tiny_config, tmp_path)
+    accuracy = train_and_evaluate(tiny_config, tmp_path)["accuracy"]
     assert checkpoint.steps(tmp_path / "checkpoints")[-1] == 8
+    seen = status.status(tmp_path, datetime.datetime.now().astimezone())
+    assert (seen["state"], seen["step"], seen["test_accuracy"]) == ("finished", 8, accuracy)
 
 
 def test_the_best_checkpoint_can_be_reported(tiny_config, tmp_path, monkeypatch):
@@ -303,6 +306,7 @@ def test_the_best_checkpoint_can_be_reported(tiny_config, tmp_path, monkeypatch)
     assert len(scores) == 6 and {"eval/loss", "eval/accuracy"} <= read_history(tmp_path)[-1].keys()
     assert results["checkpoint_step"] == max(scores, key=scores.get)
     assert run_dir.open_workdir(tmp_path).find_step("best") == results["checkpoint_step"]
+    assert status.status(tmp_path, datetime.datetime.now().astimezone())["test_accuracy"] == results["accuracy"]
     assert order == ["sync", "save"] * (len(order) // 2) + ["sync"]  # what a checkpoint knows is on disk before it
 
 

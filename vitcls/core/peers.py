@@ -6,6 +6,7 @@ is process 0, which hosts the service. Then it aborts every process. Here that a
 which the process says in one line who is gone and ends with exit code 1.
 """
 
+import contextlib
 import ctypes
 import itertools
 import os
@@ -14,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 HEARTBEAT = 20  # seconds without a sign of life after which JAX's service takes a process for dead
 _PERIOD = 1.0  # seconds between two beats of ours, which only tell who it was
@@ -99,10 +101,16 @@ def watch() -> Watch:
     return Watch(distributed.global_state)
 
 
+last_acts: list[Callable[[str], None]] = []  # of a process that `end` ends; each is given the message
+
+
 def end(message: str) -> None:
     """Ends the process with one line and exit code 1, whatever its other threads wait for."""
     sys.stdout.flush()
     print(f"failed: {message}", file=sys.stderr, flush=True)
+    for act in last_acts:
+        with contextlib.suppress(Exception):  # of a disk or a bucket
+            act(message)
     os._exit(1)
 
 

@@ -1,14 +1,13 @@
 """Runs what a table still lacks, some at a time, each in a process of its own.
 
-A run is finished when its report is there. The ledger says which worker has it, and how its last process ended; that of
-a dead worker is taken up where its last checkpoint is.
+A run is finished when `vitcls status` says so and its report is that of the end. The ledger says which worker has it,
+and how its last process ended; that of a dead worker is taken up where its last checkpoint is.
 """
 
 import contextlib
 import dataclasses
 import datetime
 import functools
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -44,10 +43,9 @@ def state_of(run: Run) -> State:
     except UserError:
         return State("pending")
     places = {"step": seen["step"], "total_steps": seen["total_steps"]}
-    with contextlib.suppress(OSError, ValueError):
-        report = json.loads((run.workdir / "report" / "metrics.json").read_text(encoding="utf-8"))
-        if report["split"] == run.config.report.split and seen["state"] == "finished":
-            return State("finished", **places, report=report)
+    report = status.final_report(run.workdir, run.config.to_dict())
+    if seen["state"] == "finished" and report.get("split") == run.config.report.split:
+        return State("finished", **places, report=report)
     return State("alive" if seen["state"] == "alive" else "interrupted", **places)
 
 

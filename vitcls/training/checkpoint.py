@@ -23,7 +23,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from vitcls.core import sharding
 from vitcls.core.errors import RunError
 from vitcls.metrics.table import higher_is_better
-from vitcls.training.files import MANIFEST
+from vitcls.training.files import MANIFEST, RECORD
 
 PyTree = Any
 _UNSTABLE = "_CHECKPOINT_METADATA"  # Orbax stamps it with the time of the commit, after the manifest
@@ -225,7 +225,7 @@ def has(directory: os.PathLike | str, step: int, *path: str) -> bool:
 
 
 def _record(folder: pathlib.Path) -> dict:
-    return json.loads((folder / "record" / "metadata").read_text(encoding="utf-8"))
+    return json.loads((folder / RECORD).read_text(encoding="utf-8"))
 
 
 def _digests(folder: pathlib.Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ drift.json       what the answers to test images are like, for a server
 served.json      which run is served for this one, and since when
 corrections/     what users said of images, of a run of vitcls retrain
 lock.json        who holds the workdir        report/, profile/    what was asked for
+failed.json      who held it last, and why that run failed
 """
 
 CONFIG_FILE = "config.json"
@@ -25,7 +26,9 @@ DRIFT_FILE = "drift.json"
 SERVED_FILE = "served.json"
 CORRECTIONS = "corrections"
 LOCK_FILE = "lock.json"
+FAILED_FILE = "failed.json"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"  # of a checkpoint
+RECORD = "record/metadata"  # of a checkpoint: what `Progress` knew, and the metrics
 PROFILE = "profile"

@@ -16,12 +16,14 @@ import threading
 import time
 import uuid
 
-from vitcls.core.errors import RunError, UserError
-from vitcls.training.files import LOCK_FILE
+from vitcls.core import peers
+from vitcls.core.errors import RunError, Stopped, UserError
+from vitcls.training.files import FAILED_FILE, LOCK_FILE
 
 HEARTBEAT = 5.0  # seconds between two writes
 IN_USE = "is in use by"  # in what a second run says
 _SILENCE = 30.0  # seconds without a write after which a holder on another machine is dead
+_REASON = 200  # characters
 _logger = logging.getLogger("vitcls")
 
 
@@ -67,6 +69,13 @@ class LockFile:
                 os.rename(aside, self._path)
             aside.unlink()
 
+    def fail(self, text: str, token: str) -> None:
+        """Makes failed.json of the lock; where the disk is full it has no reason, but it is there."""
+        with contextlib.suppress(OSError):
+            self.replace(text, token)
+        with contextlib.suppress(OSError):
+            os.replace(self._path, self._path.with_name(FAILED_FILE))
+
     def release(self, *, held: bool) -> None:
         """Removes the lock, if it is `held`, and the directories that were made for it alone."""
         if held:
@@ -77,7 +86,10 @@ class LockFile:
 
 
 class WorkdirLock(contextlib.AbstractContextManager):
-    """Holds a workdir from construction to exit; raises UserError where a living run holds it."""
+    """Holds a workdir from construction to exit; raises UserError where a living run holds it.
+
+    Where it is left by an error of the run, failed.json says so, until `run_dir.begin` begins the next one.
+    """
 
     def __init__(self, file: LockFile):
         self._file = file
@@ -88,6 +100,7 @@ class WorkdirLock(contextlib.AbstractContextManager):
         self._acquire()
         self._thread = threading.Thread(target=self._keep_beating, daemon=True)
         self._thread.start()
+        peers.last_acts.append(self._fail)
 
     def check(self) -> None:
         """Raises RunError where another run has taken the workdir, as it does after a long sleep of this one."""
@@ -95,9 +108,20 @@ class WorkdirLock(contextlib.AbstractContextManager):
             holder = _describe(self._holder() or {})
             raise RunError(f"{self._file.workdir} was taken over by {holder}; this run stops and saves nothing more")
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind=None, error: BaseException | None = None, traceback=None) -> None:
+        peers.last_acts.remove(self._fail)
+        in_order = error is None or isinstance(error, Stopped | UserError)
+        self._release("" if in_order else _reason(error))
+
+    def _fail(self, reason: str) -> None:
+        """Of a process that ends at once, since another is gone."""
+        self._release(reason, patience=1.0)
+
+    def _release(self, failure: str, patience: float | None = None) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(patience)
+        if failure and not self.lost:
+            self._file.fail(self._text(failure=failure), self._held["token"])
         self._file.release(held=not self.lost)
 
     def _acquire(self) -> None:
@@ -128,8 +152,8 @@ class WorkdirLock(contextlib.AbstractContextManager):
                 return True
         return False
 
-    def _text(self) -> str:
-        return json.dumps(self._held | {"beats": self._beats, "last_beat": _now()}) + "\n"
+    def _text(self, **more: str) -> str:
+        return json.dumps(self._held | {"beats": self._beats, "last_beat": _now()} | more) + "\n"
 
     def beat(self) -> None:
         """Writes the heartbeat, unless another run has taken the workdir; raises what its disk or bucket raises."""
@@ -179,6 +203,12 @@ def _describe(holder: dict) -> str:
     if not holder.get("token"):
         return f"a run that {LOCK_FILE} does not name"
     return f"process {holder['process_id']} on {holder['host']} since {holder['since']}"
+
+
+def _reason(error: BaseException) -> str:
+    """Why a run failed, in a line."""
+    text = " ".join(str(error).split())[:_REASON]
+    return text if isinstance(error, RunError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def _now() -> str:

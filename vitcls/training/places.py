@@ -23,7 +23,7 @@ from vitcls.core import buckets
 from vitcls.core.cache import cache_dir
 from vitcls.core.errors import RunError, UserError
 from vitcls.core.terminal import printable
-from vitcls.training.files import CHECKPOINTS, LOCK_FILE, MANIFEST, METRICS_FILE, PROFILE
+from vitcls.training.files import CHECKPOINTS, FAILED_FILE, LOCK_FILE, MANIFEST, METRICS_FILE, PROFILE
 from vitcls.training.lock import LockFile, WorkdirLock
 
 _FLAG = "--workdir"
@@ -350,7 +350,7 @@ class _LockObject:
 
     def __init__(self, files, root: str, url: str):
         self.workdir = url
-        self._files, self._path = files, f"{root}/{LOCK_FILE}"
+        self._files, self._root, self._path = files, root, f"{root}/{LOCK_FILE}"
 
     def create(self, text: str) -> bool:
         if self.read() is not None:
@@ -375,6 +375,10 @@ class _LockObject:
     def remove_dead(self, holder: str, token: str) -> None:
         if holder in (self.read() or ""):
             self._files.rm_file(self._path, timeout=buckets.limit())
+
+    def fail(self, text: str, token: str) -> None:
+        with contextlib.suppress(Exception):  # out of reach: then the lock is left as well
+            self._files.pipe_file(f"{self._root}/{FAILED_FILE}", text.encode(), timeout=buckets.limit())
 
     def release(self, *, held: bool) -> None:
         if held:

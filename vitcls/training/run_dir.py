@@ -29,6 +29,7 @@ from vitcls.training.files import (
     CONFIG_FILE,
     CORRECTIONS,
     DATASET_FILE,
+    FAILED_FILE,
     FROZEN_FILE,
     INIT_FILE,
     MOVED_FILE,
@@ -197,6 +198,7 @@ def begin(
         write_atomically(path / name, texts[name])
     if moved:
         write_atomically(path / MOVED_FILE, json.dumps({"data_dir": place}) + "\n")
+    (path / FAILED_FILE).unlink(missing_ok=True)
 
 
 _READERS = {
