@@ -3,10 +3,12 @@
 vitcls status WORKDIR... [--watch] [--json]
 """
 
+import concurrent.futures
 import contextlib
 import datetime
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -14,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vitcls import cli
-from vitcls.core import durations
+from vitcls.core import buckets, durations
 from vitcls.core.errors import RunError, UserError
 from vitcls.training import places
 from vitcls.training.files import (
@@ -30,6 +32,7 @@ from vitcls.training.lock import HEARTBEAT, died_here
 
 _SILENCE = 3 * HEARTBEAT  # seconds without a heartbeat after which a run is called silent
 _REFRESH = 5.0  # seconds between two looks with --watch
+_AT_ONCE = 16  # places that are asked at the same time
 _HEAD = ("run", "step", "loss", "accuracy", "images/s", "checkpoint", "state")
 
 
@@ -252,28 +255,48 @@ def _span(seconds: float) -> str:
 
 
 class _Looking:
-    """Runs that are looked at, perhaps again and again, each by itself: what is wrong with one hides no other."""
+    """Runs that are looked at, perhaps again and again, each by itself: what is wrong with one hides no other.
 
-    def __init__(self, names: Sequence[str], held: contextlib.ExitStack):
-        self._names, self._held = names, held
+    Places are asked at the same time, as one that is out of reach is waited for.
+    """
+
+    def __init__(self, arguments: Sequence[str], held: contextlib.ExitStack):
+        self._arguments, self._held = list(dict.fromkeys(arguments)), held
+        self._pool = concurrent.futures.ThreadPoolExecutor(_AT_ONCE)
+        self._matched: dict[str, list[str]] = {}  # pattern -> the runs that it meant
         self._places: dict[str, places.Place] = {}
         self.wrong: list[UserError | RunError] = []
 
     def look(self) -> list[dict[str, Any]]:
         """What is known of the runs; of what is out of reach, as of the last look, or nothing."""
-        found, self.wrong = [], []
-        for name in self._names:
+        meant = list(self._pool.map(self._names, self._arguments))
+        names = dict.fromkeys(name for names, _ in meant for name in names)
+        seen = list(self._pool.map(self._look_at, names))
+        self.wrong = [error for _, errors in (*meant, *seen) for error in errors]
+        return [run for run, _ in seen if run]
+
+    def _names(self, argument: str) -> tuple[list[str], list[UserError | RunError]]:
+        """The runs that an argument means: itself, or those that match a pattern."""
+        if not (buckets.is_url(argument) and "*" in argument):
+            return [argument], []
+        try:
+            self._matched[argument] = places.matching(argument)
+        except (UserError, RunError) as error:
+            return self._matched.get(argument, []), [error]
+        return self._matched[argument], []
+
+    def _look_at(self, name: str) -> tuple[dict[str, Any] | None, list[UserError | RunError]]:
+        run, errors = None, []
+        try:
+            self._reach(name)
+        except (UserError, RunError) as error:
+            errors.append(error)
+        if name in self._places:
             try:
-                self._reach(name)
-            except (UserError, RunError) as error:
-                self.wrong.append(error)
-            if name in self._places:
-                try:
-                    now = datetime.datetime.now().astimezone()
-                    found.append(status(self._places[name].path, now, name))
-                except UserError as error:
-                    self.wrong.append(error)
-        return found
+                run = status(self._places[name].path, datetime.datetime.now().astimezone(), name)
+            except UserError as error:
+                errors.append(error)
+        return run, errors
 
     def _reach(self, name: str) -> None:
         if name in self._places:
@@ -284,23 +307,39 @@ class _Looking:
 
 def main(argv: list[str]) -> int:
     parser = cli.Parser(prog=cli.program("status"), description=__doc__.splitlines()[0])
-    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="directory of a run, or its gs:// or s3:// URL")
+    parser.add_argument(
+        "workdirs",
+        nargs="+",
+        metavar="WORKDIR",
+        help="directory of a run, or its gs:// or s3:// URL, with * for several",
+    )
     parser.add_argument("--watch", action="store_true", help=f"look again every {_REFRESH:.0f} seconds, until Ctrl-C")
     parser.add_argument("--json", action="store_true", help="one JSON object for each run")
     flags = parser.parse_args(argv)
     clear = flags.watch and not flags.json and sys.stdout.isatty()
-    with contextlib.ExitStack() as held, contextlib.suppress(KeyboardInterrupt):  # how --watch is ended
-        looking = _Looking(list(dict.fromkeys(flags.workdirs)), held)
-        while True:
-            runs = looking.look()
-            lines = [json.dumps(run) for run in runs] if flags.json else table(runs) if runs else []
-            print(("\x1b[H\x1b[2J" if clear else "") + "".join(f"{line}\n" for line in lines), end="", flush=True)
-            for error in looking.wrong:
-                print(f"error: {cli.one_line(error)}", file=sys.stderr, flush=True)
-            if not flags.watch:
-                return max((2 if isinstance(error, UserError) else 1 for error in looking.wrong), default=0)
-            time.sleep(_REFRESH)
-    return 0
+    try:
+        with contextlib.ExitStack() as held:
+            looking = _Looking(flags.workdirs, held)
+            while True:
+                code = _show_all(looking, as_json=flags.json, clear=clear)
+                if not flags.watch:
+                    return code
+                time.sleep(_REFRESH)
+    except KeyboardInterrupt:
+        if not flags.watch:
+            raise
+        sys.stdout.flush()
+        os._exit(0)  # how --watch is ended; in order, Python would wait for buckets that are out of reach
+
+
+def _show_all(looking: _Looking, *, as_json: bool, clear: bool) -> int:
+    """Prints a line for each run, and what is wrong; returns the exit code."""
+    runs = looking.look()
+    lines = [json.dumps(run) for run in runs] if as_json else table(runs) if runs else []
+    print(("\x1b[H\x1b[2J" if clear else "") + "".join(f"{line}\n" for line in lines), end="", flush=True)
+    for error in looking.wrong:
+        print(f"error: {cli.one_line(error)}", file=sys.stderr, flush=True)
+    return max((2 if isinstance(error, UserError) else 1 for error in looking.wrong), default=0)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Servers are real ones that are stopped, killed and started again; each run is th
 import contextlib
 import json
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -277,6 +278,29 @@ def test_a_bucket_that_was_taken_over_while_it_was_away_is_left_alone(store, mon
             wait_until(lambda: "is reached again" in caplog.text)
     assert files.cat_file(f"{root}/config.json") == b"theirs"
     assert json.loads(files.cat_file(f"{root}/lock.json")) == other
+
+
+def test_runs_that_are_out_of_reach_are_waited_for_together(store, tmp_path, monkeypatch, capsys):
+    """Each is told, in the order of the arguments, and those on a disk are shown."""
+    files, near = store.files(), [str(tmp_path / name) for name in ("b", "a")]
+    for name in near:
+        os.mkdir(name)
+        pathlib.Path(name, "config.json").write_text('{"total": "1 epochs"}')
+    far = [f"{store.scheme}://runs/together/{i}" for i in (7, 3, 5, 1, 2, 0, 4, 6)]
+    for url in far:
+        files.pipe_file(f"{url.partition('://')[2]}/config.json", b'{"total": "1 epochs"}')
+    assert cli.run(status.main, [near[0], *far, near[1]]) == 0
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert shown == [near[0], *far, near[1]]
+    monkeypatch.setattr(buckets, "_ANSWER", 2.0)
+    with store.hanging():
+        since = time.monotonic()
+        assert cli.run(status.main, [near[0], *far, near[1], f"{far[0]}*"]) == 1
+        assert time.monotonic() - since < 10  # one after the other they take 18 s at least
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()[1:]] == near
+    words = f"error: the bucket {store.scheme}://runs is out of reach: no answer"
+    assert err.splitlines() == [words] * 9
 
 
 def test_who_reads_a_bucket_that_is_away_waits_for_it(store, monkeypatch, caplog):

@@ -114,6 +114,7 @@ def test_a_bucket_of_s3(tiny_config, trained, monkeypatch, capsys):
         assert files.cat_file("runs/b/lock.json") == b"the other's"
         assert cli.run(status.main, ["s3://nowhere/run"]) == 2
         assert "the bucket s3://nowhere is not there" in capsys.readouterr().err
+        check_patterns(files, "s3", capsys)
     finally:
         kept.stop()
 
@@ -134,6 +135,27 @@ def test_its_state_is_seen_from_afar(finished, server, capsys):
             assert (place.path / "lock.json").exists()
         place.refresh()
         assert not (place.path / "lock.json").exists()
+
+
+def check_patterns(files, scheme, capsys):
+    """Of a bucket that no other test puts runs there."""
+    for name in ("many/k2", "many/k10", "many/k1", "many/more/k3"):
+        files.pipe_file(f"runs/{name}/config.json", b'{"total": "1 epochs"}')
+    files.pipe_file("runs/many/notes/text.txt", b"no run")
+    for pattern, names in (("many/*", "k1 k10 k2"), ("many/k1*/", "k1 k10"), ("many/*/k3", "more/k3")):
+        urls = [f"{scheme}://runs/many/{name}" for name in names.split()]
+        assert cli.run(status.main, [f"{scheme}://runs/{pattern}", urls[0]]) == 0  # each once
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == urls
+    assert cli.run(status.main, [f"{scheme}://runs/none/*", f"{scheme}://runs/many/k1"]) == 2
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert err == (
+        f"error: {scheme}://runs/none/* is the workdir of no run: no folder that matches it has a config.json\n"
+    )
+
+
+def test_a_pattern_means_all_runs_that_match_it(server, capsys):
+    check_patterns(server, "gs", capsys)
 
 
 def test_a_checkpoint_that_is_cut_off_on_the_way_is_not_taken_for_one(finished, monkeypatch):

@@ -23,7 +23,7 @@ from vitcls.core import buckets
 from vitcls.core.cache import cache_dir
 from vitcls.core.errors import RunError, UserError
 from vitcls.core.terminal import printable
-from vitcls.training.files import CHECKPOINTS, FAILED_FILE, LOCK_FILE, MANIFEST, METRICS_FILE, PROFILE
+from vitcls.training.files import CHECKPOINTS, CONFIG_FILE, FAILED_FILE, LOCK_FILE, MANIFEST, METRICS_FILE, PROFILE
 from vitcls.training.lock import LockFile, WorkdirLock
 
 _FLAG = "--workdir"
@@ -88,6 +88,21 @@ def copied(name: os.PathLike | str) -> pathlib.Path:
     place = held.enter_context(opened(name))
     atexit.register(held.close)
     return place.path
+
+
+def matching(pattern: str) -> list[str]:
+    """The URLs of the runs in a bucket that a URL with * means, in order.
+
+    Raises UserError where there is none, and as `opened` does.
+    """
+    check(pattern)
+    files, scheme = buckets.file_system(pattern, _FLAG), pattern.partition("://")[0]
+    with buckets.in_one_line(pattern):
+        files.invalidate_cache()
+        found = files.glob(f"{pattern.partition('://')[2].rstrip('/')}/{CONFIG_FILE}", timeout=buckets.limit())
+    if not found:
+        raise UserError(f"{pattern} is the workdir of no run: no folder that matches it has a {CONFIG_FILE}")
+    return [f"{scheme}://{path.removesuffix(f'/{CONFIG_FILE}')}" for path in sorted(found)]
 
 
 def publish(name: os.PathLike | str, directory: pathlib.Path, part: str) -> None:
