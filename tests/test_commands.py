@@ -1,6 +1,7 @@
 """The commands as a user meets them: what they print, and how they end."""
 
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -271,6 +272,26 @@ def test_predict_labels_files_and_names_those_it_cannot_read(trained, capsys, tm
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "compare a b",
+        "export --workdir=a --format=saved_model",
+        "feedback export --database=sqlite:///a.db",
+        "inspect --config=configs/vit_digits.py",
+        "retrain --workdir=a --feedback=sqlite:///a.db",
+    ],
+)
+def test_what_is_written_is_a_path_on_this_machine(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    verb, *rest = arguments.split()
+    command = importlib.import_module(cli._door(cli.VERBS[verb].module)).main
+    code, out, err = run(command, [*rest, "--out=s3://runs/x"], capsys)
+    assert (code, out) == (2, "")
+    assert err == "error: --out='s3://runs/x' is a URL; it must be a path on this machine\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_is_one_line(capsys):
     def command(argv):
         with open("/dev/full", "w") as file:

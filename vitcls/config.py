@@ -235,7 +235,7 @@ def place_of_data(path: str, name: str, key: str) -> str:
 def check_local(path: str, key: str) -> None:
     """Raises UserError for a URL, which would be taken for a directory called `gs:`."""
     if buckets.is_url(path):
-        raise UserError(f"{key}='{path}' is a URL; it must be a local directory")
+        raise UserError(f"{key}='{path}' is a URL; it must be a path on this machine")
 
 
 def _complete(given: dict, defaults: dict, block: str = "config") -> dict:

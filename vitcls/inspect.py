@@ -441,6 +441,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--config.KEY=VALUE changes a --config, and none is given")
     if not flags.out and not flags.workdir:
         raise UserError("--out=DIR says where the report is to be written")
+    configs.check_local(flags.out, "--out")
     config = _config(flags, overrides)
     cli.start_jax()
     data_dir = flags.data_dir if flags.config or flags.workdir else ""

@@ -264,7 +264,7 @@ def test_nothing_of_a_teacher_is_saved_and_it_is_not_needed_afterwards(tiny_conf
         ({"name": "simclr", "temperature": 0.0}, "config.task.temperature=0.0 is impossible"),
         ({"name": "simclr", "neighbors": "many"}, "config.task.neighbors='many' is impossible; it must be a whole"),
         ({"name": "classify", "teacher": "x"}, "key of config.task 'teacher' is not known"),
-        ({"name": "distill", "teacher": "gs://b/x"}, "config.task.teacher='gs://b/x' is a URL; it must be a local"),
+        ({"name": "distill", "teacher": "gs://b/x"}, "config.task.teacher='gs://b/x' is a URL; it must be a path"),
     ],
 )
 def test_what_a_task_cannot_do_is_said_with_its_key(task, words, tiny_config):

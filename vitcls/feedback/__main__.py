@@ -18,6 +18,7 @@ import shutil
 import sys
 
 from vitcls import cli
+from vitcls import config as configs
 from vitcls.core.errors import UserError
 from vitcls.feedback import folder
 from vitcls.feedback.store import Row, Store, open_store
@@ -51,7 +52,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             which = verb.add_mutually_exclusive_group(required=True)
             which.add_argument("--image", metavar="SHA256", help="of the file, as list shows it")
             which.add_argument("--client", metavar="ID", help="as list shows it")
-    return parser.parse_args(argv)
+    flags = parser.parse_args(argv)
+    configs.check_local(getattr(flags, "out", ""), "--out")
+    return flags
 
 
 def _list(store: Store, flags: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import pathlib
 import sys
 
 from vitcls import cli, config_file
-from vitcls.core import buckets
+from vitcls import config as configs
 from vitcls.core.errors import RunError, UserError
 from vitcls.experiment import work
 from vitcls.experiment.table import Run
@@ -62,8 +62,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     cli.add_import_argument(parser)
     flags = parser.parse_args(rest)
     places.check(flags.workdir)
-    if buckets.is_url(flags.workdir):
-        raise UserError(f"--workdir={flags.workdir} is a URL; it must be a local directory")
+    configs.check_local(flags.workdir, "--workdir")
     flags.shares = _shares(flags.shares)
     if flags.steps < 4:
         raise UserError(f"--steps={flags.steps} is impossible; it must be at least 4")
