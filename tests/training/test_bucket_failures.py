@@ -191,11 +191,14 @@ def test_a_run_whose_bucket_is_away_trains_on_and_loses_nothing(store, trained, 
         run.go_on()
         run.read_until("before step 10")
         wait_for_request()
+        since = time.monotonic()
         held.enter_context(store.hanging())  # it takes requests and does not answer
         run.read_until(rf"{workdir} cannot be reached \(no answer\); the run goes on and tries again")
         assert [event["step"] for event in read_history(run.directory())] == [4, 6, 8]
         assert checkpoint.steps(run.directory() / "checkpoints")[-1] == 8
+    away = time.monotonic() - since
     run.read_until(rf"{workdir} is reached again after \d+ s")
+    assert int(run.lines[-1].split()[-2]) + 1 >= away  # all of it, not only what came after the complaint
     seen = look(workdir, capsys)
     assert (seen["step"], seen["checkpoint_step"], seen["state"]) == (8, 8, "alive")
     with store.gone():

@@ -147,6 +147,7 @@ class Bucket(Place):
         self._metrics = _Parts()
         self._lock: WorkdirLock | None = None
         self._pushing = threading.Lock()
+        self._answered = time.monotonic()  # when the bucket last did
         self._silent_since: float | None = None
         self._keep = False  # the local copy, of which the bucket lacks something
         self._torn: list[str] = []  # files in the bucket of checkpoints that are not whole
@@ -178,6 +179,10 @@ class Bucket(Place):
         for name in self._found.keys() - there.keys():
             self._forget(name)
         self._found = there
+        self._note_answer()
+
+    def _note_answer(self) -> None:
+        self._answered = time.monotonic()
 
     def _read(self, name: str, size: int) -> bytes:
         return self._files.cat_file(f"{self._root}/{name}", timeout=buckets.limit(size))
@@ -225,7 +230,7 @@ class Bucket(Place):
     @contextlib.contextmanager
     def hold(self) -> Iterator[WorkdirLock]:
         with buckets.in_one_line(self._url):
-            lock = WorkdirLock(_LockObject(self._files, self._root, self._url))
+            lock = WorkdirLock(_LockObject(self._files, self._root, self._url, self._note_answer))
         with lock:
             self.refresh()  # another run may have ended since
             with buckets.in_one_line(self._url):
@@ -276,7 +281,7 @@ class Bucket(Place):
             raise
         except Exception as error:  # whatever a network, a proxy or a service says
             if self._silent_since is None:
-                self._silent_since = time.monotonic()
+                self._silent_since = self._answered
                 reason = buckets.reason(error)
                 _logger.warning("%s cannot be reached (%s); the run goes on and tries again", self._url, reason)
             return False
@@ -300,6 +305,7 @@ class Bucket(Place):
             with contextlib.suppress(FileNotFoundError):
                 self._send(name, last=last)
                 self._sent[name] = changed[name]
+                self._note_answer()
         if last and (self._metrics.open_parts or self._metrics.superseded):
             self._send(METRICS_FILE, last=True)
         gone = [name for name in self._sent.keys() - set(names) if not (self.path / name).exists()]
@@ -318,6 +324,7 @@ class Bucket(Place):
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 self._files.rm_file(f"{self._root}/{name}", timeout=buckets.limit())
+                self._note_answer()
             self._sent.pop(name, None)
 
 
@@ -361,10 +368,10 @@ class _Parts:
 
 
 class _LockObject:
-    """A lock as an object of a bucket; see `LockFile`."""
+    """A lock as an object of a bucket; see `LockFile`. It notes when the bucket has answered."""
 
-    def __init__(self, files, root: str, url: str):
-        self.workdir = url
+    def __init__(self, files, root: str, url: str, note_answer: Callable[[], None] = lambda: None):
+        self.workdir, self._note_answer = url, note_answer
         self._files, self._root, self._path = files, root, f"{root}/{LOCK_FILE}"
 
     def create(self, text: str) -> bool:
@@ -386,6 +393,7 @@ class _LockObject:
 
     def replace(self, text: str, token: str) -> None:
         self._files.pipe_file(self._path, text.encode(), timeout=buckets.limit())
+        self._note_answer()
 
     def remove_dead(self, holder: str, token: str) -> None:
         if holder in (self.read() or ""):
