@@ -27,7 +27,7 @@ class Run:
         self._checkpoint = str(checkpoint) or self.config.report.checkpoint
 
     def __repr__(self) -> str:
-        return f"Run({str(self.path)!r}: {self.config.model.name} on {self._opened.info.name})"
+        return f"Run({self._opened.name!r}: {self.config.model.name} on {self._opened.info.name})"
 
     @property
     def path(self) -> pathlib.Path:

@@ -209,11 +209,16 @@ def quiet_libraries() -> None:
     """Logs vitcls to stderr in plain lines, and silences the libraries below warnings."""
     terminal.quiet_tensorflow()
     handler = _CurrentStderr()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Words())
     logger = logging.getLogger("vitcls")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+class _Words(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return errors.said(super().format(record))
 
 
 class _CurrentStderr(logging.StreamHandler):

@@ -50,7 +50,7 @@ def compare(workdirs: Sequence[os.PathLike | str], out: os.PathLike | str = "") 
 def _compared(runs: Sequence[Predictions]) -> tuple[dict[str, Any], Members]:
     """What compare.json holds, and the runs of each group in its order."""
     configs = [seed_groups.flat_config(run.run.config) for run in runs]
-    members = seed_groups.group_seeds([run.run.path for run in runs], configs)
+    members = seed_groups.group_seeds([run.run.name for run in runs], configs)
     labels, scores = runs[0].labels, [_score(run) for run in runs]
     groups = {name: [scores[i] for i in indices] for name, indices in members.items()}
     result = comparison.compare(groups)
@@ -96,7 +96,7 @@ def _score(run: Predictions) -> comparison.Scores:
 
 def _row(run: Predictions, group: str, scores: comparison.Scores) -> dict[str, Any]:
     return {
-        "workdir": str(run.run.path),
+        "workdir": run.run.name,
         "group": group,
         "seed": run.run.config.seed,
         "checkpoint_step": run.report["checkpoint_step"],

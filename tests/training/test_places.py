@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests import bucket
 from tests.conftest import make_tiny_config
-from vitcls import cli, evaluate, predict, status
+from vitcls import api, cli, compare, evaluate, predict, status
 from vitcls.core import buckets
 from vitcls.core.errors import RunError, UserError
 from vitcls.train import train_and_evaluate
@@ -135,6 +135,41 @@ def test_its_state_is_seen_from_afar(finished, server, capsys):
             assert (place.path / "lock.json").exists()
         place.refresh()
         assert not (place.path / "lock.json").exists()
+
+
+def test_errors_and_results_name_what_the_user_has_typed(finished, server, trained, tiny_config, tmp_path, capsys):
+    """And never the copy, of which nobody knows."""
+    other, image = "gs://runs/named/run-seed1", tmp_path / "a.png"
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(image)
+    evaluate.evaluate(finished)
+    for name in server.find("runs/finished/run"):
+        server.pipe_file(name.replace("finished/run", "named/run-seed1"), server.cat_file(name))
+    config = json.loads((trained / "config.json").read_text()) | {"seed": 1}
+    server.pipe_file("runs/named/run-seed1/config.json", json.dumps(config).encode())
+    server.pipe_file("runs/named/run-seed1/checkpoints/12/record/metadata", b"damaged")
+
+    def error_of(command, *arguments):
+        assert cli.run(command, [*map(str, arguments)]) == 2
+        said = capsys.readouterr().err
+        assert str(tmp_path / "workdirs") not in said
+        return said.splitlines()[-1]
+
+    same = "are the same training, with seed 0; give one of them"
+    assert error_of(compare.main, finished, trained) == f"error: {finished} and {trained} {same}"
+    assert error_of(predict.main, f"--workdir={finished}", "--coverage=0.9", image) == (
+        f"error: {finished} has no calibration.json; run vitcls calibrate --workdir={finished} first"
+    )
+    tiny_config.seed = 1
+    with pytest.raises(UserError, match=f"^{finished} holds a run with another config.json: seed was 0, is 1"):
+        train_and_evaluate(tiny_config, finished)
+    result = compare.compare([finished, other])
+    assert [run["workdir"] for run in result["runs"]] == [finished, other]
+    assert [group["name"] for group in result["groups"]] == ["run"]
+    assert cli.run(predict.main, [f"--workdir={other}", "--checkpoint=last", str(image)]) == 0
+    assert f"checkpoint {other}/checkpoints/12 is passed over" in capsys.readouterr().err
+    server.rm_file("runs/named/run-seed1/report/predictions.npz")
+    assert error_of(compare.main, finished, other).startswith(f"error: {other} has no report/predictions.npz; ")
+    assert repr(api.open_run(other)).startswith(f"Run('{other}': ")
 
 
 def check_patterns(files, scheme, capsys):

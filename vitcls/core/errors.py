@@ -6,12 +6,28 @@ from collections.abc import Iterable
 _SHORT_LIST = 20  # names that are listed beside the nearest
 
 
+copies: dict[str, str] = {}  # directory of a copy on this machine -> the URL that the user has given
+
+
+def said(text: str) -> str:
+    """A text of paths in the user's words: what is in a copy of a bucket goes by its URL."""
+    for directory, url in tuple(copies.items()):  # other threads may add some
+        text = text.replace(directory, url)
+    return text
+
+
 class UserError(ValueError):
     """Bad config, flags or input: one line on stderr that says what to do, exit code 2."""
+
+    def __str__(self) -> str:
+        return said(super().__str__())
 
 
 class RunError(RuntimeError):
     """The work itself failed (divergence, no readable checkpoint): one line on stderr, exit code 1."""
+
+    def __str__(self) -> str:
+        return said(super().__str__())
 
 
 class Stopped(Exception):

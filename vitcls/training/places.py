@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from vitcls.core import buckets
+from vitcls.core import buckets, errors
 from vitcls.core.cache import cache_dir
 from vitcls.core.errors import RunError, UserError
 from vitcls.core.terminal import printable
@@ -139,8 +139,9 @@ class Bucket(Place):
         self._files = buckets.file_system(url, _FLAG)
         copies = cache_dir() / "workdirs"
         copies.mkdir(exist_ok=True)
-        super().__init__(pathlib.Path(tempfile.mkdtemp(dir=copies)))
+        super().__init__(pathlib.Path(os.path.abspath(tempfile.mkdtemp(dir=copies))))
         self._url, self._arrays = url.rstrip("/"), arrays
+        errors.copies[str(self.path)] = self._url
         self._root = self._url.partition("://")[2]
         self._sent: dict[str, tuple] = {}  # what the bucket has: name -> signature of the local file
         self._found: dict[str, Any] = {}  # what the bucket had when it was read: name -> its size, time or tag
@@ -266,6 +267,8 @@ class Bucket(Place):
         while not self._try(act, **options):
             if time.monotonic() > deadline:
                 self._keep = self._lock is not None
+                if self._keep:
+                    errors.copies.pop(str(self.path), None)  # which is told by its own name
                 lacks = f"; what it lacks is in {self.path}" if self._keep else ""
                 raise RunError(f"{self._url} could not be reached for {_PATIENCE:.0f} s{lacks}")
             time.sleep(min(_PERIOD, 1.0))

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from vitcls import config as configs
-from vitcls.core import buckets, durations
+from vitcls.core import buckets, durations, errors
 from vitcls.core.errors import UserError
 from vitcls.core.registry import paths
 from vitcls.data import DatasetInfo
@@ -49,6 +49,11 @@ class Workdir:
     path: pathlib.Path
     config: configs.ConfigDict
     info: DatasetInfo
+
+    @property
+    def name(self) -> str:
+        """How the user has named it, by its path or its URL."""
+        return errors.said(str(self.path))
 
     @property
     def decoding(self) -> Decoding:

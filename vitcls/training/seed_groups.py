@@ -1,25 +1,27 @@
 """Which runs are seeds of one recipe, and what distinguishes recipes."""
 
 import itertools
+import os
 import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from vitcls import config as configs
+from vitcls.core import buckets
 from vitcls.core.errors import UserError
 
 _SEED = re.compile(r"(^|[-_.])s(eed)?[-_=]?\d+$", re.IGNORECASE)  # at the end of a directory's name
 
 
-def group_seeds(paths: Sequence[pathlib.Path], values: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
+def group_seeds(paths: Sequence[os.PathLike | str], values: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
     """Groups runs whose configs differ in `seed` only: name of the group -> indices of its runs, by seed.
 
     A group is called as its directories are, without '-seedN', and by as many directories above as tell the groups
     apart. Raises UserError for two runs of the same config and seed, which are no two samples.
 
     Args:
-      paths: of the workdirs; values: their configs, flat.
+      paths: of the workdirs, or their URLs; values: their configs, flat.
     """
     groups: dict[tuple, list[int]] = {}
     for i, flat in enumerate(values):
@@ -35,9 +37,9 @@ def group_seeds(paths: Sequence[pathlib.Path], values: Sequence[dict[str, Any]])
     return dict(zip(_names([[paths[i] for i in group] for group in members]), members, strict=True))
 
 
-def _names(groups: Sequence[Sequence[pathlib.Path]]) -> list[str]:
+def _names(groups: Sequence[Sequence[os.PathLike | str]]) -> list[str]:
     """A short name for each group of paths; all are different."""
-    plain = [group[0].resolve().parts for group in groups]
+    plain = [_parts(group[0]) for group in groups]
     for parts in ([_common(group) for group in groups], plain):
         for depth in range(1, max(map(len, parts)) + 1):
             names = ["/".join(part[-depth:]) for part in parts]
@@ -46,9 +48,15 @@ def _names(groups: Sequence[Sequence[pathlib.Path]]) -> list[str]:
     raise AssertionError("paths are different")
 
 
-def _common(group: Sequence[pathlib.Path]) -> tuple[str, ...]:
+def _parts(path: os.PathLike | str) -> tuple[str, ...]:
+    if buckets.is_url(path):
+        return tuple(os.fspath(path).partition("://")[2].split("/"))
+    return pathlib.Path(path).resolve().parts
+
+
+def _common(group: Sequence[os.PathLike | str]) -> tuple[str, ...]:
     """The parts of the path that runs of a group share, without what says the seed."""
-    parts = [path.resolve().parts for path in group]
+    parts = [_parts(path) for path in group]
     if len(group) == 1:
         return parts[0]
     *above, last = parts[0]
