@@ -337,8 +337,8 @@ def _show_all(looking: _Looking, *, as_json: bool, clear: bool) -> int:
     runs = looking.look()
     lines = [json.dumps(run) for run in runs] if as_json else table(runs) if runs else []
     print(("\x1b[H\x1b[2J" if clear else "") + "".join(f"{line}\n" for line in lines), end="", flush=True)
-    for error in looking.wrong:
-        print(f"error: {cli.one_line(error)}", file=sys.stderr, flush=True)
+    for line in dict.fromkeys(map(cli.one_line, looking.wrong)):  # of a bucket, whose runs are many, once
+        print(f"error: {line}", file=sys.stderr, flush=True)
     return max((2 if isinstance(error, UserError) else 1 for error in looking.wrong), default=0)
 
 
