@@ -163,7 +163,9 @@ def test_what_is_no_workdir_is_one_line_and_hides_no_run(place, tmp_path, capsys
     assert capsys.readouterr() == ("", f"error: {tmp_path / place} {what}\n")
 
 
-@pytest.mark.parametrize("text", [b'{"step": \xff', b'{"total": "3 ep', b"[]", b"{}", b""])
+@pytest.mark.parametrize(
+    "text", [b'{"step": \xff', b'{"total": "3 ep', b"[]", b'{"total": 3}', b'{"total": "1%", "report": 3}', b""]
+)
 def test_a_config_that_is_none_is_one_line_and_hides_no_run(text, tmp_path, capsys):
     bad, good = make(tmp_path / "bad"), make(tmp_path / "good")
     (bad / "config.json").write_bytes(text)

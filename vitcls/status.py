@@ -96,7 +96,7 @@ def _final_step(workdir: pathlib.Path, config: dict) -> int | None:
     last = _last_checkpoint(folder)
     if last is None or config.get("report", {}).get("checkpoint") != "best":
         return last
-    best, metric = _read(folder / str(last) / RECORD).get("best"), config["checkpoint"]["metric"]
+    best, metric = _read(folder / str(last) / RECORD).get("best"), config.get("checkpoint", {}).get("metric")
     for step in _checkpoints(folder):
         scores = _read(folder / str(step) / RECORD).get("metrics") or {}
         if metric in scores and _number(scores[metric]) == _number(best):
@@ -131,7 +131,12 @@ def _config(workdir: pathlib.Path, name: str) -> dict:
         config, why = None, getattr(error, "strerror", None) or str(error)
     else:
         why = "it is no config"
-    if not isinstance(config, dict) or "total" not in config:
+    blocks = ("probe", "report", "checkpoint")  # which are read here, as is the total
+    if not (
+        isinstance(config, dict)
+        and isinstance(config.get("total"), str)
+        and all(isinstance(config.get(block, {}), dict) for block in blocks)
+    ):
         raise UserError(f"{CONFIG_FILE} of {name} cannot be used ({why}); restore it from a copy")
     return config
 
