@@ -1,5 +1,6 @@
 """Workdirs that vitcls 0.1.0 made continue, and evaluate and predict, as they did (tests/workdirs/README.md)."""
 
+import datetime
 import json
 import pathlib
 import shutil
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vitcls import config as configs
-from vitcls import evaluate, predict
+from vitcls import evaluate, predict, status
 from vitcls.core.errors import UserError
 from vitcls.train import train_and_evaluate
 from vitcls.training import checkpoint, evaluator, run_dir
@@ -46,8 +47,12 @@ def test_an_old_run_evaluates_predicts_and_continues(old, tmp_path, monkeypatch)
     ((_, (probabilities, _)),) = predict.predict(opened, [tmp_path / "digit.png"])
     assert probabilities.shape == (10,) and probabilities.sum() == pytest.approx(1, abs=1e-5)
     assert evaluate.evaluate(path, split="validation")["checkpoint_step"] == 20
+    now = datetime.datetime.now().astimezone()
+    assert status.status(path, now)["state"] == "stopped"
 
     report = train_and_evaluate(continued(path), path)
+    seen = status.status(path, now)
+    assert (seen["state"], seen["step"], seen["test_accuracy"]) == ("finished", 40, report["accuracy"])
     later = [{k: v for k, v in e.items() if k not in TIMED} for e in read_history(path) if e["step"] > 20]
     averaged = opened.config.optimizer.ema_decay > 0  # whose statistics 0.1.0 did not average: another evaluation
     for ours, theirs in zip(later, expected["events"], strict=True):
