@@ -150,8 +150,8 @@ def _listen(cluster: Cluster) -> socket.socket:
         except OSError as error:
             if time.monotonic() > end:
                 raise UserError(
-                    f"process 0 cannot listen at port {port} ({os.strerror(error.errno)}); if it is another process 0 that does, "
-                    "give each process a number of its own, else choose another port"
+                    f"process 0 cannot listen at port {port} ({os.strerror(error.errno)}); if it is another process 0 "
+                    "that does, give each process a number of its own, else choose another port"
                 ) from None
             time.sleep(_PAUSE)
 
