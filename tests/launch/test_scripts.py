@@ -22,10 +22,19 @@ def test_shellcheck_has_nothing_to_say(script):
 
 def test_there_are_scripts_and_their_help_says_how_to_call_them():
     assert {script.name for script in SCRIPTS} == {"local.sh", "run.sh", "train.sbatch", "worker.sh"}
+    orders = {"run.sh": ("run", "logs", "delete"), "worker.sh": ("state", "stop"), "local.sh": ("--processes=2",)}
     for script in SCRIPTS:
-        if script.suffix == ".sh":
-            done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
-            assert f"{script.name} " in done.stdout and "Exit code" in done.stdout and "set -" not in done.stdout
+        done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
+        assert f"{script.name} " in done.stdout and "Exit code" in done.stdout
+        assert "set -" not in done.stdout and "SBATCH" not in done.stdout and not done.stdout.startswith("#")
+        for order in orders.get(script.name, ()):
+            assert subprocess.check_output([script, order, "--help"], text=True) == done.stdout
+
+
+def test_a_job_script_that_was_not_submitted_says_how():
+    script = ROOT / "launch" / "slurm" / "train.sbatch"
+    done = subprocess.run([script, "vitcls", "train"], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: submit a command: sbatch ")
 
 
 def local(*arguments, **environment):
