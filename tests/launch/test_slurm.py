@@ -30,7 +30,7 @@ def test_what_ends_for_good(slurm, tmp_path):
     assert slurm.wait_for_end(cancelled)[::2] == ("CANCELLED", "0")
     for command, code in (([], 2), (["bash", "-c", "exit 2"], 2), (["false"], 1)):
         assert slurm.wait_for_end(slurm.submit(tmp_path / "log", *command)) == ("FAILED", f"{code}:0", "0")
-    assert "error: there is no command" in (tmp_path / "log").read_text()
+    assert "error: submit a command: sbatch " in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("code", ["exit 2", "exec /nowhere/vitcls"])
