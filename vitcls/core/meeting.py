@@ -19,7 +19,7 @@ from vitcls.core.errors import RunError, UserError
 _PATIENCE = 300.0  # seconds, as JAX's own, until a process that is not there will not come
 _SOON = 15.0  # seconds after which is said who is waited for
 _PAUSE = 0.5  # seconds between two tries
-_FREED = 5.0  # seconds in which the port of a run that has ended is free
+_FREED = 15.0  # seconds in which the port of a run that has ended is free
 _HELLO = 5.0  # seconds in which a process says who it is
 _LONGEST = 2_000  # bytes of what is said
 _logger = logging.getLogger("vitcls")
