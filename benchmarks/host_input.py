@@ -13,6 +13,7 @@ use too, where the wall clock's do not. `rss` is the memory of a process that st
 """
 
 import functools
+import importlib.util
 import io
 import json
 import os
@@ -132,11 +133,9 @@ def pipelines(size: int) -> dict[str, Callable[[list[str]], Iterator]]:
     if 2 * size <= min(_SIZE):  # else it changes nothing
         found["vitcls, fast_decode"] = lambda names: vitcls_batches(names, size, fast=True)
     found["tf.data"] = lambda names: tf_data_batches(names, size)
-    try:
-        import grain  # noqa: F401
-    except ImportError:
-        return found
-    return found | {"grain": lambda names: grain_batches(names, size)}
+    if importlib.util.find_spec("grain"):
+        found["grain"] = lambda names: grain_batches(names, size)
+    return found
 
 
 def turn(batches: Iterator, count: int) -> tuple[float, float]:
@@ -222,6 +221,8 @@ def main(argv: list[str]) -> int:
         kind = {"rates": rates, "memory": memory, "fast_decode": differences}[job.pop("kind")]
         print(json.dumps({"rows": kind(**job)}))
         return 0
+    if not importlib.util.find_spec("grain"):
+        print("grain is not installed and has no rows; 'pip install grain'", file=sys.stderr)
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         names = write_records(pathlib.Path(directory), args.images)

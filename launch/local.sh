@@ -6,9 +6,11 @@
 # GPUs are split evenly among the processes; without GPUs each gets --devices virtual CPU devices. Every line that a
 # process writes begins with its number. When one is killed, or stops after saving (143), the others end by themselves
 # and all are started again, at most --restarts times; they go on from the last checkpoint. SIGTERM and Ctrl-C are
-# passed on, and nothing is started again.
+# passed on, and nothing is started again; nor where one ends with 2 (bad input): the others get SIGTERM then. They get it
+# as well when local.sh itself is killed, on Linux.
 #
-# Exit code: 0 done; 1 failure; 2 bad input; 143 stopped after saving; 128 + signal if one was killed once too often.
+# Exit code: 0 done; 1 failure; 2 bad input, be it of one process; 143 stopped after saving; 128 + signal if one was
+# killed once too often.
 set -uo pipefail
 
 processes=2 devices=1 restarts=3
@@ -30,6 +32,7 @@ while [ $# -gt 0 ]; do
     --restarts=*) restarts=${1#*=} ;;
     -h | --help) sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "$0" && exit 0 ;;
     --) shift && break ;;
+    --processes | --devices | --restarts) fail "$1 takes its value after '='; write $1=N" ;;
     *) fail "'$1' is no flag of local.sh; write local.sh [--processes=N] [--devices=N] [--restarts=N] -- COMMAND" ;;
   esac
   shift
@@ -42,8 +45,8 @@ command -v "$1" >/dev/null || fail "the command '$1' is not installed; activate 
 
 gpus=()
 if [ "${JAX_PLATFORMS:-}" != cpu ]; then
-  if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-    IFS=, read -r -a gpus <<<"$CUDA_VISIBLE_DEVICES"
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # -1, as nothing, is how one hides them all
+    IFS=, read -r -a gpus <<<"${CUDA_VISIBLE_DEVICES/#-1*/}"
   elif command -v nvidia-smi >/dev/null; then
     mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null)
   fi
@@ -59,6 +62,9 @@ free_port() {
   echo "$port"
 }
 
+with_launcher=() # what makes a process end with this script, where even SIGKILL ends it
+! setpriv --pdeathsig=TERM true 2>/dev/null || with_launcher=(setpriv --pdeathsig=TERM --)
+
 pids=() codes=() stop=0
 
 start_one() { # NUMBER COORDINATOR COMMAND...
@@ -71,7 +77,7 @@ start_one() { # NUMBER COORDINATOR COMMAND...
   fi
   export JAX_COORDINATOR_ADDRESS=$2 JAX_NUM_PROCESSES=$processes JAX_PROCESS_ID=$1
   shift 2
-  exec "$@"
+  exec "${with_launcher[@]}" "$@"
 }
 
 start() { # COMMAND...
@@ -95,7 +101,8 @@ pass_on() { # SIGNAL
 trap 'pass_on TERM' TERM
 trap 'pass_on INT' INT
 
-# Waits until all have ended, and fills `codes`. Those that outlive a dead one for too long are killed.
+# Waits until all have ended, and fills `codes`. Those that outlive a dead one for too long are killed; bad input ends
+# all at once, as the others may wait for that one before they can notice its end.
 watch() {
   local i left died=0
   while :; do
@@ -109,6 +116,7 @@ watch() {
       fi
       wait "${pids[$i]}"
       codes[i]=$?
+      [ "${codes[$i]}" -ne 2 ] || pass_on TERM
       [ "${codes[$i]}" -eq 0 ] || [ "$died" -ne 0 ] || died=$((SECONDS + 1))
     done
     [ $left -eq 1 ] || return
@@ -116,11 +124,12 @@ watch() {
   done
 }
 
-# The exit code of the run: that of its worst process, where a signal (128 and more) is the cause of others' failures.
+# The exit code of the run: that of its worst process. Bad input (2) comes first, then a signal (128 and more): they are
+# the cause of others' failures.
 verdict() {
   local code worst=0
   for code in "${codes[@]}"; do
-    [ "$code" -le "$worst" ] || worst=$code
+    ((worst == 2 || code <= worst && code != 2)) || worst=$code
   done
   echo "$worst"
 }

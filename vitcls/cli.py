@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import vitcls
-from vitcls.core import cluster, errors, peers, terminal
+from vitcls.core import cluster, errors, meeting, peers, terminal
 from vitcls.core.cache import cache_dir
 from vitcls.core.errors import RunError, Stopped, UserError
 
@@ -261,6 +261,8 @@ def start_jax(
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.config.update("jax_cpu_enable_async_dispatch", False)  # programs that overlap could wait for each other
         jax.config.update("jax_enable_preemption_service", False)  # swallows a SIGTERM that comes before the training
+        if found.coordinator:
+            meeting.meet(found)
         try:
             jax.distributed.initialize(
                 found.coordinator,

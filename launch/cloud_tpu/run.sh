@@ -19,9 +19,10 @@
 # In the environment, in seconds: VITCLS_SECONDS_BETWEEN_LOOKS (30); VITCLS_SECONDS_OF_SILENCE (1800) without an answer,
 # after which it gives up and leaves the slice; VITCLS_SECONDS_OF_PATIENCE (120) for workers that outlive a dead one.
 #
-# Exit code: that of the training; 1 where gcloud refused or did not answer, or the slice was lost once too often; 2 for
-# bad input, or where already the first question to gcloud fails: nothing is created then; 130 or 143 after a signal,
-# which leaves the slice and its training alone.
+# Exit code: that of the training, of its worst worker, where 2 (bad input) comes first; 1 where gcloud refused or did not
+# answer, or the slice was lost once too often; 2 for bad input, such as a bucket of the command that is not there, or
+# where already the first question to gcloud fails: nothing is created then; 130 or 143 after a signal, which leaves the
+# slice and its training alone.
 set -uo pipefail
 
 slices="v5e-1 v5e-4 v5e-8 v5e-16 v5e-32 v5e-64 v5e-128 v5e-256 v6e-1 v6e-4 v6e-8 v6e-16 v6e-32 v6e-64 v6e-128 v6e-256"
@@ -35,9 +36,14 @@ fail() {
   exit 2
 }
 
+show_help() {
+  sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "$0"
+  exit
+}
+
 case $action in
   run | logs | delete) shift ;;
-  -h | --help) sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "$0" && exit 0 ;;
+  -h | --help) show_help ;;
   *) fail "the first word is run, logs or delete, not '$action'; see --help" ;;
 esac
 while [ $# -gt 0 ]; do
@@ -49,7 +55,9 @@ while [ $# -gt 0 ]; do
     --restarts=*) restarts=${1#*=} ;;
     --spot) spot=1 ;;
     --dry_run) dry_run=1 ;;
+    -h | --help) show_help ;;
     --) shift && break ;;
+    --name | --project | --zone | --slice | --restarts) fail "$1 takes its value after '='; write $1=VALUE" ;;
     *) fail "'$1' is no flag of run.sh; see --help" ;;
   esac
   shift
@@ -60,18 +68,22 @@ for flag in name project zone; do
 done
 [[ $name =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
   fail "--name=$name is impossible; use a to z, 0 to 9 and -, at most 40, such as c100"
+[[ $project =~ ^(([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]|[0-9]+)$ ]] ||
+  fail "--project=$project is not the id of a project, such as my-project-1; 'gcloud projects list' has yours"
 [[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "--zone=$zone is not a zone, such as us-east5-b"
 
 # What `run` needs besides: a slice that is offered, and a workdir that outlives it.
 check_run() { # COMMAND...
-  local argument workdir=""
+  local argument last="" workdir=""
   [[ " $slices " == *" $slice "* && -n $slice ]] || fail "--slice=$slice is not offered; use one of $slices"
   [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts=$restarts is not a whole number"
   [[ $between_looks =~ ^[0-9.]+$ && $silence =~ ^[0-9]+$ && $patience =~ ^[0-9]+$ ]] ||
     fail "VITCLS_SECONDS_BETWEEN_LOOKS, _OF_SILENCE and _OF_PATIENCE are numbers, not '$between_looks $silence $patience'"
   [ "${1:-} ${2:-}" = "vitcls train" ] || fail "after -- comes the command: vitcls train --config=... --workdir=gs://..."
   for argument in "$@"; do
+    [ "$last" != --workdir ] || workdir=$argument
     [[ $argument != --workdir=* ]] || workdir=${argument#*=}
+    last=$argument
   done
   [ -n "$workdir" ] || fail "the command has no --workdir=gs://BUCKET/PATH"
   [[ $workdir =~ ^gs://[a-z0-9][a-z0-9._-]+/.+ ]] ||
@@ -101,7 +113,7 @@ call() {
   if [ -n "$dry_run" ]; then
     printf 'gcloud' && printf ' %q' "$@" && echo
   elif [ "$action" != run ]; then
-    gcloud "$@"
+    gcloud "$@" 2>"$scratch/err"
   else
     gcloud "$@" >"$scratch/out" 2>"$scratch/err" &
     child=$!
@@ -121,6 +133,18 @@ pause() {
 
 describe() {
   call compute tpus queued-resources describe "$name" "${here[@]}" --format='value(state.state)'
+}
+
+# Refuses buckets that are not there. Only the slice may have the right to see one, so that nothing else is a refusal.
+check_buckets() { # COMMAND...
+  local bucket
+  while read -r bucket; do
+    if [[ ! $bucket =~ ^gs://[a-z0-9._-]+$ ]] ||
+      { ! call storage ls --buckets "$bucket" --project="$project" && grep -q "not found: 404" "$scratch/err"; }; then
+      fail "there is no bucket $bucket; make it, 'gcloud storage buckets create $bucket --location=${zone%-*}', or \
+change the command"
+    fi
+  done < <(printf '%s\n' "$@" | sed -nE 's|^(--[^=]*=)?(gs://[^/]+).*|\2|p' | sort -u)
 }
 
 create() {
@@ -180,9 +204,9 @@ again() { # CODE that ends it when that was once too often
 
 # The next thing to do on a slice that is there, by what its workers say. All of them answer, or nothing is done.
 work() { # COMMAND...
-  local word attempt run ended absent=0 missing=0 running=0 over=0 worst=0
+  local word attempt run ended line reason="" absent=0 missing=0 running=0 over=0 worst=0
   ask_workers && grep -q '^worker: ' "$scratch/out" || return
-  while read -r _ word attempt run ended; do # the newest attempt first
+  while read -r _ word attempt run ended line; do # the newest attempt first
     [[ $word != running && $word != ended || $run == "$id" ]] ||
       fail "$name trains by another command; take another --name, or look at it with '$0 logs --name=$name ${here[*]}'"
     ((${attempt:-0} <= restarted)) || restarted=$attempt
@@ -192,14 +216,18 @@ work() { # COMMAND...
         if ((attempt < restarted)); then
           missing=1
         else
-          over=1 worst=$((ended > worst ? ended : worst))
+          over=1
+          ((worst == 2 || ended <= worst && ended != 2)) || { worst=$ended reason=$line; }
         fi
         ;;
       ready) missing=1 ;;
       *) absent=1 ;;
     esac
   done < <(grep '^worker: ' "$scratch/out" | sort -k 3,3nr)
-  if ((absent && !running)); then
+  if ((worst == 2)); then # would come again, and the others may wait for that one
+    ((!running)) || on all "bash worker.sh stop" || return
+    conclude 2 "$reason"
+  elif ((absent && !running)); then
     say "installing commit ${commit:0:12}"
     install
   elif ((missing && (running || !over))); then # or a start that did not reach all
@@ -208,7 +236,7 @@ work() { # COMMAND...
   elif ((running)); then
     watch $((worst > 0 || absent))
   else
-    conclude $((missing && worst < 137 ? 137 : worst))
+    conclude $((missing && worst < 137 ? 137 : worst)) "$reason"
   fi
 }
 
@@ -223,13 +251,13 @@ watch() { # 1 where one is dead: the others end by themselves, or are ended, as 
   pause
 }
 
-conclude() { # CODE
+conclude() { # CODE [LAST-LINE of the worker that has it]
   show_log || return
   died=""
+  (($1 == 0)) || say "ended with exit code $1${2:+: $2}"
   if (($1 < 128)); then # done, or a failure that would come again
     code=$1
   else
-    say "ended with exit code $1"
     again "$1"
   fi
 }
@@ -243,18 +271,22 @@ look() { # sets `state`; fails where it is not known
   else
     return 1
   fi
-  [ "$state" = "$before" ] || say "$name is $state"
+  [[ $state == "$before" || ($state == GONE && -z $taken) ]] || say "$name is $state"
 }
 
 # Asks what there is and does the next thing; fails where a question or an order failed.
 turn() { # COMMAND...
+  local why
   look || return
   case ${code:+over }$state in
     GONE)
       [ -z "$taken" ] || { say "somebody has deleted $name; it is not asked for again" && exit 1; }
+      check_buckets "$@"
       if ! create; then
-        [ "$restarted" -gt 0 ] || leave 1 "$(complaint)"
-        return 1
+        [ "$restarted" -eq 0 ] || return 1
+        why=$(complaint)
+        look || leave 1 "$why"
+        [ "$state" != GONE ] || { say "$why" && exit 1; }
       fi
       taken=1 shown=0 died=""
       ;;
@@ -294,7 +326,7 @@ run() { # COMMAND...
 
 plan() { # COMMAND...: what `run` asks of gcloud where all goes well
   id=ID
-  describe && create && describe
+  describe && check_buckets "$@" && create && describe
   ask_workers && install && ask_workers && train "$@" && ask_workers && log
   delete
 }
@@ -313,5 +345,6 @@ case $dry_run$action in
     ;;
   1run) plan "$@" ;;
   *logs) on 0 "[ ! -e worker.sh ] && echo nothing is installed yet || bash worker.sh follow" ;;
-  *delete) delete ;;
-esac
+  1delete) delete ;;
+  delete) delete && say "$name is deleted" ;;
+esac || { say "$(complaint)" && exit 1; }

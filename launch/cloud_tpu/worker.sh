@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What run.sh asks of each worker of a slice, over SSH. It is copied there beside vitcls.tar.gz.
 #
-# worker.sh state COMMIT                 # absent, ready, running ATTEMPT RUN or ended ATTEMPT RUN CODE
+# worker.sh state COMMIT                 # absent, ready, running ATTEMPT RUN or ended ATTEMPT RUN CODE LAST-LINE
 # worker.sh install COMMIT               # vitcls.tar.gz, which is that commit, into ~/env
 # worker.sh train ATTEMPT RUN COMMAND... # starts the command, and returns
 # worker.sh log BYTES                    # the log without its first BYTES
@@ -14,9 +14,9 @@
 # Exit code: 0 done, or nothing to do; else that of the command that failed.
 set -uo pipefail
 
-case ${1:-} in
-  state | install | train | log | follow | stop) order=$1 && shift ;;
-  -h | --help) sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "$0" && exit 0 ;;
+case ${1:-}:${2:-} in
+  -h:* | --help:* | *:-h | *:--help) sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "$0" && exit 0 ;;
+  state:* | install:* | train:* | log:* | follow:* | stop:*) order=$1 && shift ;;
   *) echo "error: '${1:-}' is no order for worker.sh; see --help" >&2 && exit 2 ;;
 esac
 mkdir -p ~/vitcls-run && cd ~/vitcls-run || exit
@@ -34,7 +34,7 @@ state() { # COMMIT
   local alive=""
   ! is_alive || alive=1 # asked first: a training that ends meanwhile has left its code
   if [ -e code ]; then
-    echo "ended $(<started) $(<code)"
+    echo "ended $(<started) $(<code) $(tail --lines=1 log)"
   elif [ -e started ] && [ -n "$alive" ]; then
     echo "running $(<started)"
   elif [ -e started ]; then

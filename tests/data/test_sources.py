@@ -804,6 +804,8 @@ def test_tfds_in_a_bucket_is_the_same_set(prepared, buckets):
         dataset, expected = load(tfds_config(url, **values)), load(tfds_config(prepared, **values))
         np.testing.assert_array_equal(dataset.train.labels, expected.train.labels)
         np.testing.assert_array_equal(decoded(dataset.test, dataset), decoded(expected.test, expected))
+        part = dataset.train.take(np.array([90, 3, 91, 7, 3]))
+        np.testing.assert_array_equal(decoded(part, dataset), decoded(dataset.train, dataset)[[90, 3, 91, 7, 3]])
     inputs = []
     for split in (dataset.train, expected.train):
         shape = {"image_shape": (8, 8, 3), "num_classes": 1000, "batch_size": 64}
@@ -818,6 +820,25 @@ def test_tfds_in_a_bucket_is_the_same_set(prepared, buckets):
         load(tfds_config(url.replace("runs", "nowhere")))
     with pytest.raises(UserError, match=f"--data_dir={url} is a URL; prepare 'mnist' on a disk"):
         prepare("mnist", url)
+
+
+def test_records_that_lie_together_are_read_by_one_request(prepared, buckets, monkeypatch):
+    """Up to a size, and with what lies between them up to another; the images are the same."""
+    scheme = buckets.protocol[0]
+    buckets.put(str(prepared / "mnist"), "runs/data/mnist", recursive=True)
+    proxy = bucket.Proxy(os.environ[next(iter(bucket.environment(scheme, "")))])
+    go_to(scheme, proxy.url, monkeypatch)
+    dataset = load(tfds_config(f"{scheme}://runs/data"))
+    ends = dataset.train.take(np.array([199, 0, 199]))
+    wanted = decoded(load(tfds_config(prepared)).train, dataset)
+    for part, gap, requests in ((2**20, 2**14, 2), (2**20, -1, 201), (2**14, 2**14, 13)):
+        monkeypatch.setattr("vitcls.data.records._PART", part)
+        monkeypatch.setattr("vitcls.data.records._GAP", gap)
+        before = proxy.answered
+        np.testing.assert_array_equal(decoded(dataset.train, dataset), wanted)
+        assert proxy.answered - before == requests
+        np.testing.assert_array_equal(decoded(ends, dataset), wanted[[199, 0, 199]])
+    proxy.close()
 
 
 @pytest.mark.parametrize("file", ["dataset_info.json", "tfrecord"])

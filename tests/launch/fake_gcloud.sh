@@ -5,6 +5,7 @@
 # state          of the slice; without it there is none     calls      the verbs that were called, one a line
 # first          the state after `create` (ACTIVE)          workers/N  the home of a worker, gone with the slice
 # fail-VERB      how often a verb is still to fail          programs   what comes first on the workers' PATH
+# missing        the buckets that are not there             lost       `create` does its work, but its answer is lost
 # away           a line `WORKER [WORD]` each: no SSH to the worker, or no command with that word
 # shellcheck disable=SC2317 # two functions are called by name
 set -u
@@ -18,11 +19,11 @@ for argument in "$@"; do
     *) words+=("$argument") ;;
   esac
 done
-verb=${words[3]} name=${words[-1]%:} # gcloud compute tpus GROUP VERB
+verb=${words[3]:-${words[1]}} name=${words[-1]%:} # gcloud compute tpus GROUP VERB, or gcloud storage ls
 echo "$verb" >>calls
 
 fail() { # CODE WORDS, as gcloud has them
-  echo "ERROR: (gcloud.compute.tpus.$verb) $2" >&2
+  echo "ERROR: (gcloud.$verb) $2" >&2
   exit "$1"
 }
 
@@ -72,6 +73,11 @@ case $verb in
     [ ! -e state ] || fail 1 "ALREADY_EXISTS: Resource '$name' already exists"
     mkdir -p workers/0 workers/1
     cat first >state 2>/dev/null || echo ACTIVE >state
+    [ ! -e lost ] || fail 1 "DEADLINE_EXCEEDED: no answer"
+    ;;
+  ls)
+    ! grep -q --line-regexp "$name" missing 2>/dev/null || fail 1 "$name not found: 404."
+    exit 0
     ;;
   ssh) on_workers run_command ;;
   scp) on_workers copy ;;

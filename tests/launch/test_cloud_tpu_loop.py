@@ -15,7 +15,7 @@ import time
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-HERE = ["--name=c100", "--project=P", "--zone=us-east5-b"]
+HERE = ["--name=c100", "--project=project-1", "--zone=us-east5-b"]
 TRAIN = ["--", "vitcls", "train", "--config=x.py", "--workdir=gs://bucket/c100", "--config.x='$HOME'", "--y=5  epochs"]
 SAID = "worker 0: <train> <--config=x.py> <--workdir=gs://bucket/c100> <--config.x='$HOME'> <--y=5  epochs>\n"
 # What the workers install, by programs that need no network, and what then trains: until its exit code is told.
@@ -188,8 +188,8 @@ def test_a_silence_without_end_leaves_the_slice_alone(cloud, fault, text):
     code, _, err = ended(run)
     assert code == 1 and cloud.looks("delete") == 0 and cloud.alive() == 2
     last = err.splitlines()[-1]
-    assert "has failed for 1 s" in last and "run.sh logs --name=c100 --project=P --zone=us-east5-b'" in last
-    assert "run.sh delete --name=c100 --project=P --zone=us-east5-b'" in last
+    assert "has failed for 1 s" in last and "run.sh logs --name=c100 --project=project-1 --zone=us-east5-b'" in last
+    assert "run.sh delete --name=c100 --project=project-1 --zone=us-east5-b'" in last
 
 
 @pytest.mark.parametrize("fault", ["fail-scp", "no-index"])
@@ -295,15 +295,16 @@ def test_a_signal_ends_the_launcher_alone(cloud, sent):
     assert list((cloud.path / "tmp").iterdir()) == []
     logs = cloud.launch("logs")
     assert logs.stdout.readline() == SAID
-    assert ended(cloud.launch("delete"))[0] == 0 and not (cloud.path / "state").exists()
+    assert ended(cloud.launch("delete")) == (0, "", "run.sh: c100 is deleted\n")
+    assert not (cloud.path / "state").exists()
 
 
 @pytest.mark.parametrize(
     ("codes", "expected", "restarts"),
-    [((0, 1), 1, 0), ((2, 1), 2, 0), ((1, 137), 0, 1), ((2, 137), 0, 1), ((143, 0), 143, 0)],
+    [((0, 1), 1, 0), ((2, 1), 2, 0), ((1, 137), 0, 1), ((2, 137), 2, 0), ((2, 3), 2, 0), ((143, 0), 143, 0)],
 )
 def test_the_worst_exit_code_decides(cloud, codes, expected, restarts):
-    """As in launch/local.sh: 128 and more starts all again on the same slice, less would come again."""
+    """As in launch/local.sh: 2 before all others; 128 and more starts all again on the same slice, less comes again."""
     run = cloud.run(f"--restarts={restarts}")
     cloud.wait_for_starts(2)
     cloud.end(*codes)
@@ -355,7 +356,53 @@ def test_what_is_refused_at_first_ends_at_once(cloud):
     assert (code, out, err.count("\n"), cloud.looks("create")) == (2, "", 1, 0) and "UNAVAILABLE" in err
     cloud.write("fail-create", "1")
     code, _, err = ended(cloud.run())
-    assert (code, cloud.looks("create"), cloud.looks("delete")) == (1, 1, 0) and "UNAVAILABLE" in err
+    (line,) = err.splitlines()
+    assert (code, cloud.looks("create"), cloud.looks("delete")) == (1, 1, 0) and "UNAVAILABLE" in line
+
+
+def test_a_slice_that_is_there_though_the_answer_was_lost_is_taken(cloud):
+    cloud.write("lost")
+    run = cloud.run("--restarts=0")
+    cloud.wait_for_starts(2)
+    cloud.end(0, 0)
+    code, _, err = ended(run)
+    assert (code, cloud.looks("create"), cloud.looks("delete")) == (0, 1, 1), err
+
+
+@pytest.mark.parametrize(("missing", "data"), [("bucket", "data"), ("data", "data"), ("other", "BUCKET")])
+def test_a_bucket_that_is_not_there_is_refused_before_a_slice_is_asked_for(cloud, missing, data):
+    """Be it for the workdir or the data, or a name that none can have."""
+    cloud.write("missing", f"gs://{missing}\n")
+    code, out, err = ended(cloud.run(train=[*TRAIN, "--config.dataset.data_dir", f"gs://{data}/sets"]))
+    bucket = data if missing == "other" else missing
+    (line,) = err.splitlines()
+    assert (code, out, cloud.looks("create")) == (2, "", 0)
+    assert line.startswith(f"error: there is no bucket gs://{bucket}; make it, ") and "--location=us-east5'" in line
+
+
+def test_a_bucket_that_cannot_be_seen_from_here_is_none_of_our_business(cloud):
+    cloud.write("fail-ls", "1")
+    run = cloud.run()
+    cloud.wait_for_starts(2)
+    cloud.end(0, 0)
+    code, _, err = ended(run)
+    assert (code, cloud.looks("ls")) == (0, 1) and "UNAVAILABLE" not in err
+
+
+def test_bad_input_of_one_worker_ends_the_others_and_is_told(cloud):
+    run = cloud.run()
+    cloud.wait_for_starts(2)
+    cloud.write("end-1", 2)
+    code, _, err = ended(run)
+    assert (code, cloud.lines("starts").count("0"), cloud.alive()) == (2, 1, 0)
+    assert "ended with exit code 2: worker 1 ends\n" in err and cloud.looks("delete") == 1
+
+
+@pytest.mark.parametrize("action", ["logs", "delete"])
+def test_what_gcloud_refuses_is_one_line(cloud, action):
+    code, out, err = ended(cloud.launch(action))
+    (line,) = err.splitlines()
+    assert (code, out) == (1, "") and line.startswith("run.sh: ERROR: ")
 
 
 def test_an_order_that_comes_twice_or_too_late_does_no_harm(cloud):
@@ -387,9 +434,9 @@ def test_an_order_that_comes_twice_or_too_late_does_no_harm(cloud):
     twice("install", "def")  # beside what runs
     assert (state(), state("def"), len(cloud.lines("installs"))) == ("running 0 7", "running 0 7", 1)
     cloud.end(5)
-    cloud.wait_until(lambda: state() == "ended 0 7 5")
+    cloud.wait_until(lambda: state() == "ended 0 7 5 worker 0 ends")
     twice("train", "0", "7", "vitcls")
-    assert state() == "ended 0 7 5"
+    assert state() == "ended 0 7 5 worker 0 ends"
     twice("train", "1", "7", "vitcls")
     cloud.wait_for_starts(2)
     twice("train", "0", "7", "vitcls")

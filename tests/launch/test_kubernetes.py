@@ -80,6 +80,18 @@ def test_the_pods_with_gpus_find_each_other():
         assert found[1:] == (f"{job_set}-{name}-0-0.{job_set}:1234", count, index, None)
 
 
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_the_data_and_the_workdir_outlive_the_pods(name):
+    """Both are in buckets, or on volumes with a claim."""
+    pod = job_of(read(name))[1]["template"]["spec"]
+    (container,) = pod["containers"]
+    claimed = {volume["name"] for volume in pod.get("volumes", []) if "persistentVolumeClaim" in volume}
+    mounts = [mount["mountPath"] for mount in container.get("volumeMounts", []) if mount["name"] in claimed]
+    flags = dict(argument.split("=", 1) for argument in container["args"][1:])
+    for flag in ("--config.dataset.data_dir", "--workdir"):
+        assert flags[flag].startswith(("gs://", *(f"{mount}/" for mount in mounts))), flag
+
+
 def test_a_slice_has_as_many_pods_as_its_chips_need():
     _, job = job_of(read("tpu.yaml"))
     pod = job["template"]["spec"]

@@ -4,6 +4,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import time
 
 from tests import bucket
@@ -66,7 +67,7 @@ def test_a_task_of_slurm_that_is_killed_costs_no_bit(slurm, rehearsal, undisturb
     rehearsal.wait_for_step(workdir, 50, lambda: slurm.is_alive(number))
     pids = [line.split() for line in slurm.ask("scontrol", "listpids", number).splitlines()]
     (task,) = (pid for pid, _, step, local, _ in pids if (step, local) == ("0", "0"))
-    os.kill(int(task), signal.SIGKILL)
+    os.kill(int(subprocess.check_output(["pgrep", "--parent", task])), signal.SIGKILL)
     assert slurm.wait_for_end(number) == ("COMPLETED", "0:0", "1"), log.read_text()
     text = log.read_text()
     assert {f"{i}: several processes: process {i} of 2 (Slurm)" for i in (0, 1)} <= set(text.splitlines())

@@ -22,10 +22,19 @@ def test_shellcheck_has_nothing_to_say(script):
 
 def test_there_are_scripts_and_their_help_says_how_to_call_them():
     assert {script.name for script in SCRIPTS} == {"local.sh", "run.sh", "train.sbatch", "worker.sh"}
+    orders = {"run.sh": ("run", "logs", "delete"), "worker.sh": ("state", "stop"), "local.sh": ("--processes=2",)}
     for script in SCRIPTS:
-        if script.suffix == ".sh":
-            done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
-            assert f"{script.name} " in done.stdout and "Exit code" in done.stdout and "set -" not in done.stdout
+        done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
+        assert f"{script.name} " in done.stdout and "Exit code" in done.stdout
+        assert "set -" not in done.stdout and "SBATCH" not in done.stdout and not done.stdout.startswith("#")
+        for order in orders.get(script.name, ()):
+            assert subprocess.check_output([script, order, "--help"], text=True) == done.stdout
+
+
+def test_a_job_script_that_was_not_submitted_says_how():
+    script = ROOT / "launch" / "slurm" / "train.sbatch"
+    done = subprocess.run([script, "vitcls", "train"], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: submit a command: sbatch ")
 
 
 def local(*arguments, **environment):
@@ -33,7 +42,7 @@ def local(*arguments, **environment):
         [ROOT / "launch" / "local.sh", *arguments],
         capture_output=True,
         text=True,
-        env={"PATH": "/usr/bin:/bin", **environment},
+        env={"PATH": "/usr/bin:/bin"} | environment,
         timeout=60,
     )
 
@@ -45,6 +54,7 @@ def local(*arguments, **environment):
         (["--devices=few", "--", "true"], "", "--devices=few"),
         (["--restarts=-1", "--", "true"], "", "--restarts=-1"),
         (["--procs=2", "--", "true"], "", "'--procs=2' is no flag"),
+        (["--processes", "2", "--", "true"], "", "--processes takes its value after '='; write --processes=N"),
         ([], "", "there is no command"),
         (["--", "vitcsl", "train"], "", "the command 'vitcsl' is not installed"),
         (["--processes=2", "--", "true"], "0,1,2", "3 GPUs cannot be split among 2 processes"),
@@ -65,12 +75,23 @@ def test_gpus_are_split_evenly():
     assert sorted(done.stdout.splitlines()) == ["0: 0,1 of 0/2", "1: 4,5 of 1/2"]
 
 
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_gpus_that_are_hidden_are_none(hidden, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 0\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    say = "echo $JAX_NUM_CPU_DEVICES"
+    done = local("--devices=3", "--", "bash", "-c", say, CUDA_VISIBLE_DEVICES=hidden, PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert sorted(done.stdout.splitlines()) == ["0: 3", "1: 3"], done.stderr
+
+
 @pytest.mark.parametrize(
     ("code", "restarts", "expected", "starts"),
     [
         ("exit 0", 2, 0, 1),
         ("exit $JAX_PROCESS_ID", 2, 1, 1),  # a failure of the run itself would come again
         ("exit 2", 2, 2, 1),
+        ("[ $JAX_PROCESS_ID = 1 ] && exit 2; exec sleep 60", 2, 2, 1),  # the other is not waited for
+        ("[ $JAX_PROCESS_ID = 1 ] && exit 2; kill -9 $$", 2, 2, 1),
         ("[ $JAX_PROCESS_ID = 1 ] && kill -9 $$; exit 1", 1, 137, 2),
         ("mkdir $0 2>/dev/null && exit 143; exit 0", 2, 0, 2),  # each process has a first and a second life
     ],
@@ -84,13 +105,23 @@ def test_what_is_started_again_and_how_it_ends(code, restarts, expected, starts,
     assert done.stderr.count("local.sh: process ids") == starts
 
 
-def test_a_signal_is_passed_on_and_nothing_is_started_again():
+@pytest.fixture
+def ready():
+    """A launcher whose two processes wait for SIGTERM, and then end with 143."""
     code = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); print('ready', flush=True)\n"
-    command = [sys.executable, "-c", code + "while True: time.sleep(0.1)"]
-    run = subprocess.Popen(
-        [ROOT / "launch" / "local.sh", "--", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [ROOT / "launch" / "local.sh", "--", sys.executable, "-c", code + "while True: time.sleep(0.1)"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert {run.stdout.readline(), run.stdout.readline()} == {"0: ready\n", "1: ready\n"}
-    run.terminate()
-    _, err = run.communicate(timeout=30)
-    assert run.returncode == 143 and err.count("process ids") == 1 and "again" not in err
+    return run
+
+
+def test_a_signal_is_passed_on_and_nothing_is_started_again(ready):
+    ready.terminate()
+    _, err = ready.communicate(timeout=30)
+    assert ready.returncode == 143 and err.count("process ids") == 1 and "again" not in err
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="setpriv (of util-linux) is not installed")
+def test_a_launcher_that_is_killed_leaves_nothing_running(ready):
+    ready.kill()
+    ready.communicate(timeout=30)  # the pipes end with the last process that holds them

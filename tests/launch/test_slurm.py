@@ -1,6 +1,9 @@
 """launch/slurm under Slurm itself: which ends of a job bring it back into the queue."""
 
 import pathlib
+import time
+
+import pytest
 
 LAUNCHER = pathlib.Path(__file__).parents[2] / "launch" / "slurm" / "train.sbatch"
 
@@ -27,4 +30,14 @@ def test_what_ends_for_good(slurm, tmp_path):
     assert slurm.wait_for_end(cancelled)[::2] == ("CANCELLED", "0")
     for command, code in (([], 2), (["bash", "-c", "exit 2"], 2), (["false"], 1)):
         assert slurm.wait_for_end(slurm.submit(tmp_path / "log", *command)) == ("FAILED", f"{code}:0", "0")
-    assert "error: there is no command" in (tmp_path / "log").read_text()
+    assert "error: submit a command: sbatch " in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("code", ["exit 2", "exec /nowhere/vitcls"])
+def test_bad_input_of_one_task_ends_the_job_with_2(slurm, tmp_path, code):
+    """At once, though the other task waits for it, and would be killed."""
+    life, log = f"[ $SLURM_PROCID = 0 ] || {code}; exec sleep 100", tmp_path / "log"
+    number = slurm.submit(log, "bash", "-c", life, tasks=2)
+    began = time.monotonic()
+    assert slurm.wait_for_end(number) == ("FAILED", "2:0", "0"), log.read_text()
+    assert time.monotonic() - began < 60

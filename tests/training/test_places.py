@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import fsspec
 import jax
@@ -88,6 +90,25 @@ def test_a_run_that_is_alive_is_left_alone(finished, tiny_config, server):
         with pytest.raises(UserError, match=r"gs://runs/finished/run is in use by process \d+ on .*; wait for it"):
             train_and_evaluate(tiny_config, finished)
     assert server.find("runs/finished/run") == before
+
+
+def test_copies_of_killed_processes_are_removed(finished, tmp_path):
+    """And those of living ones are not, nor what a bucket lacks for good."""
+    script = "import sys; from vitcls.training import places\n"
+    script += "with places.opened(sys.argv[1]) as place: print(place.path.name, flush=True); sys.stdin.read()"
+    command, pipes = [sys.executable, "-c", script, finished], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    environment = os.environ | {"VITCLS_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    killed, living = (subprocess.Popen(command, env=environment, text=True, **pipes) for _ in range(2))
+    names = [process.stdout.readline().strip() for process in (killed, living)]
+    (tmp_path / "workdirs" / "kept").mkdir()
+    killed.kill()
+    killed.wait()
+    with places.opened(finished) as place:
+        there = {path.name for path in (tmp_path / "workdirs").iterdir() if path.is_dir()}
+    living.communicate("", timeout=60)
+    killed.communicate()
+    assert there == {names[1], place.path.name, "kept"} and names[0] not in there
+    assert [path.name for path in (tmp_path / "workdirs").iterdir()] == ["kept"]
 
 
 def test_a_bucket_of_s3(tiny_config, trained, monkeypatch, capsys):

@@ -60,9 +60,10 @@ def _from_flags(flags: dict, environment: Mapping[str, str]) -> Cluster:
 
 def _checked(found: str, coordinator: str, num_processes: int, process_id: int) -> Cluster:
     host, _, port = coordinator.rpartition(":")
-    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+    known = re.fullmatch(r"[\w.-]+|\[[\w.:%]+\]", host) and re.fullmatch(r"[0-9]{1,5}", port)
+    if not known or not 0 < int(port) < 2**16:
         raise UserError(
-            f"the coordinator '{coordinator}' ({found}) is not HOST:PORT, such as host0:1234; ports are 1 to 65535"
+            f"the coordinator '{coordinator}' ({found}) is not one HOST:PORT, such as host0:1234; ports are 1 to 65535"
         )
     if not 0 <= process_id < num_processes:
         raise UserError(

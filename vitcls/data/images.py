@@ -1,5 +1,6 @@
 """Image files to arrays, through Pillow: what is not an image, or not a safe one, is told apart first."""
 
+import contextlib
 import dataclasses
 import io
 import logging
@@ -7,6 +8,7 @@ import math
 import os
 import pathlib
 import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -14,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from vitcls.core.errors import UserError
+from vitcls.core.progress import show_progress
 
 _logger = logging.getLogger("vitcls")
 _black: set[str] = set()  # the images of which `warn_black` has told
@@ -73,7 +76,11 @@ class Crop:
 
 
 class EncodedImages(Protocol):
-    """A sequence of encoded images that are read one at a time; with `afar` = True, each over a network."""
+    """A sequence of encoded images that are read one at a time.
+
+    Those that are read over a network have `afar` = True, `neighbors()`, which gives the indices of all in parts that
+    lie together, and `read_together(indices)`, which reads such a part by one request: list[bytes].
+    """
 
     def __len__(self) -> int: ...
 
@@ -219,18 +226,15 @@ def decode_all(
     read, or the size of one is not that of the first.
     """
 
-    def one(index: int) -> np.ndarray | None:
+    def one(index: int, data: bytes) -> np.ndarray | None:
         try:
-            data = images.read(index)
             box = (0, 0, *examine(data)[:2]) if whole else None
             return decode(data, size=size, channels=channels, box=box, decoding=decoding)
         except BadImage as error:
             return warn_black(images.name(index), error)
-        except OSError as error:
-            raise UserError(f"image {index} of the data set: {error}") from None
 
-    def place(index: int) -> None:
-        image = one(index)
+    def place(index: int, data: bytes) -> None:
+        image = one(index, data)
         if image is None:
             decoded[index] = 0
             return
@@ -243,35 +247,59 @@ def decode_all(
 
     if not len(images):
         return np.zeros((0, *(size or (0, 0)), channels), np.uint8)
-    first = next((image for image in map(one, range(len(images))) if image is not None), None)
-    if first is None:
-        raise UserError(f"none of {len(images)} images can be decoded, as {images.name(0)}")
-    decoded = np.empty((len(images), *first.shape), np.uint8)
-    sample = [len(images.read(index)) for index in range(min(len(images), 16))]
-    if np.mean(sample) < WORTH_A_THREAD and not _are_afar(images):
-        for index in range(len(images)):
-            place(index)
-        return decoded
-    with ThreadPoolExecutor(reading_threads(images)) as pool:
-        for _ in pool.map(place, range(len(images))):
-            pass  # brings up the first failure
+    with _in_one_line():
+        found = (one(index, images.read(index)) for index in range(len(images)))
+        first = next((image for image in found if image is not None), None)
+        if first is None:
+            raise UserError(f"none of {len(images)} images can be decoded, as {images.name(0)}")
+        decoded = np.empty((len(images), *first.shape), np.uint8)
+        _for_each(images, place)
     return decoded
 
 
 def aspects_of(images: EncodedImages) -> np.ndarray:
     """Width / height of every image, float32 [N], by its header; 1 for what is no image."""
+    aspects = np.ones(len(images), np.float32)
 
-    def one(index: int) -> float:
-        try:
-            width, height, _ = examine(images.read(index))
-        except (BadImage, OSError):
-            return 1.0
-        return width / height
+    def place(index: int, data: bytes) -> None:
+        with contextlib.suppress(BadImage):
+            width, height, _ = examine(data)
+            aspects[index] = width / height
 
-    if not _are_afar(images):
-        return np.array([one(index) for index in range(len(images))], np.float32)
+    with _in_one_line():
+        _for_each(images, place)
+    return aspects
+
+
+@contextlib.contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"the data set cannot be read: {error}") from None
+
+
+def _for_each(images: EncodedImages, act: Callable[[int, bytes], None]) -> None:
+    """Calls `act(index, data)` for all images; in threads where they are large, or afar, and then in parts."""
+    if _are_afar(images):
+        parts = images.neighbors()
+
+        def act_on(part: np.ndarray) -> None:
+            for index, data in zip(part.tolist(), images.read_together(part), strict=True):
+                act(index, data)
+
+        with ThreadPoolExecutor(reading_threads(images)) as pool:
+            for _ in show_progress(pool.map(act_on, parts), len(parts), "reading the images"):
+                pass
+        return
+    sample = [len(images.read(index)) for index in range(min(len(images), 16))]
+    if np.mean(sample) < WORTH_A_THREAD:
+        for index in range(len(images)):
+            act(index, images.read(index))
+        return
     with ThreadPoolExecutor(reading_threads(images)) as pool:
-        return np.array(list(pool.map(one, range(len(images)))), np.float32)
+        for _ in pool.map(lambda index: act(index, images.read(index)), range(len(images))):
+            pass  # brings up the first failure
 
 
 def warn_black(name: str, error: BadImage) -> None:

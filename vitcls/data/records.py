@@ -16,6 +16,7 @@ from vitcls.core.errors import UserError
 from vitcls.data import array_record, images, tfrecord
 
 FORMS = {"tfrecord": tfrecord, "array_record": array_record}  # each scans a file, and reads a record of one
+_PART, _GAP = 2**20, 2**14  # bytes that are asked of a bucket at once, and that may lie unused between them
 Parse = Callable[[bytes], tuple[bytes, int]]  # record -> encoded image, label
 
 
@@ -39,7 +40,31 @@ class RecordImages:
         return self.store.protocol != ("file", "local")
 
     def read(self, index: int) -> bytes:
-        return self.parse(self._record(index))[0]
+        return self.parse(self._read(index, int(self.offsets[index]), int(self.lengths[index])))[0]
+
+    def neighbors(self) -> list[np.ndarray]:
+        """The indices of all records in parts that lie side by side in a file, up to 1 MiB each."""
+        order = np.lexsort((self.offsets, self.file_numbers))
+        places = np.stack([self.file_numbers, self.offsets, self.lengths], axis=1)[order].tolist()
+        parts: list[list[int]] = []
+        begin, end, number = 0, 0, -1
+        for index, (file_number, offset, length) in zip(order.tolist(), places, strict=True):
+            if file_number != number or offset - end > _GAP or offset + length - begin > _PART:
+                parts.append([])
+                begin, number = offset, file_number
+            parts[-1].append(index)
+            end = offset + length
+        return [np.array(part) for part in parts]
+
+    def read_together(self, indices: np.ndarray) -> list[bytes]:
+        """The images of a part of `neighbors`."""
+        offsets, lengths = self.offsets[indices], self.lengths[indices]
+        begin = int(offsets.min())
+        data = self._read(int(indices[0]), begin, int((offsets + lengths).max()) - begin)
+        return [
+            self.parse(data[offset - begin :][:length])[0]
+            for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True)
+        ]
 
     def name(self, index: int) -> str:
         unit = "at byte" if self.form == "tfrecord" else "of record"
@@ -53,13 +78,14 @@ class RecordImages:
             lengths=self.lengths[indices],
         )
 
-    def _record(self, index: int) -> bytes:
+    def _read(self, index: int, offset: int, length: int) -> bytes:
+        """What lies there in the file of a record."""
         name = self.files[self.file_numbers[index]]
         try:
-            return FORMS[self.form].read(self.store, name, int(self.offsets[index]), int(self.lengths[index]))
-        except (OSError, UserError):
-            raise
+            return FORMS[self.form].read(self.store, name, offset, length)
         except Exception as error:  # whatever a network, a proxy or a service says
+            if not self.afar or isinstance(error, UserError):
+                raise
             raise OSError(f"{name} cannot be read: {buckets.reason(error)}") from None
 
 

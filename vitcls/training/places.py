@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import IO, Any
 
 from vitcls.core import buckets, errors
 from vitcls.core.cache import cache_dir
@@ -25,6 +25,11 @@ from vitcls.core.errors import RunError, UserError
 from vitcls.core.terminal import printable
 from vitcls.training.files import CHECKPOINTS, CONFIG_FILE, FAILED_FILE, LOCK_FILE, MANIFEST, METRICS_FILE, PROFILE
 from vitcls.training.lock import LockFile, WorkdirLock
+
+try:
+    import fcntl
+except ImportError:  # Windows, where copies of killed processes stay
+    fcntl = None
 
 _FLAG = "--workdir"
 _PERIOD = 5.0  # seconds between two looks at what has changed
@@ -137,9 +142,9 @@ class Bucket(Place):
 
     def __init__(self, url: str, *, arrays: bool = True):
         self._files = buckets.file_system(url, _FLAG)
-        copies = cache_dir() / "workdirs"
-        copies.mkdir(exist_ok=True)
-        super().__init__(pathlib.Path(os.path.abspath(tempfile.mkdtemp(dir=copies))))
+        self._claim = _claim_copy(pathlib.Path(os.path.abspath(cache_dir() / "workdirs")))
+        super().__init__(pathlib.Path(self._claim.name).with_suffix(""))
+        self.path.mkdir()
         self._url, self._arrays = url.rstrip("/"), arrays
         errors.copies[str(self.path)] = self._url
         self._root = self._url.partition("://")[2]
@@ -156,6 +161,8 @@ class Bucket(Place):
     def close(self) -> None:
         if not self._keep:
             shutil.rmtree(self.path, ignore_errors=True)
+        pathlib.Path(self._claim.name).unlink(missing_ok=True)
+        self._claim.close()
 
     def share(self) -> None:
         if self._lock is None:
@@ -329,6 +336,26 @@ class Bucket(Place):
                 self._files.rm_file(f"{self._root}/{name}", timeout=buckets.limit())
                 self._note_answer()
             self._sent.pop(name, None)
+
+
+def _claim_copy(copies: pathlib.Path) -> IO[bytes]:
+    """The locked file NAME.lock beside a copy NAME that is to be made; removes the copies of killed processes.
+
+    The lock ends with the process, however that ends.
+    """
+    copies.mkdir(exist_ok=True)
+    for path in copies.glob("*.lock") if fcntl else ():
+        with contextlib.suppress(OSError), open(path, "rb") as file:  # OSError: its process lives, or has just ended
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+            path.unlink()
+    while True:
+        file = tempfile.NamedTemporaryFile(dir=copies, suffix=".lock", delete=False)  # noqa: SIM115 (its copy's life)
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(file.name):  # else another process found it before it was locked
+            return file
+        file.close()
 
 
 class _Parts:
