@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import time
+from typing import BinaryIO
 
 import vitcls
 from vitcls.core.cluster import Cluster
@@ -48,8 +49,15 @@ def _gather(cluster: Cluster, listener: socket.socket, visitors: list[socket.soc
     there: dict[int, socket.socket] = {}
     wait = _Wait()
     listener.settimeout(_PAUSE)
-    others = set(range(1, cluster.num_processes))
-    while missing := sorted(others - {process for process, connection in there.items() if _is_open(connection)}):
+    while True:
+        missing = sorted(set(range(1, cluster.num_processes)) - there.keys())
+        if not missing:
+            gone = [process for process, connection in there.items() if not _is_there(connection)]
+            if not gone:
+                return
+            for process in gone:
+                there.pop(process).close()  # where it was only slow, it comes again
+            continue
         who = f"process{'es' * (len(missing) > 1)} {', '.join(map(str, missing[:8]))}{', ...' * (len(missing) > 8)}"
         if not wait.goes_on(f"{who} of {cluster.num_processes}"):
             raise RunError(
@@ -61,7 +69,8 @@ def _gather(cluster: Cluster, listener: socket.socket, visitors: list[socket.soc
         except TimeoutError:
             continue
         connection.settimeout(_HELLO)
-        hello = _heard(connection)
+        with connection.makefile("rb") as file:
+            hello = _heard(file)
         if not hello.keys() >= _hello(cluster).keys():
             connection.close()  # whoever looks at ports
             continue
@@ -76,7 +85,7 @@ def _gather(cluster: Cluster, listener: socket.socket, visitors: list[socket.soc
             raise UserError(
                 f"process {process} has vitcls {hello['version']} and process 0 {vitcls.__version__}; install one"
             )
-        if process in there and _is_open(there[process]):  # else it was started again
+        if process in there and _is_there(there[process]):  # else it was started again
             raise UserError(f"two processes are number {process} of {cluster.num_processes}; number them from 0")
         there[process] = connection
 
@@ -87,10 +96,12 @@ def _report(cluster: Cluster) -> None:
     wait, reason = _Wait(), ""
     while wait.goes_on(f"process 0 at {cluster.coordinator}"):
         try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=_SOON) as connection:
-                connection.sendall(json.dumps(_hello(cluster)).encode() + b"\n")
+            address = host.strip("[]"), int(port)
+            with socket.create_connection(address, timeout=_SOON) as connection, connection.makefile("rb") as file:
+                connection.sendall(_line(_hello(cluster)))
                 connection.settimeout(_PATIENCE + _SOON)  # process 0 may have come later
-                verdict = _heard(connection)
+                while (verdict := _heard(file)).get("asked"):
+                    connection.sendall(b".")
         except OSError as error:
             reason = error.strerror or str(error)
         else:
@@ -110,31 +121,31 @@ def _hello(cluster: Cluster) -> dict:
     return {"process_id": cluster.process_id, "num_processes": cluster.num_processes, "version": vitcls.__version__}
 
 
-def _heard(connection: socket.socket) -> dict:
-    """The line that the other end says; {} where it says none of ours."""
-    with contextlib.suppress(OSError, ValueError), connection.makefile("rb") as file:
+def _heard(file: BinaryIO) -> dict:
+    """The next line that the other end says; {} where it says none of ours."""
+    with contextlib.suppress(OSError, ValueError):
         said = json.loads(file.readline(_LONGEST))
         return said if isinstance(said, dict) else {}
     return {}
 
 
+def _line(words: dict) -> bytes:
+    return json.dumps(words).encode() + b"\n"
+
+
 def _tell(visitors: list[socket.socket], verdict: dict) -> None:
     for connection in visitors:
         with contextlib.suppress(OSError), connection:
-            connection.sendall(json.dumps({"all_there": not verdict, **verdict}).encode() + b"\n")
+            connection.sendall(_line({"all_there": not verdict, **verdict}))
 
 
-def _is_open(connection: socket.socket) -> bool:
-    """Whether the other end, which says no more, is still there."""
-    connection.setblocking(False)
+def _is_there(connection: socket.socket) -> bool:
+    """Whether the process at the other end answers; it may have been killed while it waited."""
     try:
-        return connection.recv(1, socket.MSG_PEEK) != b""
-    except BlockingIOError:
-        return True
+        connection.sendall(_line({"asked": True}))
+        return connection.recv(1) == b"."
     except OSError:
         return False
-    finally:
-        connection.settimeout(_HELLO)
 
 
 def _listen(cluster: Cluster) -> socket.socket:
