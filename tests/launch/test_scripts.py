@@ -124,4 +124,5 @@ def test_a_signal_is_passed_on_and_nothing_is_started_again(ready):
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="setpriv (of util-linux) is not installed")
 def test_a_launcher_that_is_killed_leaves_nothing_running(ready):
     ready.kill()
-    ready.communicate(timeout=30)  # the pipes end with the last process that holds them
+    ready.communicate(timeout=30)  # the pipes end with the last process that holds them, or this raises
+    assert ready.returncode == -signal.SIGKILL
