@@ -62,7 +62,7 @@ class RecordImages:
         begin = int(offsets.min())
         data = self._read(int(indices[0]), begin, int((offsets + lengths).max()) - begin)
         return [
-            self.parse(data[offset - begin :][:length])[0]
+            self.parse(data[offset - begin : offset - begin + length])[0]
             for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True)
         ]
 
