@@ -18,7 +18,7 @@ from vitcls import cli
 from vitcls.core import sharding
 from vitcls.models import convolutions
 
-FORMS = ("xla", "shifted", "mixed", "merged")
+FORMS = ("xla", "shifted", "mixed", "merged", "dense")
 
 
 class Layer(NamedTuple):
@@ -45,6 +45,8 @@ LAYERS = (
     Layer(16, 4, 512, 512, groups=32, kernel=3, stride=1),
     Layer(16, 2, 1024, 1024, groups=32, kernel=3, stride=1),
     Layer(16, 16, 256, 256, groups=8, kernel=5, stride=1),
+    Layer(32, 32, 24, 24, groups=4, kernel=3, stride=1),
+    Layer(32, 32, 64, 64, groups=4, kernel=3, stride=1),
     # Depthwise.
     Layer(16, 16, 96, 96, groups=96, kernel=3, stride=1),
     Layer(16, 16, 144, 144, groups=144, kernel=3, stride=2),

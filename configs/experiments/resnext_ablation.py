@@ -60,7 +60,7 @@ def _config(preset, fusion, optimizer, share=1.0):
     config.dataset.fraction = max(share * config.dataset.fraction, 0.002)
     if preset == "full":
         return config
-    config.model.update(groups=4, group_width=4, width=16, depths=(1, 1, 1))
+    config.model.update(groups=4, group_width=3, width=12, depths=(1, 1, 1))
     config.batch_size = 32
     config.total = "200 steps" if preset == "smoke" else "1500 steps"
     return config

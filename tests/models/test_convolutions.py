@@ -42,7 +42,7 @@ def test_all_forms_of_a_grouped_convolution_are_the_concatenation_over_groups(si
     cases = {
         (padding, form): convolutions.GroupedConv(features, size, groups, stride, padding, form=form)
         for padding in paddings
-        for form in ("xla", "shifted", *(("mixed", "merged") if size == 3 else ()))
+        for form in ("xla", "shifted", *(("mixed", "merged", "dense") if size == 3 else ()))
     }
     expected = {padding: literal_grouped_conv(x, kernel, groups, stride, padding, 2) for padding, _ in cases}
 
@@ -106,8 +106,26 @@ def test_a_grouped_convolution_is_one_of_xla_unless_another_form_is_named():
         return "conv_general_dilated" in str(jax.make_jaxpr(lambda x: conv.init_with_output(jax.random.key(0), x))(x))
 
     assert uses_xla()
-    forms = ("auto", "xla", "mixed", "merged", "shifted", "cpu")
-    assert [uses_xla(form=form) for form in forms] == [True, True, True, True, False, False]
+    forms = ("auto", "xla", "mixed", "merged", "dense", "shifted", "cpu")
+    assert [uses_xla(form=form) for form in forms] == [True, True, True, True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    "images, groups, dense",
+    [
+        ((32, 16, 16, 128), 32, True),
+        ((32, 32, 32, 24), 4, True),
+        ((32, 32, 32, 64), 4, False),  # more than 2^20 numbers
+        ((4, 32, 32, 256), 32, False),  # more than 128 channels
+        ((32, 8, 8, 128), 32, False),  # fewer than 4,096 places
+        ((32, 16, 16, 96), 96, False),  # depthwise
+    ],
+)
+def test_groups_of_few_channels_in_many_places_are_one_convolution_on_a_cpu(images, groups, dense):
+    layer = convolutions.GroupedConv(images[-1], 3, groups, form="cpu")
+    x = jax.ShapeDtypeStruct(images, jnp.float32)
+    program = str(jax.make_jaxpr(lambda x: layer.init_with_output(jax.random.key(0), x))(x))
+    assert re.findall(r"feature_group_count=(\d+)", program) == ["1"] * dense
 
 
 RESNEXT = {"depths": (1, 1), "width": 8, "groups": 4, "group_width": 2, "stem": "small"}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from vitcls.core import errors
 
-GROUPED_CONV_FORMS = ("auto", "xla", "shifted", "mixed", "merged", "cpu")
+GROUPED_CONV_FORMS = ("auto", "xla", "shifted", "mixed", "merged", "dense", "cpu")
 
 
 def strided(x: jax.Array, stride: int) -> jax.Array:
@@ -95,8 +95,9 @@ class GroupedConv(nn.Module):
                    as the image
         'merged'   neighbouring groups as one of at least 64 channels, whose kernel has zeros between them: tensor cores
                    stand idle over 4 channels. Not for depthwise ones
-        'cpu'      what benchmarks/grouped_conv.py found the fastest for training on a CPU: 'shifted' for groups; with
-                   one group 'shifted' where the result is smaller than the kernel and so mostly made of padding,
+        'dense'    all groups as one in this way
+        'cpu'      what benchmarks/grouped_conv.py found the fastest for training on a CPU. For groups 'shifted', or
+                   'dense' for at most 128 channels in at least 4,096 places that are at most 2^20 numbers; with one group 'shifted' where the result is smaller than the kernel and so mostly made of padding,
                    'mixed' where a kernel of at most 7x7, with at least 128 pairs of channels, is used in at least
                    16,384 places, else 'xla'
         'auto'     'xla', which the trainer replaces by the platform's: `forms.for_device`
@@ -138,9 +139,11 @@ class GroupedConv(nn.Module):
         """The form for images of this shape [B, H, W, C], one of `_CONVOLUTIONS`."""
         if self.form != "cpu":
             return "xla" if self.form == "auto" else self.form
-        if self.groups > 1:
-            return "shifted"
         height, width = _result_shape(shape[1:3], self.kernel_size, self.stride, padding)
+        if self.groups > 1:
+            channels, places = max(shape[-1], self.features), shape[0] * height * width
+            small = channels <= 128 and places >= 2**12 and channels * places <= 2**20
+            return "dense" if small and self.groups < shape[-1] else "shifted"
         if min(height, width) < self.kernel_size and any(map(any, padding)):
             return "shifted"
         many_places = shape[0] * height * width >= _MANY_PLACES
@@ -209,17 +212,34 @@ def _shifted_conv(x: jax.Array, kernel: jax.Array, groups: int, stride: int, pad
 
 
 def _merged_conv(x: jax.Array, kernel: jax.Array, groups: int, stride: int, padding: _Padding) -> jax.Array:
-    """XLA's convolution with fewer groups, whose kernels are block diagonal."""
-    size, _, inputs, features = kernel.shape
+    """XLA's convolution with fewer groups, of enough channels for tensor cores."""
+    inputs = kernel.shape[2]
     enough = (merged for merged in range(1, groups + 1) if groups % merged == 0 and merged * inputs >= _MERGED_CHANNELS)
     merged = next(enough, groups)
     if merged == 1 or inputs == 1:
         return _xla_conv(x, kernel, groups, stride, padding)
+    return _xla_conv(x, _merge(kernel, groups, merged), groups // merged, stride, padding)
+
+
+def _dense_conv(x: jax.Array, kernel: jax.Array, groups: int, stride: int, padding: _Padding) -> jax.Array:
+    return _xla_conv(x, _merge(kernel, groups, groups), 1, stride, padding)
+
+
+def _merge(kernel: jax.Array, groups: int, merged: int) -> jax.Array:
+    """The kernel [k, k, C / G, F] of `groups` groups for `groups // merged` of them, [k, k, m * C / G, F]: block diagonal,
+    so that block i of the channels meets features i only.
+    """
+    size, _, inputs, features = kernel.shape
     blocks = kernel.reshape(size, size, inputs, groups // merged, merged, -1)
-    # [k, k, C / G, G / m, m, F / G] -> [k, k, m, C / G, G / m, m, F / G]: block i of the channels meets features i only
     blocks = jnp.einsum("hwigmf,nm->hwnigmf", blocks, jnp.eye(merged, dtype=kernel.dtype))
-    return _xla_conv(x, blocks.reshape(size, size, merged * inputs, features), groups // merged, stride, padding)
+    return blocks.reshape(size, size, merged * inputs, features)
 
 
 _MERGED_CHANNELS = 64
-_CONVOLUTIONS = {"xla": _xla_conv, "shifted": _shifted_conv, "mixed": _mixed_conv, "merged": _merged_conv}
+_CONVOLUTIONS = {
+    "xla": _xla_conv,
+    "shifted": _shifted_conv,
+    "mixed": _mixed_conv,
+    "merged": _merged_conv,
+    "dense": _dense_conv,
+}
