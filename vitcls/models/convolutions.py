@@ -97,9 +97,10 @@ class GroupedConv(nn.Module):
                    stand idle over 4 channels. Not for depthwise ones
         'dense'    all groups as one in this way
         'cpu'      what benchmarks/grouped_conv.py found the fastest for training on a CPU. For groups 'shifted', or
-                   'dense' for at most 128 channels in at least 4,096 places that are at most 2^20 numbers; with one group 'shifted' where the result is smaller than the kernel and so mostly made of padding,
-                   'mixed' where a kernel of at most 7x7, with at least 128 pairs of channels, is used in at least
-                   16,384 places, else 'xla'
+                   'dense' for at most 128 channels in at least 4,096 places that are at most 2^20 numbers; with one
+                   group 'shifted' where the result is smaller than the kernel and so mostly made of padding, 'mixed'
+                   where a kernel of at most 7x7, with at least 128 pairs of channels, is used in at least 16,384
+                   places, else 'xla'
         'auto'     'xla', which the trainer replaces by the platform's: `forms.for_device`
 
     `padding` is 'SAME', 'VALID' or the zeros on every side.
@@ -226,8 +227,8 @@ def _dense_conv(x: jax.Array, kernel: jax.Array, groups: int, stride: int, paddi
 
 
 def _merge(kernel: jax.Array, groups: int, merged: int) -> jax.Array:
-    """The kernel [k, k, C / G, F] of `groups` groups for `groups // merged` of them, [k, k, m * C / G, F]: block diagonal,
-    so that block i of the channels meets features i only.
+    """The kernel [k, k, C / G, F] of `groups` groups as [k, k, merged * C / G, F] of fewer: block diagonal, so that block i
+    of the channels meets features i only.
     """
     size, _, inputs, features = kernel.shape
     blocks = kernel.reshape(size, size, inputs, groups // merged, merged, -1)
