@@ -227,8 +227,8 @@ def _dense_conv(x: jax.Array, kernel: jax.Array, groups: int, stride: int, paddi
 
 
 def _merge(kernel: jax.Array, groups: int, merged: int) -> jax.Array:
-    """The kernel [k, k, C / G, F] of `groups` groups as [k, k, merged * C / G, F] of fewer: block diagonal, so that block
-    i of the channels meets features i only.
+    """The kernel [k, k, C / G, F] of `groups` groups as [k, k, merged * C / G, F] of fewer: block diagonal, so that
+    block i of the channels meets features i only.
     """
     size, _, inputs, features = kernel.shape
     blocks = kernel.reshape(size, size, inputs, groups // merged, merged, -1)
