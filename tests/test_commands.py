@@ -280,15 +280,19 @@ def test_predict_labels_files_and_names_those_it_cannot_read(trained, capsys, tm
         "feedback export --database=sqlite:///a.db",
         "inspect --config=configs/vit_digits.py",
         "retrain --workdir=a --feedback=sqlite:///a.db",
+        "experiment --config=configs/experiments/mnist_search.py",
+        "tune --config=configs/vit_digits.py --space=a",
+        "worth --config=configs/vit_digits.py --weights=a",
     ],
 )
 def test_what_is_written_is_a_path_on_this_machine(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     verb, *rest = arguments.split()
     command = importlib.import_module(cli._door(cli.VERBS[verb].module)).main
-    code, out, err = run(command, [*rest, "--out=s3://runs/x"], capsys)
+    flag = "--workdir" if verb in ("experiment", "tune", "worth") else "--out"
+    code, out, err = run(command, [*rest, f"{flag}=s3://runs/x"], capsys)
     assert (code, out) == (2, "")
-    assert err == "error: --out='s3://runs/x' is a URL; it must be a path on this machine\n"
+    assert err == f"error: {flag}='s3://runs/x' is a URL; it must be a path on this machine\n"
     assert not list(tmp_path.iterdir())
 
 

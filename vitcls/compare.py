@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vitcls import cli, data
-from vitcls import config as configs
+from vitcls.core import buckets
 from vitcls.core.errors import UserError
 from vitcls.metrics import METRICS, comparison
 from vitcls.metrics.resampling import LEVEL, RESAMPLES
@@ -150,7 +150,7 @@ def main(argv: list[str]) -> None:
     cli.add_import_argument(parser)
     parser.add_argument("--out", default="", metavar="DIR", help="where the comparison is written; default: nowhere")
     flags = parser.parse_args(argv)
-    configs.check_local(flags.out, "--out")
+    buckets.check_local(flags.out, "--out")
     result = compare(flags.workdirs, flags.out)
     print(pages.to_markdown(result), end="")
     if flags.out:

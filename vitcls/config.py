@@ -215,7 +215,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     for block, entry in (("task", TASKS[task_name]), ("init", InitSettings), ("dataset", SOURCES.shared)):
         for key in paths(entry):
             path = resolved[block][key]
-            check_local(path, f"config.{block}.{key}")
+            buckets.check_local(path, f"config.{block}.{key}")
             if path and not (block == "init" and hub.is_name(path)):
                 resolved[block][key] = os.path.abspath(os.path.expanduser(path))
     return resolved.lock()
@@ -228,14 +228,8 @@ def place_of_data(path: str, name: str, key: str) -> str:
             known = " or ".join(f"{scheme}://BUCKET/DIR" for scheme in buckets.EXTRAS)
             raise UserError(f"{key}='{path}' cannot be used; give a directory, {known}")
         return path.rstrip("/")
-    check_local(path, key)
+    buckets.check_local(path, key)
     return path and os.path.abspath(os.path.expanduser(path))
-
-
-def check_local(path: str, key: str) -> None:
-    """Raises UserError for a URL, which would be taken for a directory called `gs:`."""
-    if buckets.is_url(path):
-        raise UserError(f"{key}='{path}' is a URL; it must be a path on this machine")
 
 
 def _complete(given: dict, defaults: dict, block: str = "config") -> dict:

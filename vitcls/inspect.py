@@ -17,7 +17,7 @@ import numpy as np
 
 from vitcls import cli, config_file, data
 from vitcls import config as configs
-from vitcls.core import sharding
+from vitcls.core import buckets, sharding
 from vitcls.core.errors import UserError
 from vitcls.data import duplicates
 from vitcls.data.duplicates import Look, Pairs
@@ -441,7 +441,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--config.KEY=VALUE changes a --config, and none is given")
     if not flags.out and not flags.workdir:
         raise UserError("--out=DIR says where the report is to be written")
-    configs.check_local(flags.out, "--out")
+    buckets.check_local(flags.out, "--out")
     config = _config(flags, overrides)
     cli.start_jax()
     data_dir = flags.data_dir if flags.config or flags.workdir else ""

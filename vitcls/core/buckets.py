@@ -29,6 +29,12 @@ def is_in_bucket(name: os.PathLike | str) -> bool:
     return re.match(rf"({'|'.join(EXTRAS)})://[^/]+/+[^/]", os.fspath(name)) is not None
 
 
+def check_local(path: str, key: str) -> None:
+    """Raises UserError for a URL, which would be taken for a directory called `gs:`."""
+    if is_url(path):
+        raise UserError(f"{key}='{path}' is a URL; it must be a path on this machine")
+
+
 def file_system(url: str, flag: str):
     """fsspec's file system of a URL. `flag` is where the user has said it.
 

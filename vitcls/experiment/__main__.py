@@ -20,6 +20,7 @@ from vitcls.core.errors import RunError, UserError
 from vitcls.experiment import budget, results, table, work
 from vitcls.experiment.table import Run, Table
 from vitcls.experiment.work import State
+from vitcls.training import places
 
 
 def main(argv: list[str]) -> None:
@@ -65,6 +66,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="say what would run, and how long it may take")
     parser.add_argument("--report_only", action="store_true", help="write the results of what has finished")
     flags = parser.parse_args(argv)
+    places.check_local(flags.workdir)
     if flags.folds is not None:
         flags.config = f"{flags.config},{flags.folds}"
     flags.seeds = _seeds(flags.seeds)

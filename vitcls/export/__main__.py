@@ -15,7 +15,7 @@ import sys
 import tempfile
 
 from vitcls import cli
-from vitcls import config as configs
+from vitcls.core import buckets
 from vitcls.core.errors import RunError, UserError
 from vitcls.export.check import Passport
 from vitcls.export.compress import PRECISIONS
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
     flags = parser.parse_args(argv)
     if flags.table == bool(flags.format or flags.out) or bool(flags.format) != bool(flags.out):
         raise UserError("give --format and --out, or --table alone")
-    configs.check_local(flags.out or "", "--out")
+    buckets.check_local(flags.out or "", "--out")
     if flags.table and flags.quantize != "float32":
         raise UserError("--table has every precision; leave --quantize out")
     given = {"prune": flags.prune, "checkpoint": flags.checkpoint, "data_dir": flags.data_dir}

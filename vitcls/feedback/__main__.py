@@ -18,7 +18,7 @@ import shutil
 import sys
 
 from vitcls import cli
-from vitcls import config as configs
+from vitcls.core import buckets
 from vitcls.core.errors import UserError
 from vitcls.feedback import folder
 from vitcls.feedback.store import Row, Store, open_store
@@ -53,7 +53,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             which.add_argument("--image", metavar="SHA256", help="of the file, as list shows it")
             which.add_argument("--client", metavar="ID", help="as list shows it")
     flags = parser.parse_args(argv)
-    configs.check_local(getattr(flags, "out", ""), "--out")
+    buckets.check_local(getattr(flags, "out", ""), "--out")
     return flags
 
 

@@ -18,7 +18,7 @@ import sys
 from vitcls import cli, config_file
 from vitcls import config as configs
 from vitcls.calibrate import calibrate
-from vitcls.core import cluster
+from vitcls.core import buckets, cluster
 from vitcls.core.errors import UserError
 from vitcls.data.corrections import RECORD
 from vitcls.feedback.store import open_store
@@ -163,7 +163,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list]:
     if not flags.rollback and not (flags.feedback and flags.out):
         raise UserError("--feedback=URL and --out=DIR2 are needed, or --rollback; see --help")
     for name in ("workdir", "out"):
-        configs.check_local(getattr(flags, name) or "", f"--{name}")
+        buckets.check_local(getattr(flags, name) or "", f"--{name}")
     return flags, overrides
 
 

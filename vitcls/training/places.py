@@ -135,6 +135,12 @@ def check(name: os.PathLike | str) -> None:
         raise UserError(f"--workdir={name} cannot be used; give a directory, {known}")
 
 
+def check_local(name: os.PathLike | str) -> None:
+    """As `check`, of a directory with many runs, which cannot be in a bucket."""
+    buckets.check_local(os.fspath(name), _FLAG)
+    check(name)
+
+
 class Bucket(Place):
     """A workdir in a bucket, and its copy on this machine."""
 

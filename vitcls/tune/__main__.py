@@ -20,7 +20,7 @@ from vitcls import cli, config_file, jobs, ledger, status
 from vitcls import config as configs
 from vitcls.core.errors import RunError, UserError
 from vitcls.metrics import higher_is_better
-from vitcls.training import metrics_log, run_dir
+from vitcls.training import metrics_log, places, run_dir
 from vitcls.tune import results, search, space
 from vitcls.tune.search import Trial
 
@@ -154,6 +154,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, configs.ConfigDict]:
     parser.add_argument("--storage", default="", metavar="URL", help=ledger.HELP)
     parser.add_argument("--seed", type=int, default=0, help="of the search; the runs have that of the config")
     flags = parser.parse_args(rest)
+    places.check_local(flags.workdir)
     for name in ("trials", "workers"):
         if getattr(flags, name) < 1:
             raise UserError(f"--{name}={getattr(flags, name)} must be at least 1")

@@ -11,7 +11,6 @@ import pathlib
 import sys
 
 from vitcls import cli, config_file
-from vitcls import config as configs
 from vitcls.core.errors import RunError, UserError
 from vitcls.experiment import work
 from vitcls.experiment.table import Run
@@ -61,8 +60,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="trainings at a time; default: 1")
     cli.add_import_argument(parser)
     flags = parser.parse_args(rest)
-    places.check(flags.workdir)
-    configs.check_local(flags.workdir, "--workdir")
+    places.check_local(flags.workdir)
     flags.shares = _shares(flags.shares)
     if flags.steps < 4:
         raise UserError(f"--steps={flags.steps} is impossible; it must be at least 4")
