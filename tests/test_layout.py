@@ -1,6 +1,7 @@
 """The house keeps its floors: imports go down, never up, never in a circle, and the core stays light."""
 
 import ast
+import functools
 import pathlib
 
 import pytest
@@ -69,9 +70,18 @@ def module_of(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
 
 
+@functools.cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imports(path, *, top_level=False):
     """The modules that a file imports; with `top_level` only when it is imported itself."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return tuple(_imports(parsed(path), top_level))
+
+
+def _imports(tree, top_level):
     nodes = tree.body if top_level else ast.walk(tree)
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -154,7 +164,7 @@ def test_functions_are_short():
     lengths = sorted(
         node.end_lineno - node.lineno + 1
         for path in sources()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.FunctionDef)
     )
     assert lengths[len(lengths) // 2] < 9
