@@ -72,6 +72,18 @@ def test_export_is_a_folder_by_the_majority_of_votes(database, tmp_path, capsys)
     assert "new directory" in capsys.readouterr().err
 
 
+def test_export_fills_the_directory_it_is_in_and_what_a_link_means(database, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert cli.run(main, ["export", f"--database={database}", "--out=."]) == 0
+    assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == ["cat", "dog"]
+    (tmp_path / "link").symlink_to("later")
+    assert cli.run(main, ["export", f"--database={database}", f"--out={tmp_path}/link"]) == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "later" / "cat").is_dir()
+    assert cli.run(main, ["export", f"--database={database}", "--out=/dev/null/photos"]) == 2
+    assert capsys.readouterr().err == "error: /dev/null/photos cannot be written: Not a directory\n"
+
+
 def test_forget(database, tmp_path, capsys):
     assert cli.run(main, ["forget", f"--database={database}", "--client=ann"]) == 0
     assert "3 corrections" in capsys.readouterr().out

@@ -11,10 +11,8 @@ named; images on which they are even are left out and named.
 import argparse
 import datetime
 import json
-import os
 import pathlib
 import re
-import shutil
 import sys
 
 from vitcls import cli
@@ -22,6 +20,7 @@ from vitcls.core import buckets
 from vitcls.core.errors import UserError
 from vitcls.feedback import folder
 from vitcls.feedback.store import Row, Store, open_store
+from vitcls.report.part import Part
 
 
 def main(argv: list[str]) -> None:
@@ -82,14 +81,9 @@ def _export(store: Store, flags: argparse.Namespace) -> None:
     votes = folder.count_votes(store.rows())
     if not votes.labels:
         raise UserError(f"{store.url} has no feedback that could be exported")
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        unusable = folder.write(store, votes.labels, temporary)
-        temporary.mkdir(parents=True, exist_ok=True)
-        os.replace(temporary, out)  # which may be there, but empty
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with Part(out) as made:
+        unusable = folder.write(store, votes.labels, made.new)
+        made.replace()
     written = len(votes.labels) - len(unusable)
     print(f"{written:,} images of {len(set(votes.labels.values())):,} classes in {out}")
     for image in votes.ties:

@@ -30,7 +30,7 @@ class Part(contextlib.AbstractContextManager):
 
     def __init__(self, directory: os.PathLike | str, patience: float = 0.0):
         self._patience = patience
-        self.directory = pathlib.Path(os.path.abspath(directory))
+        self.directory = pathlib.Path(os.path.realpath(directory))  # what a link means, which stays
         self.new = self.directory.with_name(f".{self.directory.name}.new")  # to be filled
 
     def __enter__(self) -> "Part":
