@@ -1,7 +1,6 @@
 """The hyperparameters that Nimma & Uddagiri try for the custom CNN on MNIST (table III).
 
-    vitcls tune --config=configs/cnn_mnist.py --space=configs/spaces/mnist_cnn.py --workdir=runs/search --method=grid \\
-        --trials=243
+    vitcls tune --config=configs/cnn_mnist.py --space=configs/spaces/mnist_cnn.py --workdir=runs/search --method=grid
 
 All 243 combinations take days on 2 cores; `--method=tpe --trials=20` tries some. `:smoke` has a tenth of the epochs.
 """

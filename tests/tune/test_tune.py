@@ -303,6 +303,20 @@ def test_mistakes_are_one_line(keys, flags, words, tmp_path, capsys):
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize("trials, tried", [(None, 3), (2, 2), (9, 3)])
+def test_a_grid_is_tried_whole_unless_fewer_trials_are_asked_for(trials, tried, tmp_path, capsys):
+    (tmp_path / "config.py").write_text(FILES["config.py"])
+    (tmp_path / "space.py").write_text(
+        "from vitcls.tune import Choice, Space\n"
+        "def get_space():\n    return Space({'optimizer.accumulate': Choice((3, 5, 7))})\n"  # of batches of 16
+    )
+    arguments = [f"--{name}={tmp_path}/{name}.py" for name in ("config", "space")]
+    arguments += ["--method=grid", f"--workdir={tmp_path}/s", *([f"--trials={trials}"] if trials else [])]
+    assert cli.run(command.main, arguments) == 1
+    assert [t.values for t in trials_of(tmp_path / "s")] == [{"optimizer.accumulate": n} for n in (3, 5, 7)][:tried]
+    assert ("of which the first 2 are tried" in capsys.readouterr().err) == (tried == 2)
+
+
 def test_values_that_do_not_go_together_are_a_failed_trial_each(tmp_path, capsys):
     (tmp_path / "config.py").write_text(FILES["config.py"])
     (tmp_path / "space.py").write_text(

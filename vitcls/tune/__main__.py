@@ -10,6 +10,7 @@ Started again it goes on, with one worker to the same trials; the same command o
 import argparse
 import functools
 import json
+import logging
 import pathlib
 import sys
 from collections.abc import Mapping
@@ -24,6 +25,9 @@ from vitcls.training import metrics_log, places, run_dir
 from vitcls.tune import results, search, space
 from vitcls.tune.search import Trial
 
+_TRIALS = 20  # of a search that has no end of its own
+_logger = logging.getLogger("vitcls")
+
 
 class Search:
     """A search in its directory, and what runs."""
@@ -33,8 +37,7 @@ class Search:
         self.flags, self.config, self.space = flags, config, keys
         self.metric = config.checkpoint.metric
         self.maximize = higher_is_better(self.metric)
-        points = search.grid(keys) if flags.method == "grid" else range(flags.trials)
-        self._names = [f"{number:04d}" for number in range(min(flags.trials, len(points)))]
+        self._names = [f"{number:04d}" for number in range(_count(flags, keys))]
         self._processes = jobs.Jobs(flags.workers)
         self._values: dict[str, dict] = {}  # of what runs
         self._scores: dict[str, dict[str, float]] = {}
@@ -148,7 +151,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, configs.ConfigDict]:
     parser.add_argument("--space", required=True, metavar="FILE[:PRESET]", help="what is varied, of configs/spaces/")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the trials live")
     parser.add_argument("--method", choices=search.METHODS, default="tpe", help="default: tpe")
-    parser.add_argument("--trials", type=int, default=20, metavar="N", help="default: 20")
+    parser.add_argument("--trials", type=int, metavar="N", help=f"default: all of a grid, else {_TRIALS}")
     parser.add_argument("--pruner", choices=search.PRUNERS, default="none", help="which ends bad trials early")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="trials at a time")
     parser.add_argument("--storage", default="", metavar="URL", help=ledger.HELP)
@@ -156,9 +159,19 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, configs.ConfigDict]:
     flags = parser.parse_args(rest)
     places.check_local(flags.workdir)
     for name in ("trials", "workers"):
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name}={getattr(flags, name)} must be at least 1")
+        if (number := getattr(flags, name)) is not None and number < 1:
+            raise UserError(f"--{name}={number} must be at least 1")
     return flags, config_file.load(flags.config, overrides)
+
+
+def _count(flags: argparse.Namespace, keys: space.Space) -> int:
+    """How many trials: as many as are asked for, else all of a grid, and 20 by the other methods."""
+    if flags.method != "grid":
+        return flags.trials or _TRIALS
+    count = len(search.grid(keys))
+    if flags.trials and flags.trials < count:
+        _logger.warning("the grid has %s combinations, of which the first %s are tried", f"{count:,}", flags.trials)
+    return min(flags.trials or count, count)
 
 
 def _begin(searching: Search) -> None:
