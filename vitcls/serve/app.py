@@ -231,9 +231,9 @@ class _Guard:
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if self._loopback and name not in _LOOPBACK:
             return _error(403, "this server answers by the names of its own machine alone, as 127.0.0.1")
-        origin = headers.get(b"origin", b"").decode("latin-1").partition("://")[2]
+        foreign = b"origin" in headers and headers[b"origin"].decode("latin-1").partition("://")[2] != host  # or 'null'
         site = headers.get(b"sec-fetch-site", b"none")
-        if scope["method"] == "POST" and (origin not in ("", host) or site not in (b"none", b"same-origin")):
+        if scope["method"] == "POST" and (foreign or site not in (b"none", b"same-origin")):
             return _error(403, "pages of other sites may not ask")
         if self._token and scope["path"] not in _OPEN:
             given = headers.get(b"authorization", b"")
