@@ -143,7 +143,7 @@ class GroupedConv(nn.Module):
         height, width = _result_shape(shape[1:3], self.kernel_size, self.stride, padding)
         if self.groups > 1:
             channels, places = max(shape[-1], self.features), shape[0] * height * width
-            small = channels <= 128 and places >= 2**12 and channels * places <= 2**20
+            small = channels <= _FEW_CHANNELS and places >= _SOME_PLACES and channels * places <= _FEW_NUMBERS
             return "dense" if small and self.groups < shape[-1] else "shifted"
         if min(height, width) < self.kernel_size and any(map(any, padding)):
             return "shifted"
@@ -153,6 +153,7 @@ class GroupedConv(nn.Module):
 
 
 _Padding = tuple[tuple[int, int], tuple[int, int]]  # zeros above and below, left and right
+_FEW_CHANNELS, _SOME_PLACES, _FEW_NUMBERS = 128, 2**12, 2**20  # where 'dense' is not slower than 'shifted'
 _MANY_PLACES, _WIDE, _LARGEST_KERNEL = 2**14, 128, 7  # where 'mixed' is not slower than 'xla' in a step on a CPU
 
 
