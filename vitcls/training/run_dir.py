@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import time
+import uuid
 from collections.abc import Collection
 from typing import Any
 
@@ -261,11 +262,14 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a small file atomically."""
+    """Writes a small file atomically, also where several processes write it at once: the last one stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
