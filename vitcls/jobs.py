@@ -77,8 +77,9 @@ class Jobs(contextlib.AbstractContextManager):
                 text=True,
                 start_new_session=True,  # Ctrl-C is handed on, once
             )
-        process.stdin.write(json.dumps(config.to_dict()))
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already; `ended` says how
+            process.stdin.write(json.dumps(config.to_dict()))
+            process.stdin.close()
         self.running[name] = workdir, process, time.time()
 
     def stop(self, name: str) -> None:
