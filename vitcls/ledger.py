@@ -189,7 +189,9 @@ def start(storage: str, directory: pathlib.Path, pause: Callable[[float], None] 
         path = directory / JOB_FILE
         if not path.exists():
             _begin(database, path)
-        return Ledger(database, _job(database, path), pause)
+        job = _job(database, path)
+        database.first("UPDATE vitcls_ledger SET beat = beat WHERE job = ? AND name = ''", job)  # it can be written
+        return Ledger(database, job, pause)
 
 
 def read(storage: str, directory: pathlib.Path) -> dict[str, Entry]:

@@ -171,7 +171,7 @@ def _last_checkpoint(folder: pathlib.Path) -> int | None:
 
 def _checkpoints(folder: pathlib.Path) -> list[int]:
     with contextlib.suppress(OSError):
-        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
     return []
 
 

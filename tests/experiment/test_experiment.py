@@ -1,5 +1,6 @@
 """Tables of runs, with real processes: shared by workers, killed, failed, resumed, and reported."""
 
+import contextlib
 import csv
 import io
 import json
@@ -8,6 +9,7 @@ import pathlib
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -209,6 +211,77 @@ def test_rows_run_again_with_equal_time(done, file):
     assert "## As much training time for each" in out
 
 
+@pytest.fixture
+def copy(done, tmp_path):
+    """Of a table whose runs have finished, before any plan."""
+    directory = shutil.copytree(done[0], tmp_path / "copy")
+    (directory / "equal_time.json").unlink(missing_ok=True)
+    for path in directory.glob("runs/*-equal_time-*"):
+        shutil.rmtree(path)
+    return directory
+
+
+def test_a_plan_of_equal_time_is_of_the_whole_table(copy, file, monkeypatch, capsys):
+    """Though a part of it was chosen; and a row that came later gets the time of the others."""
+    started = []
+    monkeypatch.setattr(work.jobs.Jobs, "start", lambda self, name, *rest: started.append(name) or sys.exit(3))
+    flags = [f"--config={file}:equal", f"--workdir={copy}", "--only=wide-seed0|wide-equal_time-seed0"]
+    assert cli.run(command.main, flags) == 3
+    plan = json.loads((copy / "equal_time.json").read_text())
+    assert set(plan["steps"]) == {"narrow", "wide", "thin", "broad"} and started == ["wide-equal_time-seed0"]
+    del plan["steps"]["thin"]
+    (copy / "equal_time.json").write_text(json.dumps(plan | {"seconds": 7.0}))
+    assert cli.run(command.main, flags) == 3
+    again = json.loads((copy / "equal_time.json").read_text())
+    report = json.loads((copy / "runs" / "thin-seed0" / "report" / "metrics.json").read_text())
+    rates = [
+        12 / json.loads((copy / "runs" / f"thin-seed{seed}" / "report" / "metrics.json").read_text())["train_seconds"]
+        for seed in (0, 1)
+    ]
+    assert report["checkpoint_step"] == 12
+    assert again == {"seconds": 7.0, "steps": plan["steps"] | {"thin": round(7 * np.median(rates))}}
+    shutil.rmtree(copy / "runs" / "thin-seed0")
+    shutil.rmtree(copy / "runs" / "thin-seed1")
+    (copy / "equal_time.json").unlink()
+    assert cli.run(command.main, [*flags[:2], "--only=wide-seed0"]) == 0
+    assert not (copy / "equal_time.json").exists()  # not every row has finished
+    capsys.readouterr()
+
+
+def test_what_was_not_chosen_now_stays_in_the_results(copy, file, capsys):
+    for flags in (["--only=wide", "--report_only"], ["--seeds=1"]):
+        (copy / "results.csv").unlink()
+        assert cli.run(command.main, [f"--config={file}", f"--workdir={copy}", *flags]) == 0
+        rows = csv.DictReader(io.StringIO((copy / "results.csv").read_text()))
+        found = [f"{row['run']}-seed{row['seed']}" for row in rows if row["status"] == "finished"]
+        assert found == [f"{name}-seed{seed}" for seed in (0, 1) for name in ("narrow", "wide", "thin", "broad")]
+    capsys.readouterr()
+
+
+def test_files_that_were_damaged_are_one_line_each(copy, file, capsys):
+    def error_of(*flags):
+        assert cli.run(command.main, [*flags, f"--workdir={copy}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    for text in ('{"seconds": 7.0, "st', "[]", '{"seconds": "x", "steps": {}}'):
+        (copy / "equal_time.json").write_text(text)
+        assert "equal_time.json cannot be used; remove it and the runs of equal time" in error_of(
+            f"--config={file}:equal", "--list"
+        )
+    (copy / "equal_time.json").unlink()
+    (copy / "results.md").unlink()
+    (copy / "results.md").mkdir()
+    assert error_of(f"--config={file}", "--report_only") == (
+        f"error: {copy}/results.md cannot be written: Is a directory"
+    )
+    with contextlib.closing(sqlite3.connect(copy / "ledger.db")) as connection, connection:
+        connection.execute(
+            "CREATE TRIGGER no BEFORE UPDATE ON vitcls_ledger BEGIN SELECT RAISE(FAIL, 'the disk is read-only'); END"
+        )
+    assert "ledger.db cannot be used: the disk is read-only" in error_of(f"--config={file}")
+
+
 def test_folds_are_pooled(tmp_path, capsys):
     """Against scikit-learn on the predictions of all folds; each training image is in one of them."""
     (tmp_path / "tiny.py").write_text(
@@ -259,10 +332,12 @@ def test_a_stopped_run_that_was_evaluated_is_not_finished(trained, tmp_path, tin
         (["--only=nothing"], "--only 'nothing' is not known"),
         (["--only=("], "is no regular expression"),
         (["--seeds=a"], "--seeds=a is no list of numbers"),
+        (["--workers=²"], "--workers=² must be a number of processes"),
         (["--workers=0"], "--workers=0 must be a number of processes"),
         (["--override=total"], "--override=total must be KEY=VALUE"),
         (["--override=totl=3"], "key 'totl' is not known"),
         (["--config=nowhere.py"], "the config file 'nowhere.py' is not there"),
+        (["--config=configs/experiments/vit_ablation.py:smoke", "--list"], "holds the runs of another table, such as "),
         (["--config=configs/vit_digits.py"], "has no function get_table(), which returns a table of runs"),
         (
             ["--override=batch_size=32"],
@@ -290,11 +365,20 @@ def test_a_run_whose_process_was_killed_has_failed(tmp_path):
 
 
 def test_rows_have_names_of_their_own(tmp_path):
-    for rows, words in (("[]", "has no rows"), ("2 * [row]", "two rows of"), ("[bad]", "cannot be the name of a dir")):
+    for rows, words in (
+        ("[]", "has no rows"),
+        ("2 * [row]", "two rows of"),
+        ("[bad]", "cannot be the name of a dir"),
+        ("[number]", "cannot be the name of a dir"),
+        ("[long]", "cannot be the name of a dir"),
+        ("[row], seeds=()", "has no seeds"),
+        ("[row], seeds=('x',)", "must be whole numbers, and one is 'x'"),
+    ):
         (tmp_path / "t.py").write_text(
             "from vitcls.config import default_config\nfrom vitcls.experiment import Row, Table\n"
             "def get_table():\n"
-            "    row, bad = (Row(name, default_config('lenet5')) for name in ('a', 'a/b'))\n"
+            "    names = 'a', 'a/b', 3, 300 * 'a'\n"
+            "    row, bad, number, long = (Row(name, default_config('lenet5')) for name in names)\n"
             f"    return Table('t', 'a', {rows})\n"
         )
         with pytest.raises(ValueError, match=words):

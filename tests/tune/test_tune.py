@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -287,6 +288,19 @@ def test_importance_finds_the_key_that_matters():
         ),
         ({"batch_size": "Choice((8, 16))", "cost": "latency_ms"}, ["--pruner=median"], "goes by one objective"),
         ({}, [], "does not return a vitcls.tune.Space with keys"),
+        ({"seed": "(1, 2)"}, [], "'seed' is (1, 2); keys are text, and what they may be a Choice or a Number"),
+        ({"seed": "Number('a', 'b')"}, [], "'seed' goes from 'a' to 'b', which must be two numbers"),
+        ({"seed": "Number(0.1, float('inf'))"}, [], "'seed' goes from 0.1 to inf, which must be two numbers"),
+        (
+            {"batch_size": "Choice((8, 16))", "seed": "Choice((1, 2), {'batch_size': 4})"},
+            [],
+            "'seed' is for 'batch_size' of 4, which is none of its values",
+        ),
+        (
+            {"batch_size": "Choice((8, 16))"},
+            ["--config.checkpoint.metric=eval/acuracy"],
+            "config.checkpoint.metric 'eval/acuracy' is not known; did you mean 'eval/accuracy'",
+        ),
     ],
 )
 def test_mistakes_are_one_line(keys, flags, words, tmp_path, capsys):
@@ -301,6 +315,16 @@ def test_mistakes_are_one_line(keys, flags, words, tmp_path, capsys):
     err = capsys.readouterr().err
     assert words in err and len(err.splitlines()) == 1
     assert not (tmp_path / "s").exists()
+
+
+def test_a_damaged_note_of_a_search_is_one_line(searches, tmp_path, capsys):
+    directory = shutil.copytree(searches[0], tmp_path / "copy")
+    (directory / "search.json").write_text((directory / "search.json").read_text()[:99])
+    folder = searches[0].parent
+    flags = [f"--config={folder}/config.py", f"--space={folder}/space.py", f"--workdir={directory}", "--method=random"]
+    assert cli.run(command.main, flags) == 2
+    err = capsys.readouterr().err
+    assert f"{directory}/search.json cannot be read" in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("trials, tried", [(None, 3), (2, 2), (9, 3)])

@@ -106,7 +106,7 @@ def _from_slurm(environment: Mapping[str, str]) -> Cluster | None:
     port = environment.get("JAX_COORDINATOR_PORT") or str(_number(environment, "SLURM_JOB_ID") % 2**12 + 2**16 - 2**12)
     cluster = _checked("Slurm", f"{_first_host(environment['SLURM_STEP_NODELIST'])}:{port}", count, process)
     hosts = environment.get("SLURM_STEP_NUM_NODES", "")
-    shared = not hosts.isdigit() or count > int(hosts)
+    shared = not hosts.isdecimal() or count > int(hosts)
     return _of_shared_host(cluster, _number(environment, "SLURM_LOCALID"), environment) if shared else cluster
 
 
@@ -145,7 +145,7 @@ def _open_mpi_coordinator(environment: Mapping[str, str]) -> str:
         )
     number = job.partition(".")[0]
     port = environment.get("JAX_COORDINATOR_PORT") or str(
-        (int(number) // 2**12 if number.isdigit() else 0) % 2**12 + 61440
+        (int(number) // 2**12 if number.isdecimal() else 0) % 2**12 + 61440
     )
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

@@ -34,23 +34,32 @@ def main(argv: list[str]) -> None:
     if not flags.report_only:
         entries = work.work(runs, directory, flags.workers, flags.storage)
         if what.equal_time:
-            budget.plan(runs, _states(runs, entries), directory)
+            every = table.runs_of(what, directory, seeds=flags.seeds, overrides=flags.override)
+            budget.plan(every, _states(every, entries), directory)
             runs = _runs(what, directory, flags)
             entries = work.work(runs, directory, flags.workers, flags.storage)
     elif directory.is_dir():
         entries = ledger.read(flags.storage, directory)
     else:
         raise UserError(f"--workdir={directory} is not there; run the table first")
-    _report(what, runs, directory, entries)
+    _report(what, runs, _with_begun(runs, what, directory, flags), directory, entries)
 
 
 def _runs(what: Table, directory: pathlib.Path, flags: argparse.Namespace) -> list[Run]:
     """The runs that the flags choose; raises UserError where a workdir holds another."""
     whole = budget.with_equal_time(what, directory)
     runs = table.runs_of(whole, directory, only=flags.only, seeds=flags.seeds, overrides=flags.override)
-    for run in runs:
+    for run in _with_begun(runs, what, directory, flags):
         work.check_config(run)
     return runs
+
+
+def _with_begun(chosen: Sequence[Run], what: Table, directory: pathlib.Path, flags: argparse.Namespace) -> list[Run]:
+    """The runs that were chosen now or before, which are in the results; in the order of the table."""
+    whole = budget.with_equal_time(what, directory)
+    runs = {run.name: run for run in [*table.begun(whole, directory, flags.override), *chosen]}
+    places = [row.name for row in whole.rows]
+    return sorted(runs.values(), key=lambda run: (run.seed, places.index(run.row.name)))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -67,6 +76,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--report_only", action="store_true", help="write the results of what has finished")
     flags = parser.parse_args(argv)
     places.check_local(flags.workdir)
+    if os.path.exists(flags.workdir) and not os.path.isdir(flags.workdir):
+        raise UserError(f"--workdir={flags.workdir} is no directory; use another")
     if flags.folds is not None:
         flags.config = f"{flags.config},{flags.folds}"
     flags.seeds = _seeds(flags.seeds)
@@ -91,7 +102,7 @@ def _override(text: str) -> tuple[str, str]:
 
 
 def _workers(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= 256:
+    if not text.isdecimal() or not 1 <= int(text) <= 256:
         raise UserError(f"--workers={text} must be a number of processes, from 1 to 256")
     return int(text)
 
@@ -125,14 +136,16 @@ def _states(runs: Sequence[Run], entries: work.Entries) -> dict[str, State]:
     return states
 
 
-def _report(what: Table, runs: Sequence[Run], directory: pathlib.Path, entries: work.Entries) -> None:
-    """Writes the results; raises RunError where runs have failed."""
+def _report(
+    what: Table, chosen: Sequence[Run], runs: Sequence[Run], directory: pathlib.Path, entries: work.Entries
+) -> None:
+    """Writes the results of `runs`; raises RunError where some of those that were chosen have failed."""
     states = _states(runs, entries)
     print(results.write(what, runs, states, directory), end="")
     print(f"\nresults: {os.path.join(directory, 'index.html')}")
-    failures = sum(state.status == "failed" for state in states.values())
+    failures = sum(states[run.name].status == "failed" for run in chosen)
     if failures:
-        raise RunError(f"{failures} of {len(runs)} runs failed; the same command tries them again")
+        raise RunError(f"{failures} of {len(chosen)} runs failed; the same command tries them again")
 
 
 if __name__ == "__main__":

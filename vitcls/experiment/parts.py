@@ -92,7 +92,7 @@ def _part(
         values = [numbers(states[run.name]) for run in of_row if states[run.name].report]
         cells = [row, str(len(values)), *([letters.get(row, "")] if letters else [])]
         cells += [_mean(METRICS[name].show, [value[name] for value in values]) for name in table.metrics]
-        cells += [_mean(FACTS[name][1].format, [v[name] for v in values if name in v]) for name in table.facts]
+        cells += [_fact(name, [v[name] for v in values if name in v]) for name in table.facts]
         paper = of_row[0].row.paper
         rows.append(cells + [METRICS[name].show(paper[name]) if name in paper else "" for name in papers])
     return Part(title, head, rows, [*_count(runs, states), _SPREAD, *_letters(compared)], compared)
@@ -110,6 +110,11 @@ def _mean(show: Callable[[float], str], values: Sequence[float]) -> str:
         return "-"
     spread = f" ± {show(float(np.std(values, ddof=1)))}" if len(values) > 1 else ""
     return show(float(np.mean(values))) + spread
+
+
+def _fact(name: str, values: Sequence[float]) -> str:
+    """As `_mean`, without a spread where there cannot be one."""
+    return _mean(FACTS[name][1].format, values if len(set(values)) > 1 else values[:1])
 
 
 def _pooled(table: Table, runs: Sequence[Run], states: States, predictions: Mapping[str, Predictions]) -> Part:

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Sequence
 from html import escape
 
+from vitcls.core.errors import UserError
 from vitcls.core.terminal import printable
 from vitcls.experiment.parts import Part, States, numbers, parts_of
 from vitcls.experiment.table import Run, Table
@@ -23,12 +24,15 @@ COLUMNS = (
 
 
 def write(table: Table, runs: Sequence[Run], states: States, directory: pathlib.Path) -> str:
-    """Writes all of it into `directory`; returns the text of results.md."""
+    """Writes all of it into `directory`; returns the text of results.md. Raises UserError where it may not write."""
     parts = parts_of(table, runs, states)
-    run_dir.write_atomically(directory / "results.csv", to_csv(runs, states))
     text = to_markdown(table, parts)
-    run_dir.write_atomically(directory / "results.md", text)
-    run_dir.write_atomically(directory / "index.html", printable(_to_html(table, runs, states, parts, directory)))
+    try:
+        run_dir.write_atomically(directory / "results.csv", to_csv(runs, states))
+        run_dir.write_atomically(directory / "results.md", text)
+        run_dir.write_atomically(directory / "index.html", printable(_to_html(table, runs, states, parts, directory)))
+    except (PermissionError, IsADirectoryError) as error:
+        raise UserError(f"{error.filename2 or error.filename} cannot be written: {error.strerror}") from None
     return text
 
 

@@ -23,6 +23,7 @@ FACTS = {  # of metrics.json that are no metrics: head and format of a column
     "train_seconds": ("Training, s", "{:.0f}"),
 }
 _NAME = re.compile(r"[\w+.=-]+")
+_LONGEST = 200  # bytes
 _SEED = "-seed"  # between a row and its seed in the name of a run
 
 
@@ -84,11 +85,17 @@ def load(file: os.PathLike | str) -> Table:
     if not isinstance(table, Table):
         raise UserError(f"get_table() of {file} does not return a vitcls.experiment.Table")
     names = [row.name for row in table.rows]
-    if not names:
-        raise UserError(f"the table of {file} has no rows")
+    if not names or not table.seeds:
+        raise UserError(f"the table of {file} has no {'seeds' if names else 'rows'}")
+    for seed in table.seeds:
+        if not isinstance(seed, int):
+            raise UserError(f"the seeds of {file} must be whole numbers, and one is {seed!r}")
     for name, count in collections.Counter(names).items():
-        if not _NAME.fullmatch(name):
-            raise UserError(f"the row '{name}' of {file} cannot be the name of a directory; use letters and + - . = _")
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or len(os.fsencode(name)) > _LONGEST:
+            raise UserError(
+                f"the row '{str(name)[:80]}' of {file} cannot be the name of a directory; use letters and + - . = _, "
+                f"and not more than {_LONGEST}"
+            )
         if count > 1:
             raise UserError(f"two rows of {file} have the name '{name}'; give each its own")
     for row in table.rows:
@@ -117,7 +124,9 @@ def runs_of(
     try:
         wanted = re.compile(only)
     except re.error as error:
-        raise UserError(f"--only='{only}' is no regular expression: {error}") from None
+        raise UserError(
+            f"--only='{only}' is no regular expression: {error}; a \\ before a + takes it as it is"
+        ) from None
     runs = [
         Run(row, seed, directory / "runs" / f"{row.name}{_SEED}{seed}", tuple(overrides))
         for seed in seeds or table.seeds
@@ -132,6 +141,20 @@ def runs_of(
         except UserError as error:
             raise UserError(f"the run '{run.name}': {error}") from None
     return chosen
+
+
+def begun(table: Table, directory: pathlib.Path, overrides: Sequence[tuple[str, str]]) -> list[Run]:
+    """The runs of a table that are in its directory; raises UserError where all there are of another."""
+    rows = {row.name: row for row in table.rows}
+    names = sorted(path.name for path in (directory / "runs").glob("*") if path.is_dir())
+    runs = []
+    for name in names:
+        row, _, seed = name.rpartition(_SEED)
+        if row in rows and re.fullmatch(r"-?\d+", seed):
+            runs.append(Run(rows[row], int(seed), directory / "runs" / name, tuple(overrides)))
+    if names and not runs:
+        raise UserError(f"{directory} holds the runs of another table, such as {names[0]}; use another --workdir")
+    return runs
 
 
 def row_of(run: str) -> str:

@@ -71,7 +71,7 @@ def failed(entries: Entries) -> dict[str, str]:
 
 
 def _reason(code: int, last_line: str) -> str:
-    return last_line if code > 0 and last_line else f"its process ended with exit code {code}"
+    return last_line.removeprefix("failed: ") if code > 0 and last_line else f"its process ended with exit code {code}"
 
 
 def work(runs: Sequence[Run], directory: pathlib.Path, workers: int, storage: str) -> Entries:
@@ -153,6 +153,7 @@ class _Display(contextlib.AbstractContextManager):
         self._bar.n = min(share, len(self._runs))
         self._bar.set_description_str(", ".join(running) or "waiting for other workers", refresh=False)
         failures = len(failed({name: entry for name, entry in entries.items() if name in states}))
-        failed_so_far = f", {failures} failed" if failures else ""
-        time_left = "" if left is None else f", {datetime.timedelta(seconds=round(left / max(len(running), 1)))} left"
-        self._bar.set_postfix_str(failed_so_far + time_left)
+        said = [f"{failures} failed"] if failures else []
+        if left is not None:
+            said.append(f"{datetime.timedelta(seconds=round(left / max(len(running), 1)))} left")
+        self._bar.set_postfix_str(", ".join(said))  # tqdm puts a comma before

@@ -27,11 +27,11 @@ def _by_row(points: Points, label: str) -> Figure:
     for place, row in enumerate(rows):
         values = 100 * np.array([value for name, _, _, value in points if name == row])
         axes.barh(place, values.mean(), color=SKY, height=0.6, alpha=0.5)
-        axes.plot(values, np.full(len(values), place), "o", color=BLUE, ms=5)
+        axes.plot(values, np.full(len(values), place), "o", color=BLUE, ms=5, clip_on=False)
     axes.set_yticks(range(len(rows)), [shown[row] for row in rows])
     axes.invert_yaxis()
-    lowest = min(100 * value for *_, value in points)
-    axes.set(xlabel=f"{label} [%]", xlim=(max(0.0, lowest - 0.3 * (100 - lowest) - 1), None))
+    lowest, highest = (100 * limit(value for *_, value in points) for limit in (min, max))
+    axes.set(xlabel=f"{label} [%]", xlim=(max(0.0, lowest - 0.3 * (100 - lowest) - 1), 100 if highest > 95 else None))
     return figure
 
 

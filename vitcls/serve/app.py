@@ -228,7 +228,7 @@ class _Guard:
     def _refused(self, scope: Scope, headers: dict[bytes, bytes]) -> Response | None:
         """Why a request is not let in: a page of another site that acts for a user, a wrong name, no token."""
         host = headers.get(b"host", b"").decode("latin-1")
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
         if self._loopback and name not in _LOOPBACK:
             return _error(403, "this server answers by the names of its own machine alone, as 127.0.0.1")
         foreign = b"origin" in headers and headers[b"origin"].decode("latin-1").partition("://")[2] != host  # or 'null'

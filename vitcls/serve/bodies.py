@@ -48,7 +48,7 @@ async def read(request: Request, limits: Limits) -> Body:
 async def _chunks(request: Request, limits: Limits):
     """The body as it comes, up to its bound."""
     most = limits.body_bytes
-    if request.headers.get("content-length", "").isdigit() and int(request.headers["content-length"]) > most:
+    if request.headers.get("content-length", "").isdecimal() and int(request.headers["content-length"]) > most:
         raise Refused(413, f"a request has at most {most:,} bytes")
     read = 0
     async for chunk in request.stream():

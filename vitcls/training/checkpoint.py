@@ -139,7 +139,7 @@ def _tree_handler() -> ocp.PyTreeCheckpointHandler:
 def steps(directory: os.PathLike | str) -> list[int]:
     """The steps of which there is a finished checkpoint, oldest first."""
     directory = pathlib.Path(directory)
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit()) if directory.is_dir() else []
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal()) if directory.is_dir() else []
 
 
 def damage(folder: pathlib.Path) -> str | None:

@@ -1,5 +1,6 @@
 """What a run leaves on disk (see files.py), and how it is found again."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -79,7 +80,7 @@ class Workdir:
             step = checkpoint.latest_whole(folder, quarantine=False)
         elif which == "best":
             step = checkpoint.best(folder, self.config.checkpoint.metric)
-        elif which.isdigit() and int(which) in checkpoint.steps(folder):
+        elif which.isdecimal() and int(which) in checkpoint.steps(folder):
             step = int(which)
             if problem := checkpoint.damage(folder / which):
                 raise UserError(f"checkpoint {folder / which} cannot be used: {problem}")
@@ -261,8 +262,11 @@ def _same(old: Any, new: Any) -> bool:
     return durations.same(old, new)
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a small file atomically, also where several processes write it at once: the last one stays."""
+def write_atomically(path: pathlib.Path, text: str, *, once: bool = False) -> None:
+    """Writes a small file atomically, also where several processes write it at once.
+
+    The last one stays, and with `once` the first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -270,6 +274,10 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if once:
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from vitcls import cli, config_file, jobs, ledger, status
 from vitcls import config as configs
+from vitcls.core import errors
 from vitcls.core.errors import RunError, UserError
-from vitcls.metrics import higher_is_better
+from vitcls.metrics import METRICS, higher_is_better
 from vitcls.training import metrics_log, places, run_dir
 from vitcls.tune import results, search, space
 from vitcls.tune.search import Trial
@@ -129,6 +130,9 @@ def main(argv: list[str]) -> None:
     if config.dataset.validation == 0 and not config.dataset.num_folds:
         raise UserError("a search needs a validation split; set config.dataset.validation above 0")
     space.apply(config, {})
+    known = [f"eval/{name}" for name in METRICS]
+    if config.checkpoint.metric not in known:
+        raise errors.unknown("config.checkpoint.metric", config.checkpoint.metric, known)
     search.optuna()
     if keys.cost and flags.pruner != "none":
         raise UserError(f"--pruner={flags.pruner} goes by one objective, and the space has a cost too; leave it out")
@@ -181,13 +185,17 @@ def _begin(searching: Search) -> None:
     text |= {"config": searching.config.to_dict(), "space": keys, "cost": searching.space.cost}
     text = json.loads(json.dumps(text))
     file = searching.directory / "search.json"
-    if file.exists():
+    if not file.exists():  # another worker may write it meanwhile
+        run_dir.write_atomically(file, json.dumps(text, indent=2) + "\n", once=True)
+    try:
         there, now = (configs.flatten(tree) for tree in (json.loads(file.read_text(encoding="utf-8")), text))
-        changed = sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key))
-        if changed:
-            raise UserError(f"{searching.directory} holds another search: {changed[0]} differs; use another --workdir")
-        return
-    run_dir.write_atomically(file, json.dumps(text, indent=2) + "\n")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{file} cannot be read ({cli.one_line(error)}); remove it, if the config and the space are this search's"
+        ) from None
+    changed = sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key))
+    if changed:
+        raise UserError(f"{searching.directory} holds another search: {changed[0]} differs; use another --workdir")
 
 
 if __name__ == "__main__":

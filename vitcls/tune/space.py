@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -61,6 +62,8 @@ def load(file: os.PathLike | str, config: ConfigDict) -> Space:
     if space.cost and space.cost not in COSTS:
         raise errors.unknown(f"cost of {file}", space.cost, COSTS)
     for key, values in space.keys.items():
+        if not isinstance(key, str) or not isinstance(values, (Choice, Number)):
+            raise UserError(f"{file}: {key!r} is {values!r}; keys are text, and what they may be a Choice or a Number")
         _check(key, values, space, os.fspath(file))
         for value in values.values if isinstance(values, Choice) else (values.low, values.high):
             config_file.override(config.copy_and_resolve_references(), key, str(value))
@@ -69,12 +72,19 @@ def load(file: os.PathLike | str, config: ConfigDict) -> Space:
 
 def _check(key: str, values: Choice | Number, space: Space, file: str) -> None:
     before = list(space.keys)[: list(space.keys).index(key)]
-    for other in values.only_if:
+    for other, wanted in values.only_if.items():
         if other not in before:
             raise UserError(f"{file}: '{key}' depends on '{other}', which does not stand before it")
+        if isinstance(space.keys[other], Choice) and wanted not in space.keys[other].values:
+            raise UserError(f"{file}: '{key}' is for '{other}' of {wanted!r}, which is none of its values")
     if isinstance(values, Choice) and not values.values:
         raise UserError(f"{file}: '{key}' has no values to choose from")
-    if isinstance(values, Number) and not (values.low < values.high and (values.low > 0 or not values.log)):
+    if not isinstance(values, Number):
+        return
+    ends = (values.low, values.high)
+    if not all(isinstance(end, (int, float)) and math.isfinite(end) for end in ends):
+        raise UserError(f"{file}: '{key}' goes from {ends[0]!r} to {ends[1]!r}, which must be two numbers")
+    if not (values.low < values.high and (values.low > 0 or not values.log)):
         raise UserError(f"{file}: '{key}' goes from {values.low} to {values.high}; with log=True from above 0")
 
 
