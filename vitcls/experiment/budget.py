@@ -46,8 +46,8 @@ def _read(file: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass
     raise UserError(
-        f"{file} cannot be used; remove it and the runs of equal time (runs/*-equal_time-*), and the same command plans "
-        "anew"
+        f"{file} cannot be used; remove it and the runs of equal time (runs/*-equal_time-*), and the same command plans"
+        " anew"
     )
 
 
