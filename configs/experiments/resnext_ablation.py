@@ -63,5 +63,5 @@ def _config(preset, fusion, optimizer, share=1.0):
         return config
     config.model.update(groups=4, group_width=3, width=12, depths=(1, 1, 1))
     config.batch_size = 32
-    config.total = "200 steps" if preset == "smoke" else "1500 steps"
+    config.total = "100 steps" if preset == "smoke" else "1500 steps"
     return config
