@@ -315,6 +315,7 @@ def test_a_small_file_is_replaced_and_never_half_written(tmp_path):
     with open(tmp_path / "x" / "config.json", encoding="utf-8") as reader:
         run_dir.write_atomically(tmp_path / "x" / "config.json", "new")
         assert reader.read() == "old"  # who reads has one or the other
+    run_dir.write_atomically(tmp_path / "x" / "config.json", "later", once=True)
     assert (tmp_path / "x" / "config.json").read_text() == "new"
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["config.json"]
 

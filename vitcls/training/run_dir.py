@@ -1,6 +1,5 @@
 """What a run leaves on disk (see files.py), and how it is found again."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -274,10 +273,13 @@ def write_atomically(path: pathlib.Path, text: str, *, once: bool = False) -> No
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        if once:
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, path)
-        else:
-            os.replace(temporary, path)
+        try:
+            (os.link if once else os.replace)(temporary, path)
+        except FileExistsError:  # another process was first
+            pass
+        except OSError:
+            if not once:
+                raise
+            os.replace(temporary, path)  # a disk without hard links
     finally:
         temporary.unlink(missing_ok=True)
