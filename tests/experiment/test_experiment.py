@@ -334,6 +334,7 @@ def test_a_stopped_run_that_was_evaluated_is_not_finished(trained, tmp_path, tin
         (["--seeds=a"], "--seeds=a is no list of numbers"),
         (["--workers=²"], "--workers=² must be a number of processes"),
         (["--workers=0"], "--workers=0 must be a number of processes"),
+        (["--folds=5"], "--folds=5 is of cross-validation: --config=configs/experiments/kfold.py:CONFIG"),
         (["--override=total"], "--override=total must be KEY=VALUE"),
         (["--override=totl=3"], "key 'totl' is not known"),
         (["--config=nowhere.py"], "the config file 'nowhere.py' is not there"),

@@ -25,7 +25,7 @@ from vitcls.training import places
 
 def main(argv: list[str]) -> None:
     flags = _parse(argv)
-    what = table.load(flags.config)
+    what = _table(flags)
     directory = pathlib.Path(flags.workdir)
     runs = _runs(what, directory, flags)
     if flags.list:
@@ -43,6 +43,15 @@ def main(argv: list[str]) -> None:
     else:
         raise UserError(f"--workdir={directory} is not there; run the table first")
     _report(what, runs, _with_begun(runs, what, directory, flags), directory, entries)
+
+
+def _table(flags: argparse.Namespace) -> Table:
+    what = table.load(flags.config)
+    if flags.folds is None:
+        return what
+    if not what.pooled:
+        raise UserError(f"--folds={flags.folds} is of cross-validation: --config=configs/experiments/kfold.py:CONFIG")
+    return table.load(f"{flags.config},{flags.folds}")
 
 
 def _runs(what: Table, directory: pathlib.Path, flags: argparse.Namespace) -> list[Run]:
@@ -78,8 +87,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     places.check_local(flags.workdir)
     if os.path.exists(flags.workdir) and not os.path.isdir(flags.workdir):
         raise UserError(f"--workdir={flags.workdir} is no directory; use another")
-    if flags.folds is not None:
-        flags.config = f"{flags.config},{flags.folds}"
     flags.seeds = _seeds(flags.seeds)
     flags.override = [_override(text) for text in flags.override]
     flags.workers = _workers(flags.workers)
