@@ -3,7 +3,8 @@
     vitcls experiment --config=configs/experiments/kfold.py:configs/vit_digits.py --folds=5 --workdir=runs/kfold
 
 The test split is never read: reports are of the folds. In place of a config a preset: `:smoke` is the improved ViT on
-digits, `:cpu` LeNet-5 on MNIST, `:full` the improved ViT on CIFAR-100, for an accelerator, not run yet.
+digits, `:cpu` LeNet-5 on MNIST, `:full` the improved ViT on CIFAR-100, for an accelerator, a third of an hour on
+an H100 at its ceilings (docs/experiments.md), not run yet.
 """
 
 import pathlib

@@ -4,7 +4,8 @@
 
 Each value that the paper tried, one at a time around its best: learning rate, batch size, epochs, layers, filter size.
 `configs/spaces/mnist_cnn.py` has the same space for a search. `:smoke` is digits; `:cpu` a twentieth of MNIST's
-training images, 3 hours on 2 idle cores; `:full` all of them, on an accelerator, not run yet.
+training images, 3 hours on 2 idle cores; `:full` all of them, on an accelerator, about an hour, most of it compiling
+(docs/experiments.md), not run yet.
 """
 
 import pathlib

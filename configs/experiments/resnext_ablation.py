@@ -5,7 +5,7 @@
 ResNeXt with a fixed rate (SGD), with fusion, with the adaptive rate (Adam), with both; the base and the improved
 network on 1 % and 10 % of the training images; and all of them on test images with Gaussian noise of five strengths.
 `:smoke` is digits; `:cpu` a tenth of CIFAR-10 with small networks, 2 to 3 hours on 2 cores; `:full` CIFAR-10 on an
-accelerator, not run yet.
+accelerator, 1.4 hours on an H100 at its ceilings (docs/experiments.md), not run yet.
 """
 
 import pathlib

@@ -2,7 +2,8 @@
 
     vitcls experiment --config=configs/experiments/resnext_comparison.py:smoke --workdir=runs/resnext_comparison
 
-`:smoke` is small models on digits; `:cpu` a tenth of CIFAR-10; `:full` CIFAR-10 on an accelerator, not run yet.
+`:smoke` is small models on digits; `:cpu` a tenth of CIFAR-10; `:full` CIFAR-10 on an accelerator, 2.6 hours on an H100
+at its ceilings (docs/experiments.md), not run yet.
 """
 
 import pathlib

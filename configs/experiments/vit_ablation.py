@@ -2,7 +2,8 @@
 
     vitcls experiment --config=configs/experiments/vit_ablation.py:smoke --workdir=runs/vit_ablation
 
-`:smoke` is digits; `:cpu` a tenth of CIFAR-100 with a small model; `:full` CIFAR-100 on an accelerator, not run yet.
+`:smoke` is digits; `:cpu` a tenth of CIFAR-100 with a small model; `:full` CIFAR-100 on an accelerator, 3.1 hours on an
+H100 at its ceilings (docs/experiments.md), not run yet.
 """
 
 import pathlib

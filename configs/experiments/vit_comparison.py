@@ -3,7 +3,7 @@
     vitcls experiment --config=configs/experiments/vit_comparison.py:smoke --workdir=runs/vit_comparison
 
 `:smoke` is small models on scikit-learn's digits, minutes on 2 cores; `:cpu` a tenth of CIFAR-100, hours on 2 cores;
-`:full` CIFAR-100 on an accelerator, about 15 x 20 minutes on an H100 by its ceilings, not run yet.
+`:full` CIFAR-100 on an accelerator, 2.4 hours on an H100 at its ceilings (docs/experiments.md), not run yet.
 """
 
 import pathlib

@@ -4,7 +4,8 @@
 
 Between its two products each block has a depthwise convolution and squeeze-excite, which move many bytes and multiply
 little (docs/performance.md): so in some blocks only, with the gate on the narrow input, or both.
-`:smoke` is digits; `:cpu` a tenth of CIFAR-100 with a small model; `:full` CIFAR-100 on an accelerator, not run yet.
+`:smoke` is digits; `:cpu` a tenth of CIFAR-100 with a small model; `:full` CIFAR-100 on an accelerator, 3.3 hours on an
+H100 at its ceilings (docs/experiments.md), not run yet.
 """
 
 import pathlib
