@@ -184,6 +184,9 @@ def test_errors_and_results_name_what_the_user_has_typed(finished, server, train
     tiny_config.seed = 1
     with pytest.raises(UserError, match=f"^{finished} holds a run with another config.json: seed was 0, is 1"):
         train_and_evaluate(tiny_config, finished)
+    tiny_config.seed, tiny_config.total = 0, "16 steps"
+    with pytest.raises(UserError, match=f"which may begin with its weights: --config.init.weights={finished} "):
+        train_and_evaluate(tiny_config, finished)
     result = compare.compare([finished, other])
     assert [run["workdir"] for run in result["runs"]] == [finished, other]
     assert [group["name"] for group in result["groups"]] == ["run"]

@@ -239,6 +239,8 @@ def _check_same(path: pathlib.Path, name: str, text: str, free: Collection[str])
         advice = "use another --workdir"
         if changed == ["dataset.data_dir"]:
             advice = "if the data have moved, leave the config as it was and add --data_dir=DIR"
+        if changed == ["total"]:
+            advice += f", which may begin with its weights: --config.init.weights={path} --config.init.head=keep"
         if name == FROZEN_FILE:
             raise UserError(
                 f"what config.task keeps fixed (a teacher's weights) is not what the run in {path} began with; give "
