@@ -252,6 +252,9 @@ def test_probes_are_compared_with_a_training(trained, tiny_file, tmp_path, capsy
     assert code == 2 and "holds a probe" in err
     code, _, err = run(capsys, f"--config={tiny_file}", f"--workdir={places[0]}", main=main.main)
     assert code == 2 and "probe.classifier was 'svm', is ''" in err
+    others = ["--features=pixels", "--classifier=knn", f"--config={tiny_file}", f"--workdir={places[0]}"]
+    code, _, err = run(capsys, *others)
+    assert code == 2 and "probe.classifier was 'svm', is 'knn'" in err and len(err.splitlines()) == 1  # no work before
 
 
 @pytest.mark.parametrize("classifier", ["linear", "svm"])

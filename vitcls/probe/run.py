@@ -1,5 +1,6 @@
 """A probe in a workdir: features, classifier, report."""
 
+import functools
 import logging
 import os
 import pathlib
@@ -18,6 +19,7 @@ from vitcls.probe import classifiers, features, few_shot, network
 from vitcls.probe.classifiers import CLASSIFIERS, Examples
 from vitcls.report.part import Part
 from vitcls.training import facts, initial, places, run_dir
+from vitcls.training.files import CONFIG_FILE
 
 _logger = logging.getLogger("vitcls")
 _OF_TRAINING = ("Objective", "Checkpoint", "Test-time augmentation")  # facts that a probe has not
@@ -50,10 +52,14 @@ def probe(config: configs.ConfigDict, path: os.PathLike | str, *, data_dir: str 
         prepared = prepare(config, place.path, data_dir)
         config, source, dataset, info, start = prepared
         with place.hold(), Part(place.path / "report") as made:
+            record = start and start.record
+            begin = functools.partial(run_dir.begin, place.path, config, info, place=source, initial=record)
+            if (place.path / CONFIG_FILE).exists():  # of another run perhaps, which is refused before the work
+                begin()
             partition = sharding.all_devices("data")
             extractor = features.make_extractor(config, info, start, partition)
             splits, seconds = _examples(config, dataset, extractor, partition)
-            run_dir.begin(place.path, config, info, place=source, initial=start and start.record)
+            begin()
             return _fit_and_report(made, prepared, place.path, splits, seconds, extractor.variables)
 
 
