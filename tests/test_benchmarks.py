@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import re
@@ -25,13 +26,14 @@ from benchmarks import (
     lease,
     program_cost,
     scaling,
+    search_orders,
     startup,
     throughput,
     versus,
     workload,
 )
 from benchmarks.peers import vit_fields
-from vitcls import models
+from vitcls import ledger, models
 from vitcls.core import sharding
 from vitcls.core.errors import UserError
 from vitcls.models import summary
@@ -344,3 +346,40 @@ def test_intervals_are_held_against_a_known_truth():
     for kind, method in (("percentile", "percentile"), ("basic", "basic"), ("BCa", "BCa")):
         expected = stats.bootstrap((values,), np.mean, method=method, n_resamples=20_000, rng=0).confidence_interval
         np.testing.assert_allclose(found[kind], expected, atol=0.01)
+
+
+def test_orders_of_a_search_are_counted_as_they_are():
+    """Against all of them: 720 of six combinations; of the grid 2! of its keys, by 2! and 3! of their values."""
+    scores = np.random.default_rng(0).normal(size=(2, 3))
+    drawn = np.array([np.maximum.accumulate(order) for order in itertools.permutations(scores.ravel())])
+    grids = np.array(
+        [
+            np.maximum.accumulate(grid.ravel())
+            for rows in itertools.permutations(range(2))
+            for columns in itertools.permutations(range(3))
+            for grid in (scores[np.ix_(rows, columns)], scores[np.ix_(rows, columns)].T)
+        ]
+    )
+    found = search_orders.rows(scores, orders=4000)
+    assert [row["trials"] for row in found] == [1, 2, 4, 6]
+    for row in found:
+        best, of_grid = drawn[:, row["trials"] - 1], grids[:, row["trials"] - 1]
+        assert row["random, mean best"] == pytest.approx(best.mean())
+        assert row["grid in any order, mean best"] == pytest.approx(of_grid.mean(), abs=0.05)
+        assert row["random better"] == pytest.approx((best[:, None] > of_grid).mean(), abs=0.03)
+        assert row["grid better"] == pytest.approx((best[:, None] < of_grid).mean(), abs=0.03)
+        assert row["this grid, best"] == scores.ravel()[: row["trials"]].max()
+
+
+def test_the_orders_of_a_search_need_a_whole_grid(tmp_path):
+    with pytest.raises(UserError, match="holds no search"):
+        search_orders.read(str(tmp_path))
+    queue = ledger.start("", tmp_path)
+    for number, (rate, depths) in enumerate(itertools.product((0.1, 0.2), ([2, 1], [4, 4], [7, 6]))):
+        if number == 5:
+            with pytest.raises(UserError, match="is no whole grid: 1 of 6 combinations have no score"):
+                search_orders.read(str(tmp_path))
+        queue.claim(f"{number:04d}", {})
+        values = {"optimizer.learning_rate": rate, "model.depths": depths}
+        queue.end(f"{number:04d}", 0, 1.0, "", {"values": values, "scores": {"5": number / 10}, "state": "finished"})
+    np.testing.assert_array_equal(search_orders.read(str(tmp_path)), np.arange(6).reshape(2, 3) / 10)
