@@ -36,7 +36,7 @@ def get_table(preset="full"):
     return Table(
         title="The improved ResNeXt50 against other networks",
         about="Table 1 of the paper of the improved ResNeXt50: five models with one recipe and one number of epochs, "
-        "then with one time. VGG is VGG-16 here; the paper does not say which.",
+        "then with one time. The paper's figures are of CIFAR-10; of its VGG it does not say which, here it is VGG-16.",
         rows=[
             Row(name, _config(name, preset), dict(zip(METRICS, paper, strict=True))) for name, paper in PAPER.items()
         ],

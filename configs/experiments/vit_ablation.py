@@ -35,10 +35,11 @@ def get_table(preset="full"):
     return Table(
         title="Ablation of the improved ViT",
         about="The plain ViT with a class token, with each part of the improved one alone, with all, and with all but "
-        "each. One recipe and one number of epochs; parameters differ by little.",
+        "each. One recipe and one number of epochs; what a part adds in parameters is a column.",
         rows=[Row(name, _config(preset, fields)) for name, fields in designs.items()],
         seeds=(0, 1) if preset == "smoke" else (0, 1, 2),
         metrics=("accuracy", "f1_macro", "loss"),
+        facts=("parameters",),
     )
 
 

@@ -36,7 +36,7 @@ def get_table(preset="full"):
     return Table(
         title="The improved ViT against convolutional networks",
         about="Table 1 of the paper of the improved ViT: five models with one recipe and one number of epochs, then "
-        "with one time. The AUC is that of hard predictions, which is what the paper's figures are.",
+        "with one time. The paper's figures are of CIFAR-100; its AUC can only be that of hard predictions.",
         rows=[
             Row(name, _config(name, preset), dict(zip(METRICS, paper, strict=True))) for name, paper in PAPER.items()
         ],

@@ -172,6 +172,7 @@ def test_the_results_hold_every_run_and_the_papers_figures_as_the_papers(done):
     mean, deviation = np.mean(accuracies), np.std(accuracies, ddof=1)
     assert f"| wide | 2 | a | {mean:.2%} ± {deviation:.2%} |" in text
     assert "8 of 10 runs have finished" in text and "Welch's t test over seeds" in text
+    assert "- Trained on synthetic: 86 images, for 300 steps or 12 steps in batches of 16; judged by 24 others." in text
     parameters = report["parameters"]
     assert f"| {parameters:,} |" in text  # of every seed alike: no deviation
     page = (directory / "index.html").read_text()

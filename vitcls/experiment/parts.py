@@ -1,7 +1,7 @@
 """The numbers of a table, part by part, and what may be said of their differences."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,8 @@ def _part(
         cells += [_fact(name, [v[name] for v in values if name in v]) for name in table.facts]
         paper = of_row[0].row.paper
         rows.append(cells + [METRICS[name].show(paper[name]) if name in paper else "" for name in papers])
-    return Part(title, head, rows, [*_count(runs, states), _SPREAD, *_letters(compared)], compared)
+    notes = [*_trained(runs, states), *_count(runs, states), _SPREAD, *_letters(compared)]
+    return Part(title, head, rows, notes, compared)
 
 
 def _by_row(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -136,7 +137,7 @@ def _pooled(table: Table, runs: Sequence[Run], states: States, predictions: Mapp
         "The intervals are of these models, on images drawn anew. Folds share most of their training images, so they "
         "do not say how accuracy differs between training sets (Bengio & Grandvalet 2004)."
     )
-    return Part("", head, rows, [*_count(runs, states), said])
+    return Part("", head, rows, [*_trained(runs, states), *_count(runs, states), said])
 
 
 def _interval(metric: Metric, value: float, low: float | None, high: float | None, **_) -> str:
@@ -155,6 +156,26 @@ def _corrupted(name: str, runs: Sequence[Run], states: States) -> Part:
     width = len(head)
     rows = [cells + ["-"] * (width - len(cells)) for cells in rows]
     return Part(f"Accuracy under {words}", head, rows, [_SPREAD])
+
+
+def _trained(runs: Sequence[Run], states: States) -> list[str]:
+    """On what the finished runs were trained, for how long, and how many images judge them."""
+    finished = [run for run in runs if states[run.name].status == "finished"]
+    if not finished:
+        return []
+    infos = [run_dir.open_workdir(run.workdir).info for run in finished]
+    names = _either(info.name for info in infos)
+    images = _either(f"{info.num_examples['train']:,}" for info in infos)
+    judges = _either(
+        f"{info.num_examples[run.config.report.split]:,}" for run, info in zip(finished, infos, strict=True)
+    )
+    total, batch = _either(run.config.total for run in finished), _either(run.config.batch_size for run in finished)
+    return [f"Trained on {names}: {images} images, for {total} in batches of {batch}; judged by {judges} others."]
+
+
+def _either(values: Iterable[Any]) -> str:
+    *others, last = dict.fromkeys(map(str, values))
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _count(runs: Sequence[Run], states: States) -> list[str]:
