@@ -2,10 +2,10 @@
 
     python -m benchmarks.search_orders --workdir=DIR [--orders=10000]
 
-DIR is that of `vitcls tune --method=grid` with a metric of which more is better; what counts are the trials that have
-ended, which must be all combinations of the values that they have. A grid runs through its values in some order, which
-nobody knows to be the good one: so the keys, and the values of each, are put in many random orders. The random search
-draws combinations without repetition; its mean is exact. Bergstra & Bengio 2012 compare the two so.
+DIR is that of `vitcls tune --method=grid` with a metric of which more is better; the trials that have finished must be
+all combinations of the values that were tried. A grid runs through its values in some order, which nobody knows to be
+the good one: so the keys, and the values of each, are put in many random orders. The random search draws combinations
+without repetition; its mean is exact. Bergstra & Bengio 2012 compare the two so.
 """
 
 import math
@@ -29,7 +29,7 @@ def read(workdir: str) -> np.ndarray:
     values = [list(dict.fromkeys(column)) for column in zip(*points, strict=True)]
     scores = np.full([len(of_key) for of_key in values], np.nan)
     for point, trial in zip(points, trials, strict=True):
-        if trial.score is not None:
+        if trial.state == "finished" and trial.score is not None:  # one that was pruned is of less training
             scores[tuple(map(list.index, values, point))] = trial.score
     missing = np.count_nonzero(np.isnan(scores))
     if missing:

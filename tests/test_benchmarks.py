@@ -375,11 +375,17 @@ def test_the_orders_of_a_search_need_a_whole_grid(tmp_path):
     with pytest.raises(UserError, match="holds no search"):
         search_orders.read(str(tmp_path))
     queue = ledger.start("", tmp_path)
-    for number, (rate, depths) in enumerate(itertools.product((0.1, 0.2), ([2, 1], [4, 4], [7, 6]))):
-        if number == 5:
-            with pytest.raises(UserError, match="is no whole grid: 1 of 6 combinations have no score"):
-                search_orders.read(str(tmp_path))
+
+    def end(number, rate, depths, state="finished"):
         queue.claim(f"{number:04d}", {})
         values = {"optimizer.learning_rate": rate, "model.depths": depths}
-        queue.end(f"{number:04d}", 0, 1.0, "", {"values": values, "scores": {"5": number / 10}, "state": "finished"})
+        queue.end(f"{number:04d}", 0, 1.0, "", {"values": values, "scores": {"5": number / 10}, "state": state})
+
+    *others, last = enumerate(itertools.product((0.1, 0.2), ([2, 1], [4, 4], [7, 6])))
+    for number, point in others:
+        end(number, *point)
+    end(6, *last[1], state="pruned")  # of less training than the others
+    with pytest.raises(UserError, match="is no whole grid: 1 of 6 combinations have no score"):
+        search_orders.read(str(tmp_path))
+    end(last[0], *last[1])
     np.testing.assert_array_equal(search_orders.read(str(tmp_path)), np.arange(6).reshape(2, 3) / 10)

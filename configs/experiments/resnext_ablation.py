@@ -3,7 +3,7 @@
     vitcls experiment --config=configs/experiments/resnext_ablation.py:smoke --workdir=runs/resnext_ablation
 
 ResNeXt with a fixed rate (SGD), with fusion, with the adaptive rate (Adam), with both; the base and the improved
-network on 1 % and 10 % of the training images; and all of them on test images with Gaussian noise of five strengths.
+network on 1 % (`:cpu` 2 %) and 10 % of the training images; all with five strengths of noise on the test images.
 `:smoke` is digits; `:cpu` a tenth of CIFAR-10 with small networks, 2 to 3 hours on 2 cores; `:full` CIFAR-10 on an
 accelerator, 1.4 hours on an H100 at its ceilings (docs/experiments.md), not run yet.
 """

@@ -95,7 +95,8 @@ def _part(
         cells += [_fact(name, [v[name] for v in values if name in v]) for name in table.facts]
         paper = of_row[0].row.paper
         rows.append(cells + [METRICS[name].show(paper[name]) if name in paper else "" for name in papers])
-    notes = [*_trained(runs, states), *_count(runs, states), _SPREAD, *_letters(compared)]
+    finished = [predictions[run.name] for run in runs if run.name in predictions]
+    notes = [*_trained(finished), *_count(runs, states), _SPREAD, *_letters(compared)]
     return Part(title, head, rows, notes, compared)
 
 
@@ -137,7 +138,7 @@ def _pooled(table: Table, runs: Sequence[Run], states: States, predictions: Mapp
         "The intervals are of these models, on images drawn anew. Folds share most of their training images, so they "
         "do not say how accuracy differs between training sets (Bengio & Grandvalet 2004)."
     )
-    return Part("", head, rows, [*_trained(runs, states), *_count(runs, states), said])
+    return Part("", head, rows, [*_trained([*predictions.values()]), *_count(runs, states), said])
 
 
 def _interval(metric: Metric, value: float, low: float | None, high: float | None, **_) -> str:
@@ -158,18 +159,15 @@ def _corrupted(name: str, runs: Sequence[Run], states: States) -> Part:
     return Part(f"Accuracy under {words}", head, rows, [_SPREAD])
 
 
-def _trained(runs: Sequence[Run], states: States) -> list[str]:
+def _trained(finished: Sequence[Predictions]) -> list[str]:
     """On what the finished runs were trained, for how long, and how many images judge them."""
-    finished = [run for run in runs if states[run.name].status == "finished"]
     if not finished:
         return []
-    infos = [run_dir.open_workdir(run.workdir).info for run in finished]
-    names = _either(info.name for info in infos)
-    images = _either(f"{info.num_examples['train']:,}" for info in infos)
-    judges = _either(
-        f"{info.num_examples[run.config.report.split]:,}" for run, info in zip(finished, infos, strict=True)
-    )
-    total, batch = _either(run.config.total for run in finished), _either(run.config.batch_size for run in finished)
+    names = _either(each.run.info.name for each in finished)
+    images = _either(f"{each.run.info.num_examples['train']:,}" for each in finished)
+    total = _either(each.run.config.total for each in finished)
+    batch = _either(each.run.config.batch_size for each in finished)
+    judges = _either(f"{len(each.labels):,}" for each in finished)
     return [f"Trained on {names}: {images} images, for {total} in batches of {batch}; judged by {judges} others."]
 
 
