@@ -15,7 +15,7 @@ Points = Sequence[tuple[str, str, float | None, float]]  # row, series, x, value
 
 
 def scores(points: Points, label: str, x_label: str = "") -> Figure:
-    """Every run as a dot with the mean of its row; by `x` with error bars of one deviation where the rows have it."""
+    """Every run as a dot, and the mean of its row; by `x` with error bars of one deviation where the rows have it."""
     return by_x(points, label, x_label) if x_label else _by_row(points, label)
 
 
@@ -26,12 +26,12 @@ def _by_row(points: Points, label: str) -> Figure:
     axes = figure.subplots()
     for place, row in enumerate(rows):
         values = 100 * np.array([value for name, _, _, value in points if name == row])
-        axes.barh(place, values.mean(), color=SKY, height=0.6, alpha=0.5)
-        axes.plot(values, np.full(len(values), place), "o", color=BLUE, ms=5, clip_on=False)
+        axes.plot(2 * [values.mean()], [place - 0.3, place + 0.3], color=ORANGE, lw=2.2, clip_on=False)
+        axes.plot(values, np.full(len(values), place), "o", color=BLUE, ms=5, alpha=0.8, clip_on=False)
     axes.set_yticks(range(len(rows)), [shown[row] for row in rows])
-    axes.invert_yaxis()
-    lowest, highest = (100 * limit(value for *_, value in points) for limit in (min, max))
-    axes.set(xlabel=f"{label} [%]", xlim=(max(0.0, lowest - 0.3 * (100 - lowest) - 1), 100 if highest > 95 else None))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="y", color=GRAY, alpha=0.3)
+    axes.set_xlabel(f"{label} [%]; a dot is a run, the line their mean")
     return figure
 
 
