@@ -169,9 +169,12 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, configs.ConfigDict]:
 
 
 def _count(flags: argparse.Namespace, keys: space.Space) -> int:
-    """How many trials: as many as are asked for, else all of a grid, and 20 by the other methods."""
+    """How many trials: as many as are asked for, else all of a grid, and 20 by the other methods; none twice."""
     if flags.method != "grid":
-        return flags.trials or _TRIALS
+        asked, most = flags.trials or _TRIALS, search.combinations(keys)
+        if asked > most:
+            _logger.warning("the space has %s combinations, each of which is tried once", f"{most:,}")
+        return min(asked, most)
     count = len(search.grid(keys))
     if flags.trials and flags.trials < count:
         _logger.warning("the grid has %s combinations, of which the first %s are tried", f"{count:,}", flags.trials)

@@ -5,6 +5,7 @@ as if nothing had happened, with one worker to the bit.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from vitcls.tune.space import Choice, Number, Space
 METHODS = ("tpe", "random", "grid")
 PRUNERS = ("none", "median", "hyperband")
 _GRID_POINTS = 5  # of a range
+_DRAWS = 20  # for values that were not tried yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +81,27 @@ def front(trials: Sequence[Trial], *, maximize: bool) -> list[Trial]:
 def propose(
     space: Space, method: str, seed: int, number: int, ended: Sequence[Trial], *, maximize: bool
 ) -> dict | None:
-    """The values of trial `number`, given those that have ended; None where a grid has no more."""
+    """The values of trial `number`, given those that have ended; None where a grid has no more.
+
+    What has ended is not proposed again where draws, or else the grid, find anything else.
+    """
     if method == "grid":
         points = grid(space)
         return points[number] if number < len(points) else None
+    tried = {json.dumps(trial.values) for trial in ended}
+    values: dict[str, Any] = {}
+    for again in range(_DRAWS):
+        values = _draw(space, method, (seed * 1_000_003 + number + again * 7_919_993) % 2**31, ended, maximize)
+        if json.dumps(values) not in tried:
+            return values
+    return next((point for point in grid(space) if json.dumps(point) not in tried), values)
+
+
+def _draw(space: Space, method: str, seed: int, ended: Sequence[Trial], maximize: bool) -> dict[str, Any]:
     library = optuna()
     samplers = {"tpe": library.samplers.TPESampler, "random": library.samplers.RandomSampler}
-    sampler = samplers[method](seed=(seed * 1_000_003 + number) % 2**31)
     directions = ["maximize" if maximize else "minimize", *(["minimize"] if space.cost else [])]
-    study = library.create_study(sampler=sampler, directions=directions)
+    study = library.create_study(sampler=samplers[method](seed=seed), directions=directions)
     for trial in scored(ended, space):
         study.add_trial(_frozen(library, space, trial))
     trial = study.ask()
@@ -123,6 +137,11 @@ def _distribution(library, what: Choice | Number):
         return library.distributions.CategoricalDistribution(range(len(what.values)))
     kind = library.distributions.IntDistribution if what.whole else library.distributions.FloatDistribution
     return kind(what.low, what.high, log=what.log)
+
+
+def combinations(space: Space) -> float:
+    """How many values a trial may have at the most; infinite where a key has a range."""
+    return math.prod(len(what.values) if isinstance(what, Choice) else math.inf for what in space.keys.values())
 
 
 def grid(space: Space) -> list[dict[str, Any]]:
