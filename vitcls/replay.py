@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vitcls import cli
-from vitcls.core import buckets
+from vitcls.core import buckets, extras
 from vitcls.core.errors import RunError, UserError
 from vitcls.training.files import CONFIG_FILE
 
@@ -26,7 +26,9 @@ def replay(id: str, databases: Sequence[str], image: pathlib.Path | None = None,
     Raises UserError where there is no receipt or no image, RunError, which says what has changed, where they differ.
     """
     from vitcls.feedback.store import open_store
-    from vitcls.serve import receipts
+
+    with extras.needed("vitcls replay", "serve"):
+        from vitcls.serve import receipts
 
     for database in databases:
         with contextlib.closing(open_store(database, create=False)) as store:

@@ -31,19 +31,31 @@ def test_temperature_finds_what_was_done_to_the_logits():
 
 
 def test_vector_scaling_is_the_optimum_of_its_loss():
-    """Against Nelder and Mead, which need no gradient."""
+    """Against Nelder and Mead, which need no gradient; with one example more, of any class."""
     labels, sure, _ = draw(400, num_classes=3)
     log_p = np.log(sure.astype(np.float64))
 
     def loss(parameters):
         weights, biases = parameters.reshape(2, 3)
-        return -np.mean(log_softmax(weights * log_p + biases, axis=1)[np.arange(400), labels])
+        each = log_softmax(weights * log_p + biases, axis=1)
+        return -(each[np.arange(400), labels].sum() + each.mean(axis=1).mean()) / 401
 
     start = np.array([1.0, 1, 1, 0, 0, 0])
     options = {"maxiter": 20_000, "maxfev": 20_000, "xatol": 1e-8, "fatol": 1e-12}
     expected = minimize(loss, start, method="Nelder-Mead", options=options)
     fitted = scaling.Vector.fit(labels, sure)
     assert loss(np.array([fitted.weights, fitted.biases]).ravel()) == pytest.approx(expected.fun, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["temperature", "vector"])
+def test_a_few_that_are_all_right_are_no_proof_that_none_is_wrong(method):
+    """As of a run whose validation images are few and right: what is fitted to them is no worse on others."""
+    labels, probabilities, _ = draw(2_000, num_classes=10, sharpness=1.0)
+    right = np.flatnonzero((probabilities.argmax(axis=1) == labels) & (probabilities.max(axis=1) > 0.8))
+    fitted = scaling.METHODS[method].fit(labels[right[:60]], probabilities[right[:60]])
+    others = np.concatenate([right[60:], np.flatnonzero(probabilities.argmax(axis=1) != labels)[:5]])
+    before, after = probabilities[others], fitted(probabilities[others])
+    assert log_loss(labels[others], after, labels=range(10)) < 1.3 * log_loss(labels[others], before, labels=range(10))
 
 
 def test_isotonic_scaling_is_a_regression_of_each_class():

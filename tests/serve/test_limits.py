@@ -131,6 +131,7 @@ def test_another_address_demands_a_token(trained, tmp_path):
         ([], "give one of --workdir=DIR and --artefact=FILE"),
         (["--artefact=/nowhere.zip"], "--artefact=/nowhere.zip is not there"),
         (["--workdir=/nowhere/at/all"], "/nowhere/at/all is not a directory"),
+        (["--workdir=tests"], "tests is not the workdir of a run: it has no config.json"),
         (["--workdir=.", "--database=sqlite://"], "a database of feedback is sqlite:///PATH or postgresql://"),
         (
             ["--workdir=tests", "--database=sqlite:////dev/null/f.db"],
@@ -148,6 +149,7 @@ def test_bad_flags_are_one_line(flags, words, tmp_path):
     lines = done.stderr.splitlines()
     assert done.returncode == 2, done.stderr
     assert words in lines[-1] and lines[-1].startswith("error: ") and "Traceback" not in done.stderr
+    assert not pathlib.Path("tests/feedback.db").exists()
 
 
 def hostile(rng):

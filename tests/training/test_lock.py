@@ -177,3 +177,9 @@ def test_a_lock_that_is_out_of_reach_for_a_while_is_held_on_to(tmp_path, quick, 
             time.sleep(0.02)
         assert (tmp_path / lock.LOCK_FILE).read_text() != before
         held.check()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="no directory here in which nobody may make a file")
+def test_a_place_that_cannot_be_written_to_is_said():
+    with pytest.raises(UserError, match=r"--workdir=/proc cannot be written to \(.*\); use another"):
+        LockFile("/proc").create("{}")

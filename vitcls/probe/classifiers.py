@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vitcls.metrics.scaling import Temperature
+
 
 class Examples(NamedTuple):
     """Images as a classifier sees them."""
@@ -72,16 +74,9 @@ def _head(score: Callable, width: int, temperature: float) -> tuple[np.ndarray, 
 
 
 def _temperature(scores: np.ndarray, labels: np.ndarray) -> float:
-    """That of the least cross-entropy, within four powers of ten around the spread of the scores."""
-    from scipy.optimize import minimize_scalar
-
+    """That of the least loss, within a factor of 50 around the spread of the scores."""
     spread = max(float(scores.std()), 1e-6)
-
-    def loss(log_temperature: float) -> float:
-        probabilities = _softmax(scores / (spread * np.exp(log_temperature)))
-        return -np.mean(np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-12)))
-
-    return spread * np.exp(minimize_scalar(loss, bounds=(-5, 5), method="bounded").x)
+    return spread * Temperature.fit(labels, _softmax(scores / spread)).temperature
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:

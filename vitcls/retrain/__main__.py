@@ -118,13 +118,15 @@ def _config(champion: run_dir.Workdir, out: pathlib.Path, flags: argparse.Namesp
         config.dataset.correction_weight = _WEIGHT
     config.total = flags.total or config.total
     config.init.update(weights=str(champion.path), head="keep")
-    config.dataset.update(
-        corrections=str(out / CORRECTIONS), correction_weight=flags.weight or config.dataset.correction_weight
-    )
+    config.dataset.corrections = str(out / CORRECTIONS)
+    if flags.weight is not None:
+        config.dataset.correction_weight = flags.weight
     config.dataset.data_dir = run_dir.data_dir(champion.path, config, flags.data_dir)
     for key, text in overrides:
         config_file.override(config, key, text)
-    return configs.resolve(config)
+    config = configs.resolve(config)
+    configs.validate(config)  # before the corrections are written
+    return config
 
 
 def _collect(url: str, champion: run_dir.Workdir, place: str, root: pathlib.Path) -> None:

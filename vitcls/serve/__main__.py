@@ -28,6 +28,7 @@ from vitcls import cli
 from vitcls.core import buckets, extras
 from vitcls.core.errors import UserError
 from vitcls.serve import databases
+from vitcls.training.files import CONFIG_FILE
 
 _logger = logging.getLogger("vitcls")
 _DRAIN = 30  # seconds that requests have to end after SIGTERM
@@ -128,6 +129,8 @@ def _database(flags) -> str:
     file = databases.of_workdir(workdir) if flags.workdir else artefact
     if not file.parent.is_dir():
         raise UserError(f"{file.parent} is not a directory")
+    if flags.workdir and not (workdir / CONFIG_FILE).is_file():
+        raise UserError(f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}")
     if flags.artefact and not pathlib.Path(flags.artefact).exists():
         raise UserError(f"--artefact={flags.artefact} is not there")
     databases.remember(file)

@@ -46,6 +46,8 @@ class LockFile:
                 file.write(text)
         except FileExistsError:
             return False
+        except OSError as error:
+            raise UserError(f"--workdir={self.workdir} cannot be written to ({error.strerror}); use another") from None
         return True
 
     def read(self) -> str | None:
