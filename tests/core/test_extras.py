@@ -33,19 +33,16 @@ def test_the_line_is_written_once_and_names_extras_that_there_are():
     assert [path.name for path, text in sources.items() if "pip install 'vitcls[" in text] == ["extras.py"]
 
 
-COMMANDS = {
-    "fastapi": ("vitcls.serve", ["--workdir=none"], "vitcls serve needs another package: pip install 'vitcls[serve]'"),
-    "sqlalchemy": (
-        "vitcls.feedback",
-        ["list", "--database=sqlite:///none.db"],
-        "the database of feedback needs another package: pip install 'vitcls[serve]'",
-    ),
-}
+COMMANDS = [
+    ("fastapi", "serve", ["--workdir=none"], "vitcls serve"),
+    ("sqlalchemy", "feedback", ["list", "--database=sqlite:///none.db"], "the database of feedback"),
+    ("sqlalchemy", "replay", ["0123", "--database=sqlite:///none.db"], "vitcls replay"),
+]
 
 
-@pytest.mark.parametrize("package", COMMANDS)
-def test_commands_end_with_that_line(package, tmp_path):
-    module, arguments, line = COMMANDS[package]
+@pytest.mark.parametrize(("package", "command", "arguments", "what"), COMMANDS)
+def test_commands_end_with_that_line(package, command, arguments, what, tmp_path):
+    module, line = f"vitcls.{command}", f"{what} needs another package: pip install 'vitcls[serve]'"
     code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv[1:] = {arguments!r}; "
     code += f"runpy.run_module({module!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)

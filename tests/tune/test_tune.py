@@ -83,9 +83,9 @@ def test_the_front_by_hand():
 
 @pytest.mark.parametrize("method", search.METHODS)
 def test_choices_may_be_tuples(method):
-    space = Space({"model.depths": Choice(((2, 1), (4, 4), (7, 6))), "batch_size": Choice((8, 16))})
+    space = Space({"model.depths": Choice(((2, 1), (4, 4), (7, 6))), "batch_size": Choice((8, 16, 32))})
     ended, seen = [], set()
-    for number in range(6):
+    for number in range(9):
         values = search.propose(space, method, 0, number, ended, maximize=True)
         config = config_file.load(ROOT / "configs" / "cnn_mnist.py")
         assert apply(config, json.loads(json.dumps(values))).model.depths == values["model.depths"]
@@ -93,7 +93,8 @@ def test_choices_may_be_tuples(method):
         ended.append(Trial(number, json.loads(json.dumps(values)), {"6": score}, "finished"))
         seen.add(values["model.depths"])
     assert seen == {(2, 1), (4, 4), (7, 6)}
-    assert not results.importance(ended, space)  # of six trials it would be chance
+    assert set(results.importance(ended, space)) == set(space.keys)
+    assert not results.importance(ended[:6], space)  # of six trials it would be chance
 
 
 @pytest.mark.parametrize("method", search.METHODS)

@@ -1,9 +1,8 @@
 """Probabilities made honest after training: maps that are fitted on a validation split.
 
 Each is a frozen dataclass, called with probabilities float [N, K] -> float64 [N, K], with `fit(labels, probabilities)`.
-A softmax's probabilities are its logits but for a constant, so all of them start from log p. Each is fitted as if there
-were one example more, of any class (Platt 1999, section 2.2, has two): else a few that are all right would make it
-certain of everything.
+A softmax's probabilities are its logits but for a constant, so all of them start from log p. The fits count
+one example more, of any class (Platt 1999, section 2.2, has two): else a few that are all right make them certain.
 """
 
 import dataclasses
@@ -45,10 +44,10 @@ class Temperature:
     def fit(cls, labels: np.ndarray, probabilities: np.ndarray) -> "Temperature":
         from scipy.optimize import minimize_scalar
 
-        log_p, targets = _log(probabilities), _targets(labels, probabilities.shape[1])
+        log_p = _log(probabilities)
         bounds = tuple(np.log(_RANGE))
         found = minimize_scalar(
-            lambda x: _loss(targets, log_p / np.exp(x)), bounds=bounds, method="bounded", options={"xatol": 1e-7}
+            lambda x: _loss(labels, log_p / np.exp(x)), bounds=bounds, method="bounded", options={"xatol": 1e-7}
         )
         return cls(float(np.exp(found.x)))
 
@@ -67,14 +66,15 @@ class Vector:
     def fit(cls, labels: np.ndarray, probabilities: np.ndarray) -> "Vector":
         from scipy.optimize import minimize
 
-        log_p, targets = _log(probabilities), _targets(labels, probabilities.shape[1])
+        log_p = _log(probabilities)
         count, num_classes = log_p.shape
+        targets = (count * np.eye(num_classes)[labels] + 1 / num_classes) / (count + 1)
 
         def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
             weights, biases = parameters.reshape(2, num_classes)
             z = weights * log_p + biases
             error = (_softmax(z) - targets) / count
-            return _loss(targets, z), np.concatenate([(error * log_p).sum(axis=0), error.sum(axis=0)])
+            return _loss(labels, z), np.concatenate([(error * log_p).sum(axis=0), error.sum(axis=0)])
 
         start = np.concatenate([np.ones(num_classes), np.zeros(num_classes)])
         found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x.reshape(2, num_classes)
@@ -164,15 +164,11 @@ def _softmax(z: np.ndarray) -> np.ndarray:
     return raised / raised.sum(axis=1, keepdims=True)
 
 
-def _targets(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """What is fitted to: of n + 1 examples n have the label, and one is shared by all classes. float64 [N, K]."""
-    count = len(labels)
-    return (count * np.eye(num_classes)[labels] + 1 / num_classes) / (count + 1)
-
-
-def _loss(targets: np.ndarray, z: np.ndarray) -> float:
-    top = z.max(axis=1)
-    return float(np.mean(np.log(np.exp(z - top[:, None]).sum(axis=1)) + top - (targets * z).sum(axis=1)))
+def _loss(labels: np.ndarray, z: np.ndarray) -> float:
+    """Of logits [n, K], in nats; of n + 1 examples n have the label, and one is shared by all classes."""
+    count, top = len(labels), z.max(axis=1)
+    wanted = (count * z[np.arange(count), labels] + z.mean(axis=1)) / (count + 1)
+    return float(np.mean(np.log(np.exp(z - top[:, None]).sum(axis=1)) + top - wanted))
 
 
 def _nll(labels: np.ndarray, probabilities: np.ndarray) -> float:
