@@ -52,10 +52,16 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def what_other_files_left():
-    """Is not searched for garbage again: with the traced programs of all models a single search takes seconds."""
+def what_a_file_leaves(request):
+    """Is let go of: the programs of all files together would take more memory than there is."""
+    gc.freeze()  # what is there is not searched for garbage meanwhile, which takes seconds
+    yield
+    for value in vars(request.module).values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
+    jax.clear_caches()
+    gc.unfreeze()
     gc.collect()
-    gc.freeze()
 
 
 # The files that take longest, which start first, so that no worker is left alone with one of them.

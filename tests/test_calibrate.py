@@ -98,6 +98,7 @@ def test_predict_gives_no_answer_where_none_is_promised(calibrated, photo, capsy
         (calibrate, ["--accuracy=a"], "--accuracy=a must be numbers"),
         (calibrate, ["--method=platt"], "--method"),
         (calibrate, ["--checkpoint=5"], "checkpoint '5' is not there"),
+        (calibrate, ["--data_dir=x"], "the images of 'synthetic' are in no directory; leave it out"),
         (predict, ["--coverage=0.97", "x.png"], "does not promise --coverage=0.97; it promises 0.5"),
         (predict, ["--coverage=0.5", "--accuracy=0.9", "x.png"], "are two promises"),
         (predict, ["--coverage=0.5", "--checkpoint=8", "x.png"], "is of the checkpoint 12, not 8"),

@@ -47,7 +47,13 @@ def run(command, arguments, capsys):
         ([DIGITS, "--workdir=x", "extra"], "'extra' belongs to no flag"),
         (["--config=configs/nothing.py", "--workdir=x"], "configs/nothing.py"),
         ([DIGITS, "--workdir=x", "--config.batch_sise=3"], "did you mean 'batch_size'?"),
-        ([DIGITS, "--workdir=x", "--config.model.hiden_dim=3"], "did you mean 'model.hidden_dim'?"),
+        (
+            [DIGITS, "--workdir=x", "--config.model.hiden_dim=3"],
+            "key of config.model 'hiden_dim' is not known; did you mean",
+        ),
+        ([DIGITS, "--workdir=x", "--config.optimizer.lr=1"], "key of config.optimizer 'lr' is not known. Known: accum"),
+        ([DIGITS, "--workdir=x", "--config.foo=1"], "config key 'foo' is not known. Known: augment, batch_size, "),
+        ([DIGITS, "--workdir=x", "--config.hidden_dim=1"], "did you mean 'model.hidden_dim'?"),
         ([DIGITS, "--workdir=x", "--config.optimiser.name=adam"], "did you mean 'optimizer.name'?"),
         ([DIGITS, "--workdir=x", "--config.batch_size=many"], "--config.batch_size=many is not a whole number"),
         ([DIGITS, "--workdir=x", "--config.optimizer.learning_rate=x"], "learning_rate=x is not a number"),
@@ -511,3 +517,20 @@ def test_ctrl_c_is_one_line():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (130, "half\n", "interrupted\n")
+
+
+@pytest.mark.parametrize("module", ["vitcls.main", "vitcls", "vitcls.serve"])
+def test_ctrl_c_while_it_is_loaded_is_one_line_too(module, tmp_path):
+    (tmp_path / "argparse.py").write_text("raise KeyboardInterrupt")
+    command = [sys.executable, "-m", module, "--help"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_a_module_that_cannot_be_imported_is_one_line(capsys):
+    code, _, err = run(predict.main, ["--workdir=x", "--import=nowhere", "a.png"], capsys)
+    assert (code, err) == (
+        2,
+        "error: argument --import: nowhere cannot be imported (No module named 'nowhere'); see --help\n",
+    )

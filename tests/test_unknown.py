@@ -84,6 +84,8 @@ def test_a_threshold_of_another_checkpoint_is_not_used(measured, tmp_path, capsy
     [
         (["--ood=nowhere"], "data set 'nowhere' is not known"),
         (["--ood=nowhere.npz"], "is not a file"),
+        (["--ood=/nowhere/at/all"], "is neither a folder of images, nor an .npz file, nor the name of a data set"),
+        (["--ood=synthetic"], "is what the run was trained on"),
         (["--ood={empty}"], "has no images"),
         ([], "--ood"),
         (["--ood=digits", "--score=magic"], "--score"),

@@ -11,6 +11,8 @@ docs/api.md has the rest. Nothing is imported before it is used.
 """
 
 import importlib
+import os
+import sys
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -34,3 +36,15 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return [*globals(), *__all__]
+
+
+def _end(kind, error, trace) -> None:
+    """In place of sys.excepthook: Ctrl-C while modules are imported is no error, as it is none later (cli.run)."""
+    if kind is KeyboardInterrupt:
+        os.write(2, b"interrupted\n")
+        os._exit(130)
+    sys.__excepthook__(kind, error, trace)
+
+
+if sys.argv and (sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) == "vitcls"):  # a command begins
+    sys.excepthook = _end

@@ -135,7 +135,7 @@ def _import(module: str) -> None:
     try:
         importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"--import={module}: {error}") from None
+        raise argparse.ArgumentTypeError(f"{module} cannot be imported ({error})") from None
 
 
 def add_groups_argument(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """Config files: Python modules with `get_config()` or `get_config(preset)`, and the command line's changes to it."""
 
 import ast
+import difflib
 import importlib.util
 import inspect
 import os
@@ -143,7 +144,11 @@ def override(config: ConfigDict, key: str, text: str | None) -> None:
     if blocks == ["task"] and name not in node and (tasks := _tasks_with(name)):
         raise UserError(f"--config.{key} is a key of another objective; add --config.task.name={tasks[0]}")
     if not isinstance(node, ConfigDict) or name not in node:
-        raise errors.unknown("config key", key, configs.flatten(config.to_dict()))
+        if blocks and isinstance(node, ConfigDict):
+            raise errors.unknown(f"key of config.{'.'.join(blocks)}", name, node)
+        keys = configs.flatten(config.to_dict())
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+        raise errors.unknown("config key", key, keys if near else config)
     value = parse(text, node.get_type(name), key)
     if key in NAMES and value != node[name]:
         block = blocks[0]

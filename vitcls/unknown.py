@@ -131,8 +131,12 @@ def _place(name: str) -> str:
 def _test_of(opened: Opened, name: str, data_dir: str) -> data.Split:
     """The test split of a data set by its name, or of an npz file."""
     config = opened.trained.config.dataset.copy_and_resolve_references()
-    in_file = name.endswith(".npz")
-    config.update(name="npz" if in_file else name, data_dir=os.path.abspath(name) if in_file else data_dir)
+    in_file, place = name.endswith(".npz"), os.path.abspath(name)
+    if not in_file and (os.sep in name or os.path.exists(name)):
+        raise UserError(f"--ood={name} is neither a folder of images, nor an .npz file, nor the name of a data set")
+    if place == config.data_dir if in_file else (name, data_dir or config.data_dir) == (config.name, config.data_dir):
+        raise UserError(f"--ood={name} is what the run was trained on; give images of something else")
+    config.update(name="npz" if in_file else name, data_dir=place if in_file else data_dir)
     config.update(fraction=1.0, num_folds=0, corrections="")
     with config.ignore_type():  # of a number
         config.image_size = tuple(opened.trained.info.image_shape[:2])

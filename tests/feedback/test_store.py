@@ -47,6 +47,7 @@ def test_each_is_kept_once_and_a_client_may_change_their_mind(store):
     ann, bob = sorted(store.rows(), key=lambda row: row.client)
     assert (ann.label, bob.label, ann.image) == ("dog", "cat", bob.image)
     assert (bob.answer, bob.model, bob.predicted, bob.probability) == ("answer-1", "weights", "dog", 0.75)
+    assert [row.client for row in store.rows()] == [bob.client, ann.client]  # the newest last
     assert store.image(ann.image) == b"a cat"
     found = store.summary()
     assert found.pop("newest") == max(ann.time, bob.time)

@@ -3,14 +3,20 @@
 import http.client
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
 
+import jsonschema
+import numpy as np
 import pytest
 import requests
 
 from tests.serve.running import base64_of, png, server
+from vitcls import calibrate, cli
+from vitcls.serve import model
+from vitcls.serve.explanations import Explain
 
 
 def same(found, said):
@@ -98,9 +104,45 @@ def test_what_it_says_of_itself(served, trained):
     assert about["explains"] and not about["calibrated"]
     assert str(trained) not in json.dumps(about)
     assert requests.get(f"{served.url}/healthz").json() == {"alive": True}
-    paths = requests.get(f"{served.url}/openapi.json").json()["paths"]
-    assert set(paths) >= {"/v1/predict", "/v1/feedback"}
-    assert "image/*" in paths["/v1/predict"]["post"]["requestBody"]["content"]
+
+
+def test_its_description_for_programs_is_what_it_does(served):
+    described = requests.get(f"{served.url}/openapi.json").json()
+    pytest.importorskip("openapi_spec_validator").validate(described)
+
+    def check(path, response, method="post"):
+        answers = described["paths"][path][method]["responses"]
+        said = answers.get(str(response.status_code), answers["default"])["content"]["application/json"]["schema"]
+        jsonschema.validate(response.json(), closed(said))
+        return response.json()
+
+    def takes(path, kind):
+        return set(described["paths"][path]["post"]["requestBody"]["content"][kind]["schema"].get("properties", {}))
+
+    for path in ("/healthz", "/readyz", "/v1/model", "/v1/feedback", "/v1/drift"):
+        check(path, requests.get(served.url + path), "get")
+    image, predict = base64_of(png(7)), f"{served.url}/v1/predict"
+    (one,) = check("/v1/predict", requests.post(predict, files={"file": png(7)}))["predictions"]
+    assert takes("/v1/predict", "application/json") == {"image", "images"}
+    check("/v1/predict", requests.post(predict, json={"images": [image, "no"]}))
+    assert check("/v1/predict", requests.post(predict, json={"image": "no"}))["predictions"][0]["error"]
+    assert "error" in check("/v1/predict", requests.post(predict, json={}))
+    assert "image/*" in described["paths"]["/v1/predict"]["post"]["requestBody"]["content"]
+    assert takes("/v1/feedback", "application/json") == {"image", "id", "right", "label"}
+    words = {"id": one["id"], "right": True, "image": image}
+    assert check("/v1/feedback", requests.post(f"{served.url}/v1/feedback", json=words))["label"]
+    assert "error" in check("/v1/feedback", requests.post(f"{served.url}/v1/feedback", json={}))
+    check("/v1/explain", requests.post(f"{served.url}/v1/explain", data=png(7)))
+
+
+def closed(schema):
+    """As it is, but that an object has no more than is named."""
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    parts = {key: closed(part) for key, part in schema.items()}
+    return {"additionalProperties": False} | parts if "properties" in schema else parts
 
 
 def test_an_explanation_has_its_evidence(served):
@@ -112,6 +154,15 @@ def test_an_explanation_has_its_evidence(served):
         response = requests.post(f"{served.url}/v1/explain?{query}", files={"file": png(3)})
         assert response.status_code == 422 and words in response.json()["error"]
     assert requests.post(f"{served.url}/v1/explain", data=b"no").json() == {"error": "the file is not an image"}
+
+
+def test_an_explanation_is_as_sure_as_the_calibrated_answer(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    assert cli.run(calibrate.main, [f"--workdir={run}", "--method=temperature"]) == 0
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    plain, calibrated = (model.of_workdir(workdir) for workdir in (trained, run))
+    sure = [one.answer([pixels], 1).probabilities.max() for one in (plain, calibrated)]
+    assert Explain(calibrated)(pixels)["probability"] == pytest.approx(sure[1]) != pytest.approx(sure[0], rel=1e-3)
 
 
 @pytest.mark.parametrize(("format", "name"), [("stablehlo", "run.zip"), ("saved_model", "run")])

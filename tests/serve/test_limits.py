@@ -129,27 +129,31 @@ def test_another_address_demands_a_token(trained, tmp_path):
     ("flags", "words"),
     [
         ([], "give one of --workdir=DIR and --artefact=FILE"),
-        (["--artefact=/nowhere.zip"], "--artefact=/nowhere.zip is not there"),
-        (["--workdir=/nowhere/at/all"], "/nowhere/at/all is not a directory"),
-        (["--workdir=tests"], "tests is not the workdir of a run: it has no config.json"),
-        (["--workdir=.", "--database=sqlite://"], "a database of feedback is sqlite:///PATH or postgresql://"),
+        (["--artefact=/nowhere.zip"], "/nowhere.zip is not there"),
+        (["--workdir=/nowhere/at/all"], "/nowhere/at/all is not the workdir of a run"),
+        (["--workdir=tests"], "tests is not the workdir of a run: its config.json cannot be read"),
+        (["--workdir=RUN", "--database=sqlite://"], "a database of feedback is sqlite:///PATH or postgresql://"),
         (
-            ["--workdir=tests", "--database=sqlite:////dev/null/f.db"],
+            ["--workdir=RUN", "--database=sqlite:////dev/null/f.db"],
             "/dev/null/f.db cannot be: /dev/null is not a directory",
         ),
         (["--workdir=tests", "--port=99999999"], "cannot be listened on"),
         (["--workdir=tests", "--workers=0"], "--workers=0 must be at least 1"),
         (["--workdir=tests", "--token_file=/nowhere"], "--token_file=/nowhere cannot be read: No such file"),
-        (["--artefact=README.md", "--database=sqlite:////tmp/x"], "README.md is no exported program of vitcls"),
+        (["--workdir=RUN", "--checkpoint=7"], "checkpoint '7' is not there; use 'last', 'best' or one of"),
+        (["--workdir=RUN", "--proxy=nginx"], "--proxy=nginx: 'nginx' is not an IP address"),
+        (["--artefact=README.md"], "README.md is no exported program of vitcls"),
     ],
 )
-def test_bad_flags_are_one_line(flags, words, tmp_path):
-    flags = [flag.replace("/tmp/x", f"{tmp_path}/f.db") for flag in flags]
+def test_bad_flags_are_one_line_and_nothing_is_left(flags, words, trained):
+    before = set(trained.iterdir())
+    flags = [flag.replace("RUN", str(trained)) for flag in flags]
     done = subprocess.run([sys.executable, "-m", "vitcls.serve", *flags], capture_output=True, text=True, timeout=120)
     lines = done.stderr.splitlines()
     assert done.returncode == 2, done.stderr
     assert words in lines[-1] and lines[-1].startswith("error: ") and "Traceback" not in done.stderr
-    assert not pathlib.Path("tests/feedback.db").exists()
+    assert set(trained.iterdir()) == before
+    assert not pathlib.Path("tests/feedback.db").exists() and not pathlib.Path("README.md.feedback.db").exists()
 
 
 def hostile(rng):

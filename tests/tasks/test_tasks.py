@@ -343,7 +343,7 @@ def test_a_name_on_the_command_line_decides_the_keys_of_its_block(tmp_path):
     config = main.parse([*flags, "--config.model.widths=(4, 8, 8)", "--config.model.name=lenet5"]).config
     assert config.model.widths == (4, 8, 8) and "depth" not in config.model
     assert main.parse([*flags, "--config.model.name=improved_vit_tiny"]).config.model.depth == 3
-    with pytest.raises(UserError, match=r"config key 'task.temprature' is not known; did you mean 'task.temperature'"):
+    with pytest.raises(UserError, match=r"key of config.task 'temprature' is not known; did you mean 'temperature'"):
         main.parse([*flags, "--config.task.name=distill", "--config.task.temprature=2"])
     with pytest.raises(UserError, match=r"--config.task.teacher is a key of another objective; add .*name=distill"):
         main.parse([*flags, "--config.task.teacher=x"])

@@ -72,6 +72,7 @@ def test_a_lock_is_released_and_leaves_no_directory_that_it_made(tmp_path):
         (OSError(errno.ENOSPC, "No space"), "OSError: [Errno 28] No space"),
         (UserError("another config"), None),
         (Stopped(143, "stopped"), None),
+        (KeyboardInterrupt(), None),  # a second one
     ],
 )
 def test_a_run_that_ends_by_an_error_leaves_why(error, failure, tmp_path):

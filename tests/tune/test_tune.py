@@ -286,7 +286,7 @@ def test_importance_finds_the_key_that_matters():
 @pytest.mark.parametrize(
     ("keys", "flags", "words"),
     [
-        ({"optimizer.learning_rat": "Number(1, 2)"}, [], "did you mean 'optimizer.learning_rate'"),
+        ({"optimizer.learning_rat": "Number(1, 2)"}, [], "did you mean 'learning_rate'"),
         ({"batch_size": "Choice(('a', 'b'))"}, [], "batch_size"),
         ({"batch_size": "Choice(())"}, [], "'batch_size' has no values to choose from"),
         ({"batch_size": "Number(8, 4)"}, [], "'batch_size' goes from 8 to 4"),
@@ -328,6 +328,18 @@ def test_mistakes_are_one_line(keys, flags, words, tmp_path, capsys):
     err = capsys.readouterr().err
     assert words in err and len(err.splitlines()) == 1
     assert not (tmp_path / "s").exists()
+
+
+def test_the_workdir_of_a_training_is_left_alone(trained, tmp_path, capsys):
+    files = set(trained.rglob("*"))
+    (tmp_path / "config.py").write_text(FILES["config.py"])
+    (tmp_path / "space.py").write_text(
+        "from vitcls.tune import Choice, Space\ndef get_space(): return Space({'seed': Choice((1, 2))})\n"
+    )
+    arguments = [f"--config={tmp_path}/config.py", f"--space={tmp_path}/space.py", f"--workdir={trained}"]
+    assert cli.run(command.main, arguments) == 2
+    assert "holds a run; give a directory for many" in capsys.readouterr().err
+    assert set(trained.rglob("*")) == files
 
 
 def test_a_damaged_note_of_a_search_is_one_line(searches, tmp_path, capsys):

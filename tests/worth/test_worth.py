@@ -15,7 +15,7 @@ from vitcls import cli, ledger, main, models
 from vitcls.models.variables import init_variables
 from vitcls.models.weights.to_torch import to_torch
 from vitcls.worth import __main__ as command
-from vitcls.worth import results
+from vitcls.worth import pace, results
 from vitcls.worth.results import Cell
 
 HERE = pathlib.Path(__file__)
@@ -35,7 +35,7 @@ def arguments(trained, tmp_path):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_the_table_has_every_method_and_is_not_made_twice(arguments, tmp_path, capsys):
-    arguments += ["--shares=100", "--steps=4"]
+    arguments += ["--shares=100", "--minutes=0.1"]
     assert cli.run(command.main, arguments) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     kept = json.loads((tmp_path / "out" / "worth.json").read_text())
@@ -57,8 +57,22 @@ def test_the_table_has_every_method_and_is_not_made_twice(arguments, tmp_path, c
     assert cli.run(command.main, arguments) == 0
     assert ledger.read("", tmp_path / "out") == entries
     capsys.readouterr()
-    assert cli.run(command.main, [*arguments, "--steps=8"]) == 2
-    assert "total was '4 steps', is '8 steps'" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "pace.json").read_text()) == {"minutes": 0.1, "steps": pace.LEAST}
+    for flag, words in (
+        ("--steps=8", "total was '20 steps', is '8 steps'"),
+        ("--minutes=9", "for --minutes=0.1; give"),
+    ):
+        assert cli.run(command.main, [*arguments[:-1], flag]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_the_steps_fill_the_time_that_is_there():
+    """Two short trainings of 8 steps, of 2 s a step and 14 s besides, and of 3 s a step and 26 s besides."""
+    costs = [pace.Cost(2.0, 30.0, 8), pace.Cost(3.0, 50.0, 8)]
+    assert pace.fitting(costs, 40 + 5 * 90) == (90, 40 + 5 * 90)
+    assert pace.fitting(costs, 40 + 5 * 90 - 1) == (89, 40 + 5 * 89)
+    assert pace.fitting(costs, 1e6) == (pace.MOST, 40 + 5 * pace.MOST)
+    assert pace.fitting(costs, 0.0) == (pace.LEAST, 40 + 5 * pace.LEAST)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +81,11 @@ def test_the_table_has_every_method_and_is_not_made_twice(arguments, tmp_path, c
         (["--shares=0,50"], "--shares=0,50 must be percentages"),
         (["--shares=a"], "--shares=a must be percentages"),
         (["--steps=1"], "--steps=1 is impossible"),
+        (["--minutes=0"], "--minutes=0 is impossible"),
+        (["--minutes=5", "--steps=9"], "give one of --minutes=M and --steps=N"),
         (["--workers=0"], "--workers=0 is impossible"),
         (["--weights=nothing.safetensors"], "nothing.safetensors is not there"),
+        (["--config.dataset.image_size=16"], "knows images of 8x8x3, and those of 'synthetic' are 16x16x3"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(arguments, more, words, tmp_path, capsys):

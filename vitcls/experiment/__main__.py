@@ -84,7 +84,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="say what would run, and how long it may take")
     parser.add_argument("--report_only", action="store_true", help="write the results of what has finished")
     flags = parser.parse_args(argv)
-    places.check_local(flags.workdir)
+    places.check_many(flags.workdir)
     if os.path.exists(flags.workdir) and not os.path.isdir(flags.workdir):
         raise UserError(f"--workdir={flags.workdir} is no directory; use another")
     flags.seeds = _seeds(flags.seeds)

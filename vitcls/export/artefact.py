@@ -34,6 +34,14 @@ def pack_program(program: bytes, about: Mapping[str, Any]) -> bytes:
     return whole.getvalue()
 
 
+def check(path: str) -> None:
+    """Raises UserError for what is no program of vitcls at first sight; no runtime is needed."""
+    if not pathlib.Path(path).exists():
+        raise UserError(f"{path} is not there")
+    if _runtime(path) is _load_program and not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is no exported program of vitcls")
+
+
 def load(path: str) -> Artefact:
     """Opens what `vitcls export` wrote, but for weights, in its own runtime; which one its name says.
 

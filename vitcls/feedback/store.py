@@ -242,7 +242,9 @@ class Store:
 
         columns = [self._corrections.c[name] for name in Row._fields]
         with self.reading() as connection:
-            found = connection.execute(sa.select(*columns).order_by(self._corrections.c.id)).all()
+            found = connection.execute(
+                sa.select(*columns).order_by(self._corrections.c.time, self._corrections.c.id)
+            ).all()
         return (Row(*row) for row in found)
 
     def image(self, sha256: str) -> bytes:

@@ -84,13 +84,13 @@ def prepare(config: configs.ConfigDict, path: pathlib.Path, data_dir: str) -> Pr
     dataset = data.load(config.dataset, data_dir=source, max_value=run_dir.max_value(path))
     if dataset.validation is None:
         raise UserError("a probe chooses its setting on a validation split; set config.dataset.validation above 0")
-    _check_size(config, dataset)
+    check_size(config, dataset)
     few_shot.check_shots(config.probe.shots, dataset.train.labels, dataset.class_names)
     config, start = initial.with_preprocessing(config, start, dataset.image_shape[-1])
     return Prepared(config, source, dataset, data.describe(dataset, config.dataset), start)
 
 
-def _check_size(config: configs.ConfigDict, dataset: data.Dataset) -> None:
+def check_size(config: configs.ConfigDict, dataset: data.Dataset) -> None:
     """Raises UserError where the images are not of the size of those of the run whose features are asked for."""
     if not os.path.isdir(config.init.weights):
         return

@@ -27,8 +27,9 @@ import time
 from vitcls import cli
 from vitcls.core import buckets, extras
 from vitcls.core.errors import UserError
+from vitcls.export import artefact
 from vitcls.serve import databases
-from vitcls.training.files import CONFIG_FILE
+from vitcls.training import run_dir
 
 _logger = logging.getLogger("vitcls")
 _DRAIN = 30  # seconds that requests have to end after SIGTERM
@@ -58,9 +59,11 @@ def main(argv: list[str]) -> int:
     if flags.workers < 1:
         raise UserError(f"--workers={flags.workers} must be at least 1")
     token = _token(flags.token_file)
+    _check_proxy(flags.proxy)
     if not _is_loopback(flags.host) and not token:
         raise UserError(f"--host={flags.host} can be reached from other machines: give --token_file=FILE with a token")
     listening = _listening(flags)
+    _check_what(flags)
     database = _database(flags)
     if flags.workers > 1 and flags.listen_fd < 0:
         _announce(flags.host, listening)
@@ -94,6 +97,23 @@ def _token(file: str) -> str:
     return token
 
 
+def _check_proxy(addresses: str) -> None:
+    for address in filter(None, addresses.split(",")):
+        try:
+            ipaddress.ip_network(address)
+        except ValueError:
+            raise UserError(f"--proxy={addresses}: '{address}' is not an IP address, as 10.0.0.2") from None
+
+
+def _check_what(flags) -> None:
+    """Raises UserError for what can be seen at once to be nothing to serve, before a database is made beside it."""
+    if flags.artefact:
+        artefact.check(flags.artefact)
+    elif not buckets.is_url(flags.workdir):
+        trained = run_dir.open_workdir(flags.workdir)
+        trained.find_step(flags.checkpoint or trained.config.report.checkpoint)
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -125,14 +145,8 @@ def _database(flags) -> str:
         return flags.database
     if buckets.is_url(flags.workdir):
         raise UserError(f"--workdir={flags.workdir} is a bucket: give --database=sqlite:///FILE or postgresql://...")
-    workdir, artefact = pathlib.Path(flags.workdir), pathlib.Path(f"{flags.artefact}.feedback.db")
-    file = databases.of_workdir(workdir) if flags.workdir else artefact
-    if not file.parent.is_dir():
-        raise UserError(f"{file.parent} is not a directory")
-    if flags.workdir and not (workdir / CONFIG_FILE).is_file():
-        raise UserError(f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}")
-    if flags.artefact and not pathlib.Path(flags.artefact).exists():
-        raise UserError(f"--artefact={flags.artefact} is not there")
+    beside = pathlib.Path(f"{flags.artefact}.feedback.db")
+    file = databases.of_workdir(pathlib.Path(flags.workdir)) if flags.workdir else beside
     databases.remember(file)
     return databases.url(file)
 
@@ -204,6 +218,7 @@ def _supervise(listening: socket.socket, argv: list[str], count: int) -> int:
         def end(number: int, frame) -> None:
             nonlocal ending
             ending = True
+            listening.close()  # whoever comes now is refused as soon as the workers have closed it too
             for worker in workers:
                 worker.send_signal(signal.SIGTERM)
 
@@ -215,11 +230,11 @@ def _supervise(listening: socket.socket, argv: list[str], count: int) -> int:
                 return max(0 if code == -signal.SIGTERM else abs(code) for code in codes)  # some were not up yet
             if 2 in codes and not ending:  # what is wrong with one is wrong with all
                 end(signal.SIGTERM, None)
-            for i, code in enumerate(codes):
+            for i, (worker, code) in enumerate(zip(workers, codes, strict=True)):
                 if code is not None and not ending:
                     _logger.warning("worker %d has ended with exit code %d; starting another", i, code)
                     time.sleep(_RESTARTS)
-                    workers[i] = start()
+                    workers[i] = worker if ending else start()
             time.sleep(0.1)
 
 

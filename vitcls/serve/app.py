@@ -9,13 +9,13 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vitcls.core.errors import RunError
-from vitcls.serve import bodies
+from vitcls.serve import bodies, openapi
 from vitcls.serve.limits import Refused
 from vitcls.serve.service import Service
 
@@ -30,17 +30,6 @@ _PAGE = {
 _OPEN = {*_PAGE, "/healthz", "/readyz"}  # without a token: nothing of the model or of anybody is there
 _LOOPBACK = {"localhost", "127.0.0.1", "[::1]", "::1"}
 _EXPLANATION = 120.0  # seconds
-_FORM = {"type": "object", "additionalProperties": {"type": "string", "format": "binary"}}
-_IMAGES = {  # for openapi.json
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {"schema": _FORM},
-            "image/*": {"schema": {"type": "string", "format": "binary"}},
-            "application/json": {"schema": {"type": "object", "properties": {"image": {"type": "string"}}}},
-        },
-    }
-}
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -101,33 +90,33 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
-    @app.get("/healthz")
+    @app.get("/healthz", responses=openapi.answer("alive"))
     async def healthz() -> Response:
         """200 while the process is alive."""
         return JSONResponse({"alive": True})
 
-    @app.get("/readyz")
+    @app.get("/readyz", responses=openapi.answer("ready", 503))
     async def readyz() -> Response:
         """200 when the model is compiled, 503 before and while the server ends."""
         return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
         service.gauges.drift(service.drift_values())
         return Response(service.gauges.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/model")
+    @app.get("/v1/model", responses=openapi.answer("model"))
     async def model() -> Response:
         """What is served."""
         return JSONResponse(service.about())
 
-    @app.get("/v1/feedback")
+    @app.get("/v1/feedback", responses=openapi.answer("learned"))
     async def learned() -> Response:
         """What users have said so far, in numbers."""
         return JSONResponse(await service.learned())
 
-    @app.get("/v1/drift")
+    @app.get("/v1/drift", responses=openapi.answer("drift"))
     async def drift() -> Response:
         """How the images of late differ from those of the training."""
         return JSONResponse(service.drift())
@@ -147,17 +136,22 @@ def _add_work(app: FastAPI, service: Service) -> None:
         return JSONResponse({"predictions": predictions, "since": service.since}, status)
 
     app.router.add_api_route(
-        "/v1/predict", predict, methods=["POST"], openapi_extra=_IMAGES, route_class_override=_Plain
+        "/v1/predict",
+        predict,
+        methods=["POST"],
+        openapi_extra=openapi.IMAGES,
+        responses=openapi.answer("predict", 422),
+        route_class_override=_Plain,
     )
 
-    @app.post("/v1/feedback", openapi_extra=_IMAGES)
+    @app.post("/v1/feedback", openapi_extra=openapi.FEEDBACK, responses=openapi.answer("feedback"))
     async def feedback(request: Request) -> Response:
         """Says of an answer that it is right, or what it should have been."""
         async with asyncio.timeout(limits.seconds):
             body = await bodies.read(request, limits)
             return JSONResponse(await service.feedback(body, request.client.host if request.client else ""))
 
-    @app.post("/v1/explain", openapi_extra=_IMAGES)
+    @app.post("/v1/explain", openapi_extra=openapi.IMAGE, responses=openapi.answer("explain"))
     async def explain(request: Request, method: str = "", label: str = "") -> Response:
         """Where the model looks in an image, and whether that is true."""
         async with asyncio.timeout(_EXPLANATION):

@@ -27,7 +27,7 @@ class Explain:
         (method, *_) = self._explainer.choose([method] if method else [])
         if label and label not in names:
             raise errors.unknown("class", label, names)
-        probabilities = self._explainer.probabilities(images)[0]
+        probabilities = self._model.answer([pixels], 1).probabilities[0]
         k = names.index(label) if label else int(probabilities.argmax())
         classes = np.array([k], np.int32)
         heat = self._explainer.maps(method, images, classes).maps[0]

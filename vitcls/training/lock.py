@@ -112,7 +112,7 @@ class WorkdirLock(contextlib.AbstractContextManager):
 
     def __exit__(self, kind=None, error: BaseException | None = None, traceback=None) -> None:
         peers.last_acts.remove(self._fail)
-        in_order = error is None or isinstance(error, Stopped | UserError)
+        in_order = error is None or isinstance(error, Stopped | UserError | KeyboardInterrupt)
         self._release("" if in_order else _reason(error))
 
     def _fail(self, reason: str) -> None:

@@ -135,10 +135,12 @@ def check(name: os.PathLike | str) -> None:
         raise UserError(f"--workdir={name} cannot be used; give a directory, {known}")
 
 
-def check_local(name: os.PathLike | str) -> None:
-    """As `check`, of a directory with many runs, which cannot be in a bucket."""
+def check_many(name: os.PathLike | str) -> None:
+    """As `check`, of a directory with many runs, which cannot be in a bucket and is not itself that of a run."""
     buckets.check_local(os.fspath(name), _FLAG)
     check(name)
+    if os.path.exists(os.path.join(name, CONFIG_FILE)):
+        raise UserError(f"{_FLAG}={os.fspath(name)} holds a run; give a directory for many")
 
 
 class Bucket(Place):

@@ -21,6 +21,7 @@ from vitcls.core.errors import UserError
 from vitcls.core.registry import paths
 from vitcls.data import DatasetInfo
 from vitcls.data.images import Decoding
+from vitcls.data.sources import PLACELESS
 from vitcls.models import forms
 from vitcls.models.variables import variable_shapes
 from vitcls.tasks import TASKS
@@ -143,8 +144,12 @@ def open_workdir(path: os.PathLike | str) -> Workdir:
 def data_dir(path: pathlib.Path | None, config: configs.ConfigDict, moved_to: str = "") -> str:
     """Where the data of `config` are: `moved_to` if given, else where the run in the workdir `path` was told before.
 
-    Raises UserError where a run has lost its data.
+    Raises UserError where a run has lost its data, and for a place of data that are in none.
     """
+    if moved_to and config.dataset.name in PLACELESS:
+        raise UserError(
+            f"--data_dir={moved_to}: the images of '{config.dataset.name}' are in no directory; leave it out"
+        )
     place = configs.place_of_data(moved_to, config.dataset.name, "--data_dir") or config.dataset.data_dir
     if path is None:
         return place

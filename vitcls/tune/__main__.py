@@ -161,7 +161,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, configs.ConfigDict]:
     parser.add_argument("--storage", default="", metavar="URL", help=ledger.HELP)
     parser.add_argument("--seed", type=int, default=0, help="of the search; the runs have that of the config")
     flags = parser.parse_args(rest)
-    places.check_local(flags.workdir)
+    places.check_many(flags.workdir)
     for name in ("trials", "workers"):
         if (number := getattr(flags, name)) is not None and number < 1:
             raise UserError(f"--{name}={number} must be at least 1")

@@ -1,14 +1,17 @@
 """Say what published weights are worth on your own images: HOG + SVM, from scratch, probe and fine-tuned.
 
-vitcls worth --config=configs/transfer.py:MODEL --weights=FILE --workdir=DIR [--shares=5,10,25,50,100] [--steps=200]
-    [--workers=1] [--config.a.b=value ...]
+vitcls worth --config=configs/transfer.py:MODEL --weights=FILE --workdir=DIR [--shares=5,10,25,50,100]
+    [--minutes=60|--steps=N] [--workers=1] [--config.a.b=value ...]
 
-Started again it goes on: what is finished is not run again.
+The trainings take as many steps, up to 200, as fit into the minutes. Started again it goes on: what is finished is not
+run again.
 """
 
 import argparse
+import math
 import pathlib
 import sys
+import time
 
 from vitcls import cli, config_file
 from vitcls.core.errors import RunError, UserError
@@ -16,7 +19,7 @@ from vitcls.experiment import work
 from vitcls.experiment.table import Run
 from vitcls.probe.run import probe
 from vitcls.training import places
-from vitcls.worth import results
+from vitcls.worth import pace, results
 from vitcls.worth.runs import LEARNED, plan
 
 
@@ -24,24 +27,31 @@ def main(argv: list[str]) -> None:
     flags = _parse(argv)
     directory = pathlib.Path(flags.workdir)
     cli.start_jax()
-    runs = plan(flags.config, flags.weights, flags.shares, flags.steps, directory)
+    since = time.monotonic()
+    steps = flags.steps or pace.chosen(directory, flags.minutes)
+    runs = plan(flags.config, flags.weights, flags.shares, steps or pace.MOST, directory)
     for run in runs:
         work.check_config(run)
-    entries = _run(runs, directory, flags.workers)
+    trained = [run for run in runs if run.row.series in LEARNED]
+    probed = [run for run in runs if run.row.series not in LEARNED]
+    for run in probed:
+        if work.state_of(run).status != "finished":
+            probe(run.config, run.workdir)
+    if steps is None:
+        steps = pace.choose(trained, directory, flags.minutes, time.monotonic() - since)
+        trained = [pace.with_steps(run, steps) for run in trained]
+    entries = _train(trained, directory, flags.workers)
+    runs = probed + trained
     cells, num_test = results.read(runs, {name: entry.seconds for name, entry in entries.items()})
     name = pathlib.Path(flags.config.dataset.data_dir or flags.config.dataset.name).name
     title = f"{flags.config.model.name} on {name}"
-    lines = results.write(directory, title, cells, num_test, flags.steps)
+    lines = results.write(directory, title, cells, num_test, steps)
     print(results.markdown_table(*results.table(cells)))
     print("\n" + "\n".join(lines) + f"\nresults: {directory / 'index.html'}")
 
 
-def _run(runs: list[Run], directory: pathlib.Path, workers: int) -> work.Entries:
+def _train(trained: list[Run], directory: pathlib.Path, workers: int) -> work.Entries:
     """Runs all that is not finished, and returns the ledger; raises RunError where a training failed."""
-    for run in runs:
-        if run.row.series not in LEARNED and work.state_of(run).status != "finished":
-            probe(run.config, run.workdir)
-    trained = [run for run in runs if run.row.series in LEARNED]
     entries = work.work(trained, directory, workers, "")
     if failed := work.failed(entries):
         name, reason = next(iter(failed.items()))
@@ -56,13 +66,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--weights", required=True, metavar="FILE", help="of the config's model, or a run's workdir")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the runs and the results live")
     parser.add_argument("--shares", default="5,10,25,50,100", metavar="5,10,...", help="percent of the training images")
-    parser.add_argument("--steps", type=int, default=200, metavar="N", help="of each training; default: 200")
+    parser.add_argument("--minutes", type=float, metavar="M", help="for all of it; default: 60")
+    parser.add_argument("--steps", type=int, metavar="N", help="of each training, however long they take")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="trainings at a time; default: 1")
     cli.add_import_argument(parser)
     flags = parser.parse_args(rest)
-    places.check_local(flags.workdir)
+    places.check_many(flags.workdir)
     flags.shares = _shares(flags.shares)
-    if flags.steps < 4:
+    if flags.steps is not None and flags.minutes is not None:
+        raise UserError("give one of --minutes=M and --steps=N")
+    flags.minutes = 60.0 if flags.minutes is None else flags.minutes
+    if not 0 < flags.minutes < math.inf:
+        raise UserError(f"--minutes={flags.minutes:g} is impossible; it must be above 0")
+    if flags.steps is not None and flags.steps < 4:
         raise UserError(f"--steps={flags.steps} is impossible; it must be at least 4")
     if not 1 <= flags.workers <= 256:
         raise UserError(f"--workers={flags.workers} is impossible; it must be in [1, 256]")

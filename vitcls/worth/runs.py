@@ -13,7 +13,7 @@ from vitcls.core import sharding
 from vitcls.experiment.table import Row, Run
 from vitcls.models.weights import hub
 from vitcls.probe import features, network
-from vitcls.probe.run import with_features
+from vitcls.probe.run import check_size, with_features
 from vitcls.training import initial
 
 LEARNED = ("from_scratch", "fine_tuned")  # methods that are trained step by step
@@ -40,6 +40,7 @@ def plan(config: ConfigDict, weights: str, shares: Sequence[float], steps: int, 
     made = {name: _config(name, config, steps) for name in METHODS}
     info, partition = data.describe(dataset, config.dataset), sharding.all_devices("data")
     for name in METHODS.keys() - LEARNED:  # says now what cannot work
+        check_size(made[name], dataset)
         features.make_extractor(configs.resolve(made[name]), info, start, partition)
     names = sorted(METHODS, key=LEARNED.__contains__)
     runs = [_run(name, made[name], share, directory) for name in names for share in sorted(shares)]

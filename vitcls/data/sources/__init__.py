@@ -8,6 +8,7 @@ from vitcls.data.dataset import Source
 from vitcls.data.settings import DatasetSettings
 
 TFDS = "tfds"  # the source of every name that is not in the table
+PLACELESS = ("digits", "synthetic", "synthetic_jpeg")  # sources whose images are in no directory
 SOURCES = Registry(
     "config.dataset",
     {
