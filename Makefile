@@ -1,6 +1,6 @@
 # make demo: install, train the improved ViT on real digits, evaluate it, write the report.
 # make serve: the same, and then its page at http://127.0.0.1:8000.
-# make test: install what is missing, run the whole suite.
+# make test: install what is missing, run the whole suite; with TURN=N a quarter of its long tests.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +15,7 @@ serve: demo
 	$(BIN)/python -m vitcls.serve --workdir=runs/digits
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=10
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=10 $(if $(TURN),--turn=$(TURN))
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -69,8 +69,28 @@ LONGEST = ("test_rehearse", "test_train", "test_sharding", "test_every_model", "
 LONGEST += ("test_benchmarks", "test_old_workdirs", "test_table", "test_prepare")
 
 
-def pytest_collection_modifyitems(items):
+TURNS = 4  # of the tests that are marked by_turns
+
+
+def pytest_addoption(parser):
+    words = f"one in {TURNS} of the tests that go by turns, by this number, as that of commits; default: all of them"
+    parser.addoption("--turn", type=int, metavar="N", help=words)
+
+
+def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    turn = config.getoption("--turn")
+    if turn is not None:
+        groups = dict.fromkeys(filter(None, map(_goes_with, items)))  # in their order, each once
+        waiting = {group for i, group in enumerate(groups) if (i - turn) % TURNS}
+        config.hook.pytest_deselected(items=[item for item in items if _goes_with(item) in waiting])
+        items[:] = [item for item in items if _goes_with(item) not in waiting]
+
+
+def _goes_with(item):
+    """What has its turn together: a test with all its parameters, or those that share a fixture; None for the quick."""
+    marker = item.get_closest_marker("by_turns")
+    return marker and (item.path, *(marker.args or [item.originalname]))
 
 
 def make_tiny_config():
