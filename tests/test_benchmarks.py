@@ -106,6 +106,7 @@ def test_a_timed_call_is_waited_for():
     assert harness.measure(lambda: slow(x), repeats=3).median > waited / 3
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("strategy", ["data", "fsdp", "pmap"])
 def test_a_step_sends_the_gradients_once_and_nothing_else(strategy):
     tiny = ("model.hidden_dim=32", "model.depth=1", "model.num_heads=2", "model.mlp_dim=64", "model.stem=patch")
@@ -148,6 +149,7 @@ def test_another_error_ends_the_search_for_the_largest_batch():
     assert throughput.find_largest_batch(large, measure)[0] == {"batch": 128, "error": "no such luck"}
 
 
+@pytest.mark.by_turns
 def test_out_of_memory_is_a_row(tmp_path):
     command = [sys.executable, "-m", "benchmarks.throughput", "--model=lenet5", "--batch=8", "--batch=4096"]
     command += ["--repeats=1", "--memory_limit_gib=0.05", f"--out={tmp_path}"]
@@ -255,6 +257,7 @@ def test_trainings_read_npz_files_where_there_are_some(tmp_path):
     assert (config.dataset.name, config.dataset.data_dir) == ("npz", f"{tmp_path}/cifar10.npz")
 
 
+@pytest.mark.by_turns
 def test_a_peer_that_cannot_be_compared_is_a_row(monkeypatch):
     partition, info = sharding.all_devices("data"), workload.make_info("lenet5")
     trainer = workload.Trainer(workload.make_config("lenet5", 8), info, partition)
@@ -284,6 +287,7 @@ def test_an_epoch_has_other_peers_than_a_step():
         versus.choose_peers("keras,timm", versus.EPOCH_PEERS)
 
 
+@pytest.mark.by_turns
 @pytest.mark.eight_devices
 def test_one_and_two_cpu_devices_take_turns_on_one_batch():
     row = cpu_devices.describe("lenet5", 32, 8, ("model.hidden_width=8",), repeats=1)
@@ -318,6 +322,7 @@ def parameters_of(model, image_size):
     return summary.count_parameters(shapes["params"])
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("name", versus.MODELS)
 def test_a_peer_is_the_same_network(name):
     from benchmarks.peers import keras_peer
@@ -327,6 +332,7 @@ def test_a_peer_is_the_same_network(name):
     assert keras_peer.count_parameters(theirs) - more == parameters_of(models.create(name, 1000), 64)
 
 
+@pytest.mark.by_turns
 def test_the_peer_of_an_epoch_is_the_same_network():
     from benchmarks.peers import keras_peer
 

@@ -56,6 +56,7 @@ def test_the_figures_are_those_of_the_predictions(calibrated):
     assert page.count("data:image/png;base64") == 3 and "<script" not in page
 
 
+@pytest.mark.by_turns
 def test_predict_and_evaluate_use_it(calibrated, trained, photo, capsys):
     temperature = json.loads((calibrated / "calibration.json").read_text())["scaling"]["temperature"]
     before = vitcls.open_run(trained).predict([photo]).astype(np.float64)

@@ -165,6 +165,7 @@ def test_an_image_size_is_one_number_or_two(text, size):
         assert config.from_json(config.to_json(resolved)).dataset.image_size == resolved.dataset.image_size == size
 
 
+@pytest.mark.by_turns
 def test_images_that_are_not_square_are_trained_on_evaluated_and_predicted(tiny_config, tmp_path, capsys):
     """By a folder, whose images keep their 8x12 pixels; the two classes differ at the far right alone."""
     rng = np.random.default_rng(0)
@@ -222,6 +223,7 @@ def test_presets_change_values_and_not_keys():
         main.parse([f"--config={REPOSITORY}/configs/vit_cifar100.py:tinny", "--workdir=x"])
 
 
+@pytest.mark.by_turns
 def test_evaluate_needs_nothing_but_the_workdir(trained, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     before = json.loads((trained / "report" / "metrics.json").read_text())
@@ -363,6 +365,7 @@ def test_predict_moves_the_weights_to_the_device_once(trained, tmp_path, monkeyp
     np.testing.assert_allclose(outcomes[69][1].probabilities, alone[files[69]].probabilities, rtol=1e-5)
 
 
+@pytest.mark.by_turns
 def test_a_report_is_timed_where_the_config_asks_for_it(trained, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "copy")
     given = json.loads((copy / "config.json").read_text())
@@ -376,6 +379,7 @@ def test_a_report_is_timed_where_the_config_asks_for_it(trained, tmp_path):
     assert "Latency of one image" not in (trained / "report" / "index.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.by_turns
 def test_predict_agrees_with_the_report(trained):
     """The same picture gives the same probabilities from a file as from the data set."""
     opened = run_dir.open_workdir(trained)

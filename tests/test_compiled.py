@@ -204,6 +204,7 @@ def run(*arguments):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.by_turns
 def test_a_step_is_compiled_for_virtual_devices_of_a_cpu():
     environment = compilers.environment("cpu:4")
     assert (environment["JAX_NUM_CPU_DEVICES"], environment["JAX_PLATFORMS"]) == ("4", "cpu")

@@ -22,6 +22,7 @@ def run(code, directory, *, optimized=False):
     return done.stdout
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("page", ["api.md", "extending.md"])
 def test_the_blocks_of_a_page_run_one_after_the_other(page, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.S)
@@ -30,6 +31,7 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page, tmp_path):
     run("\n".join(blocks), tmp_path)
 
 
+@pytest.mark.by_turns
 def test_the_tutorial_runs(tmp_path):
     notebook = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))
     assert notebook["nbformat"] == 4

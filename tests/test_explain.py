@@ -43,6 +43,7 @@ def test_every_overlay_has_its_evidence_and_every_number_an_interval(explained):
     assert page.count("<img") == 4 and "http" not in page.partition("</style>")[2]
 
 
+@pytest.mark.by_turns
 def test_a_file_is_explained_by_all_methods(explained, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "odd <name>.png")
@@ -81,6 +82,7 @@ def test_pictures_have_the_letters_of_names():
     assert len(drawn) == 4
 
 
+@pytest.mark.by_turns
 def test_the_forward_of_a_run_is_what_its_report_says(trained):
     opened = open_with_data(trained, splits=("test",))
     _, probabilities = opened.predictions("test")

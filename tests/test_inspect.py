@@ -143,6 +143,7 @@ def test_a_folder_with_broken_files_and_labels_by_lot(tmp_path, capsys):
     assert found["skipped_files"] == 1 and found["splits"]["train"]["largest_image"] == [20, 30]
 
 
+@pytest.mark.by_turns
 def test_a_run_looks_by_its_own_features(trained, capsys, tmp_path):
     code, out, err = call([f"--workdir={trained}", f"--out={tmp_path / 'out'}", "--folds=2"], capsys)
     assert code == 0, err

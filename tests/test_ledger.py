@@ -68,6 +68,7 @@ def silent_for(queue, seconds):
     queue.database.run("UPDATE vitcls_ledger SET beat = CLOCK - ? WHERE job = ? AND name <> ''", seconds, queue.job)
 
 
+@pytest.mark.by_turns
 def test_every_run_has_one_worker_and_those_of_a_killed_one_are_free_at_once(storage, tmp_path):
     processes = [claimer(storage, tmp_path, 40) for _ in range(3)]
     for process in processes:

@@ -39,6 +39,7 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
+@pytest.mark.by_turns
 @pytest.mark.usefixtures("no_pictures")
 def test_photos_of_all_shapes_are_fine_tuned_evaluated_and_predicted(weights, photos, tmp_path, capsys, monkeypatch):
     import pathlib
@@ -64,6 +65,7 @@ def test_photos_of_all_shapes_are_fine_tuned_evaluated_and_predicted(weights, ph
     assert kept["mean"] == [0.485, 0.456, 0.406] and kept["random_resized_crop"]
 
 
+@pytest.mark.by_turns
 def test_a_file_is_known_by_its_names_and_shapes(weights):
     (found,) = adopt.identify(load.open_weights(weights[0]))
     assert (found.model, found.given.num_classes, found.given.channels) == ("resnet18", 5, 3)

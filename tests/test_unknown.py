@@ -59,6 +59,7 @@ def test_predict_says_what_is_unlike_anything_seen(measured, tmp_path, capsys):
         assert ("  unlike anything seen in training" in out.splitlines()) is expected
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("score", ["msp", "energy", "mahalanobis", "knn"])
 def test_every_score_is_kept_and_read_back(measured, strangers, score, tmp_path, capsys):
     copy = shutil.copytree(measured, tmp_path / "copy")

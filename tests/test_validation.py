@@ -67,6 +67,7 @@ def with_value(key, value):
     return config
 
 
+@pytest.mark.by_turns
 @hypothesis.settings(max_examples=500, deadline=None, derandomize=True, database=None)
 @hypothesis.given(mistakes())
 def test_a_config_is_refused_in_one_line_or_can_be_trained_with(mistake):

@@ -38,6 +38,7 @@ def accuracy(images):
     return np.mean(np.asarray(forward(images)).argmax(axis=1) == LABELS[: len(images)])
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("norm", attacks.NORMS)
 @pytest.mark.parametrize("name", list(ALL))
 def test_images_stay_in_the_ball_and_in_range_and_are_worse(name, norm):
@@ -65,6 +66,7 @@ FOOLBOX = {
 ART = {(0.05, 300): (0.064, 0.064), (0.03, 1500): (0.170, 0.171), (0.05, 1500): (0.039, 0.040)}
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize(("name", "norm", "eps"), list(FOOLBOX))
 def test_fgsm_and_pgd_agree_with_foolbox(name, norm, eps):
     attack = attacks.fgsm(norm) if name == "fgsm" else attacks.PGD(norm, steps=40, begin="clean")
@@ -82,6 +84,7 @@ def left_by_square(model, norm, eps, queries, images, labels):
     return np.mean(found)
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize(("eps", "queries"), list(ART))
 def test_square_agrees_with_art(eps, queries):
     found = left_by_square(forward, "linf", eps, queries, IMAGES, LABELS)
@@ -93,6 +96,7 @@ def test_square_agrees_with_art(eps, queries):
 AUTHORS_L2 = {(0.5, 100): (0.508, 0.521, 0.512), (1.0, 500): (0.099, 0.1, 0.09)}
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize(("eps", "queries"), list(AUTHORS_L2))
 def test_square_in_l2_agrees_with_its_authors(eps, queries):
     """The network sees the means of 2x2 pixels."""
@@ -119,6 +123,7 @@ def linear():
     return w.reshape(IMAGES[0].shape), model
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("norm", attacks.NORMS)
 @pytest.mark.parametrize("name", ["fgsm", "pgd", "apgd"])
 def test_the_optimum_of_a_linear_model_is_found(name, norm):
@@ -148,6 +153,7 @@ def test_a_sure_prediction_still_has_a_slope():
     np.testing.assert_allclose(slope[0, 0], -p[0, 1:].sum(), rtol=1e-4)
 
 
+@pytest.mark.by_turns
 def test_what_becomes_of_an_image_does_not_depend_on_its_batch():
     found = [
         attacks.Runner(lambda _, images: forward(images), {}, batch_size=size).survives(
@@ -161,6 +167,7 @@ def test_what_becomes_of_an_image_does_not_depend_on_its_batch():
         assert 0 < whole.mean() < 0.9
 
 
+@pytest.mark.by_turns
 def test_the_loop_and_the_single_steps_give_the_same():
     for attack in (attacks.PGD(steps=30), attacks.APGD(steps=30), attacks.Square(steps=60)):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(60))
@@ -205,6 +212,7 @@ def islands(images):
     return jnp.stack([z, -z], axis=-1)
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize(
     ("model", "failed"),
     [

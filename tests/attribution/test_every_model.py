@@ -25,6 +25,7 @@ def network_of(name):
     return make_network(tiny(name), lambda images: 2 * images - 1, (0.5,) * shape[2]), shape
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("name", EACH)
 def test_every_method_of_a_model_can_run(name):
     network, shape = network_of(name)
@@ -60,5 +61,6 @@ def test_the_cut_of_a_model_gives_its_own_logits(name):
     np.testing.assert_allclose(again, logits, rtol=0, atol=1e-4 * np.abs(logits).max())
 
 
+@pytest.mark.by_turns
 def test_the_table_of_the_docs_is_that_of_the_code():
     assert explain.table() in (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")

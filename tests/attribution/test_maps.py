@@ -210,6 +210,7 @@ def test_rollout_is_the_product_that_numpy_gives(extra):
     np.testing.assert_allclose(attention.last_attention(weights, (8, 12)), rows.reshape(2, 2, 3), rtol=1e-5)
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("aggregation", ["token", "mean_attention"])
 def test_a_vit_shows_the_place_that_its_class_looks_at(aggregation):
     """On 2 x 3 patches: the cut keeps the logits, and every patch has a gradient, behind a class token too."""

@@ -45,6 +45,7 @@ def three():
         process.communicate()
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize(("victim", "why"), [(0, "its connection is closed"), (1, "no sign of life for 6 s")])
 def test_survivors_say_who_is_gone_and_end_with_1(victim, why, three):
     three[victim].send_signal(signal.SIGKILL)
@@ -56,6 +57,7 @@ def test_survivors_say_who_is_gone_and_end_with_1(victim, why, three):
         )
 
 
+@pytest.mark.by_turns
 def test_the_end_of_a_run_is_no_loss(three):
     """Process 1 ends long before the others, and waits for them."""
     three[1].stdin.write("\n")

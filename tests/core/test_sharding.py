@@ -94,6 +94,7 @@ def assert_close(actual, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), actual, expected)
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("norm", ["", "batch", "local_batch"], ids=["vit", "batch statistics", "local statistics"])
 def test_all_strategies_give_the_same_state_metrics_and_predictions(tiny_config, norm):
     tiny_config.optimizer.name = "sgd"  # Adam divides by gradients, and so by their rounding errors
@@ -121,6 +122,7 @@ def test_all_strategies_give_the_same_state_metrics_and_predictions(tiny_config,
                 raise AssertionError(f"{name}: {what} differs") from error
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("task", ["distill", "simclr"])
 def test_every_task_is_the_same_under_every_strategy(task, tiny_config, trained):
     tiny_config.task = {"name": task} | ({"teacher": str(trained)} if task == "distill" else {})
@@ -270,6 +272,7 @@ def start_two_processes(questions, path):
     ]
 
 
+@pytest.mark.by_turns
 def test_two_processes_of_two_devices_make_the_run_of_one_process(tiny_config, tmp_path, monkeypatch):
     """Whatever the order of the devices. An error of one process is that of all at once, and so is a SIGTERM."""
     tiny_config.optimizer.name = "sgd"

@@ -60,6 +60,7 @@ def photos(tmp_path):
     return root
 
 
+@pytest.mark.by_turns
 def test_names_that_are_not_utf8_go_through_every_command(photos, tiny_config, tmp_path):
     from vitcls import config as configs
 

@@ -426,6 +426,7 @@ def assert_same(images, expected):
     assert np.mean(np.abs(np.asarray(images) - np.asarray(expected)) > 1e-5) < 1e-3
 
 
+@pytest.mark.by_turns
 def test_an_example_depends_on_its_pair_alone(everything):
     images, targets, keys = pictures(16), targets_of(16), keys_of(16)
     order = np.random.default_rng(0).permutation(8)[:, None] * 2 + np.arange(2)[None, :]  # of the pairs

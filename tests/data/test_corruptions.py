@@ -112,6 +112,7 @@ def test_larger_images_get_the_strengths_of_imagenet():
     assert prepare("contrast", 1, 65, 300) == 0.4
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("shape", [(8, 8, 1), (9, 13, 3), (28, 28, 1)])
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_small_gray_and_oblong_images_are_corrupted_too(name, shape):
@@ -124,6 +125,7 @@ def test_small_gray_and_oblong_images_are_corrupted_too(name, shape):
     assert np.abs(changed.astype(int) - images).mean() > 0.4
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("name", ["gaussian_noise", "snow", "glass_blur", "elastic_transform", "spatter"])
 def test_what_becomes_of_an_image_depends_on_its_place_alone(name):
     images = textures(1).repeat(40, axis=0)

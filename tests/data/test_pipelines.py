@@ -76,6 +76,7 @@ def read(dataset, config, steps, *, batch_size=16, length=2, seed=0, partition=N
     return jax.tree.map(lambda *parts: np.stack(parts), *read)
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("sampling", ["uniform", "balanced"])
 def test_both_pipelines_give_the_same_batches(tmp_path, sampling):
     resident = read(dataset(), config(sampling=sampling), [0, 2, 4])
@@ -167,6 +168,7 @@ def test_a_damaged_file_is_black_in_both_pipelines_and_ends_no_run(tmp_path, cap
     assert line.startswith(f"{path} cannot be decoded (") and "it is taken as a black image" in line
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("pipeline", ["streaming", "resident"])
 @pytest.mark.parametrize("height_and_width", [(12, 12), (8, 14)])
 def test_random_resized_crops_are_a_function_of_the_place_in_the_run(tmp_path, height_and_width, pipeline):

@@ -75,6 +75,7 @@ def used_directory(tmp_path):
     return tmp_path
 
 
+@pytest.mark.by_turns
 def test_a_failed_download_is_one_line_and_leaves_everything_as_it_was(offline, used_directory):
     before = tree(used_directory)
     existing = start("cifar10", f"--data_dir={used_directory}", environment=offline)
@@ -87,6 +88,7 @@ def test_a_failed_download_is_one_line_and_leaves_everything_as_it_was(offline, 
     assert tree(used_directory) == before
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_download_leaves_everything_as_it_was(stalled, used_directory, number, code):
     before = tree(used_directory)
@@ -126,6 +128,7 @@ def test_what_is_whole_or_was_there_is_kept(tmp_path):
     assert not folders[0].exists() and not (folders[1] / "extracted").exists()
 
 
+@pytest.mark.by_turns
 def test_what_must_be_fetched_by_hand_is_said(offline, tmp_path):
     process = start("imagenet2012", f"--data_dir={tmp_path}", environment=offline)
     _, errors = process.communicate(timeout=120)
@@ -165,6 +168,7 @@ builder.download_and_prepare()
 """
 
 
+@pytest.mark.by_turns
 def test_a_prepared_set_is_left_alone(tmp_path, capsys):
     subprocess.run([sys.executable, "-c", PREPARE_MNIST, tmp_path], check=True, capture_output=True)
     before = tree(tmp_path)

@@ -150,6 +150,7 @@ def go_to(scheme, url, monkeypatch):
     fsspec.get_filesystem_class(scheme).clear_instance_cache()  # S3's knows its server from the start
 
 
+@pytest.mark.by_turns
 def test_tfds_in_a_bucket_is_the_same_set(prepared, buckets):
     """Read by ranges of bytes; resized images of differing sizes, and the first batch of a stream, are the disk's."""
     url = f"{buckets.protocol[0]}://runs/data"
@@ -177,6 +178,7 @@ def test_tfds_in_a_bucket_is_the_same_set(prepared, buckets):
         prepare("mnist", url)
 
 
+@pytest.mark.by_turns
 def test_records_that_lie_together_are_read_by_one_request(prepared, buckets, monkeypatch):
     """Up to a size, and with what lies between them up to another; the images are the same."""
     scheme = buckets.protocol[0]
@@ -196,6 +198,7 @@ def test_records_that_lie_together_are_read_by_one_request(prepared, buckets, mo
     proxy.close()
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("file", ["dataset_info.json", "tfrecord"])
 def test_a_bucket_that_falls_silent_is_told_in_a_line(prepared, buckets, monkeypatch, file):
     """While a set is described, and while its records are looked for."""

@@ -102,6 +102,7 @@ def done(file, tmp_path_factory):
     return directory, ends_of([start(*arguments), start(*arguments)])
 
 
+@pytest.mark.by_turns("done")
 def test_two_workers_share_a_table_and_what_fails_does_not_stop_it(done):
     directory, ends = done
     for code, out, err in ends:
@@ -117,6 +118,7 @@ def test_two_workers_share_a_table_and_what_fails_does_not_stop_it(done):
     ) | {"narrow-seed0": 2}
 
 
+@pytest.mark.by_turns("done")
 def test_a_killed_run_loses_nothing_but_the_steps_since_its_last_checkpoint(done):
     directory, _ = done
     log = (directory / "runs" / "narrow-seed0" / "log.txt").read_text()
@@ -137,6 +139,7 @@ def shared(file, postgres, tmp_path_factory):
     return directory, ends_of(workers)
 
 
+@pytest.mark.by_turns("shared")
 def test_two_workers_share_a_table_by_postgresql_though_it_is_away_for_a_while(shared, postgres):
     directory, ends = shared
     for code, out, err in ends:
@@ -151,6 +154,7 @@ def test_two_workers_share_a_table_by_postgresql_though_it_is_away_for_a_while(s
     assert not any("s3cret" in text for text in texts)
 
 
+@pytest.mark.by_turns("shared")
 def test_a_report_needs_the_storage_of_its_table(shared, file, capsys, postgres):
     directory, _ = shared
     arguments = [f"--config={file}", f"--workdir={directory}", "--report_only"]
@@ -159,6 +163,7 @@ def test_a_report_needs_the_storage_of_its_table(shared, file, capsys, postgres)
     assert cli.run(command.main, [*arguments, f"--storage={postgres.url}"]) == 0
 
 
+@pytest.mark.by_turns("done")
 def test_the_results_hold_every_run_and_the_papers_figures_as_the_papers(done):
     directory, _ = done
     rows = list(csv.DictReader(io.StringIO((directory / "results.csv").read_text())))
@@ -179,6 +184,7 @@ def test_the_results_hold_every_run_and_the_papers_figures_as_the_papers(done):
     assert page.count("data:image/png;base64") == 3 and "<script" not in page
 
 
+@pytest.mark.by_turns("done")
 def test_accuracy_under_a_corruption_is_a_table_of_its_own(done):
     directory, _ = done
     runs = [directory / "runs" / f"wide-seed{seed}" / "report" / "metrics.json" for seed in (0, 1)]
@@ -191,6 +197,7 @@ def test_accuracy_under_a_corruption_is_a_table_of_its_own(done):
     assert (directory / "gaussian_noise.png").exists()
 
 
+@pytest.mark.by_turns("done")
 def test_rows_run_again_with_equal_time(done, file):
     """By the seconds that the first ones took; rows that go on keep what was planned."""
     directory, _ = done
@@ -283,6 +290,7 @@ def test_files_that_were_damaged_are_one_line_each(copy, file, capsys):
     assert "ledger.db cannot be used: the disk is read-only" in error_of(f"--config={file}")
 
 
+@pytest.mark.by_turns
 def test_folds_are_pooled(tmp_path, capsys):
     """Against scikit-learn on the predictions of all folds; each training image is in one of them."""
     (tmp_path / "tiny.py").write_text(
@@ -303,6 +311,7 @@ def test_folds_are_pooled(tmp_path, capsys):
     assert "must name a config, with 2 to 100 folds" in capsys.readouterr().err
 
 
+@pytest.mark.by_turns("done")
 def test_what_is_finished_is_skipped_and_the_list_says_what_is_left(done, file, capsys):
     directory, _ = done
     before = ledger.read("", directory)
@@ -327,6 +336,7 @@ def test_a_stopped_run_that_was_evaluated_is_not_finished(trained, tmp_path, tin
     assert work.state_of(run).status == "interrupted"
 
 
+@pytest.mark.by_turns("done")
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -400,6 +410,7 @@ def test_every_table_of_the_house_can_run(name, tmp_path):
     assert table.runs_of(loaded, tmp_path)
 
 
+@pytest.mark.by_turns
 def test_every_row_of_a_smoke_table_has_a_model_that_takes_its_images(tmp_path):
     """By shapes alone; `:smoke` is of digits, which are always there."""
     seen = set()

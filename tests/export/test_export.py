@@ -45,6 +45,7 @@ def exported(calibrated, tmp_path_factory):
     return path
 
 
+@pytest.mark.by_turns("exported")
 def test_a_program_answers_without_vitcls_as_the_run_does(calibrated, exported, tmp_path):
     """In a process that has jax alone, in batches of two sizes; calibrated, as `vitcls predict` is."""
     opened = open_with_data(calibrated, splits=("test",))
@@ -62,6 +63,7 @@ def test_a_program_answers_without_vitcls_as_the_run_does(calibrated, exported, 
         loaded.answer(opened.dataset.test.images[:2].astype(np.float32))
 
 
+@pytest.mark.by_turns("exported")
 def test_a_program_is_for_all_platforms_and_says_what_it_is(calibrated, exported):
     with zipfile.ZipFile(exported) as archive:
         about = json.loads(archive.read("about.json"))
@@ -105,6 +107,7 @@ def resnet(tmp_path_factory):
     return path
 
 
+@pytest.mark.by_turns("resnet")
 def test_weights_go_out_by_pytorchs_names_to_the_bit(resnet, tmp_path, capsys):
     out = tmp_path / "resnet.safetensors"
     code, said, err = call([f"--workdir={resnet}", "--format=safetensors", f"--out={out}"], capsys)
@@ -118,6 +121,7 @@ def test_weights_go_out_by_pytorchs_names_to_the_bit(resnet, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, found, {key: ours[key] for key in found})
 
 
+@pytest.mark.by_turns
 def test_the_table_says_why_a_format_is_not_for_a_run(trained, capsys):
     code, said, _ = call([f"--workdir={trained}", "--table"], capsys)
     head, *rows = said.splitlines()
@@ -128,6 +132,7 @@ def test_the_table_says_why_a_format_is_not_for_a_run(trained, capsys):
     assert rows[-1].split()[:2] == ["safetensors", "float32"] and "no name for" in rows[-1]
 
 
+@pytest.mark.by_turns("resnet")
 def test_a_file_that_answers_otherwise_is_not_written(resnet, tmp_path, capsys, monkeypatch):
     """One weight is changed on its way out."""
 

@@ -74,6 +74,7 @@ def about_of(path, format):
     return json.loads(entry.value)
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("format", ALONE)
 def test_a_file_answers_in_its_own_runtime_as_the_run_does(format, calibrated, tmp_path, capsys):
     """In a process without vitcls, in batches of two sizes, calibrated; and it says what it is."""
@@ -101,6 +102,7 @@ assert "vitcls" not in sys.modules
     np.testing.assert_allclose(artefact.load(str(out)).answer(expected.images[:2]), expected.of_run[:2], atol=3e-4)
 
 
+@pytest.mark.by_turns
 def test_a_saved_model_takes_the_place_of_an_older_one(trained, tmp_path, capsys):
     arguments = [f"--workdir={trained}", "--format=saved_model", f"--out={tmp_path / '1'}"]
     assert call(arguments, capsys)[0] == 0
@@ -132,6 +134,7 @@ def test_only_weights_are_rounded():
         compress.round_weights(variables, "float16")
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("format", make.FORMATS)
 def test_int8_is_smaller_and_calibrated_on_training_images(format, trained, tmp_path, capsys):
     if format == "safetensors":
@@ -178,6 +181,7 @@ def changed(content, weights, factor):
     return content
 
 
+@pytest.mark.by_turns("vit")
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize("format", make.FORMATS)
 def test_the_first_block_that_differs_is_named(format, precision, vit, tmp_path, capsys, monkeypatch):
@@ -199,6 +203,7 @@ def test_the_first_block_that_differs_is_named(format, precision, vit, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.by_turns("vit")
 def test_rounding_excuses_no_fault(vit, tmp_path, capsys, monkeypatch):
     """A file of bfloat16 answers as JAX does with the same weights: closer than rounding them has changed them."""
     arguments = [f"--workdir={vit}", "--format=stablehlo", "--quantize=bfloat16", f"--out={tmp_path / 'run.zip'}"]
@@ -219,6 +224,7 @@ def test_rounding_excuses_no_fault(vit, tmp_path, capsys, monkeypatch):
     assert code == 1 and "the first block that differs is 'head'" in err and not list(tmp_path.iterdir()), err
 
 
+@pytest.mark.by_turns
 def test_lenet_becomes_onnx_with_its_frame(tmp_path, capsys):
     """Images of 28 pixels, which it pads by their edges."""
     pytest.importorskip("jax2onnx")
@@ -230,6 +236,7 @@ def test_lenet_becomes_onnx_with_its_frame(tmp_path, capsys):
     np.testing.assert_allclose(artefact.load(str(out)).answer(expected.images), expected.of_run, atol=1e-5)
 
 
+@pytest.mark.by_turns
 def test_pruning_sets_the_smallest_of_each_kernel_to_zero(trained, tmp_path, capsys):
     out = tmp_path / "run.zip"
     code, said, err = call([f"--workdir={trained}", "--format=stablehlo", "--prune=0.5", f"--out={out}"], capsys)

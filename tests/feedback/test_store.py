@@ -97,6 +97,7 @@ def pieces(content, of):
     return sum(content[start : start + 16] in of for start in range(0, len(content) - 16, 160))
 
 
+@pytest.mark.by_turns
 def test_what_is_forgotten_is_in_no_file(url, request, tmp_path, store):
     one, both, theirs = os.urandom(400), os.urandom(3_000), [os.urandom(size) for size in (300, 900, 4_000, 50_000) * 5]
     if url.startswith("sqlite"):  # as it is unless SQLite was built otherwise

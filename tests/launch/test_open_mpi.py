@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 
+@pytest.mark.by_turns("rehearsal")
 def test_mpirun_makes_the_same_run(rehearsal, undisturbed, assert_same_end, tmp_path):
     if not shutil.which("mpirun"):
         pytest.skip("needs mpirun (Debian package openmpi-bin)")

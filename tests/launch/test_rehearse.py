@@ -7,6 +7,8 @@ import signal
 import subprocess
 import time
 
+import pytest
+
 from tests import bucket
 from vitcls.core import peers
 from vitcls.training import places
@@ -28,6 +30,7 @@ def read_until_step(stream, step, lines):
         pass
 
 
+@pytest.mark.by_turns("rehearsal")
 def test_a_run_that_is_killed_twice_ends_with_the_same_bits(rehearsal, undisturbed, assert_same_end, monkeypatch):
     """Its workdir is in a bucket, as on machines that have no disk in common."""
     server, url = bucket.start_server()
@@ -60,6 +63,7 @@ def test_a_run_that_is_killed_twice_ends_with_the_same_bits(rehearsal, undisturb
     server.communicate()
 
 
+@pytest.mark.by_turns("rehearsal")
 def test_a_task_of_slurm_that_is_killed_costs_no_bit(slurm, rehearsal, undisturbed, assert_same_end, tmp_path):
     workdir, log = tmp_path / "run", tmp_path / "log"
     environment = rehearsal.environment | {"JAX_NUM_CPU_DEVICES": "1"}

@@ -8,6 +8,7 @@ import pytest
 LAUNCHER = pathlib.Path(__file__).parents[2] / "launch" / "slurm" / "train.sbatch"
 
 
+@pytest.mark.by_turns
 def test_a_run_that_saved_and_stopped_goes_back_into_the_queue(slurm, tmp_path):
     """As at the time limit, 120 seconds before which Slurm sends SIGTERM to the processes, and to them alone."""
     life = "echo ready >> $0; [ $(wc -l < $0) -le 2 ] || exit 0; trap 'exit 143' TERM; while :; do sleep 0.1; done"

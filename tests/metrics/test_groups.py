@@ -71,6 +71,7 @@ def test_a_class_that_one_group_gets_too_often_is_found():
         assert found[name]["value"] >= rates["b"] - rates["a"] - 1e-12
 
 
+@pytest.mark.by_turns
 def test_groups_by_chance_are_seldom_called_different():
     """Of 40 times about two are below 0.05; more than 8 have a probability of 1 in 10,000."""
     alarms = 0

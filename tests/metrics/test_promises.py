@@ -27,6 +27,7 @@ def test_scores_are_sums_of_the_more_probable_classes():
     np.testing.assert_allclose(scores, [[1.2, 0.5, 0.9]])
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("coverage", [0.8, 0.95])
 def test_sets_hold_the_truth_as_often_as_promised(coverage):
     """In at least 95 % of 300 simulations (with room for chance: the 1 % quantile of a binomial is 92 %)."""

@@ -87,6 +87,7 @@ def coverage(simulations=1_000, count=300, resamples=300):
     return {name: hits / simulations for name, hits in held.items()}
 
 
+@pytest.mark.by_turns
 def test_intervals_of_95_percent_hold_the_truth_so_often():
     for name, share in coverage().items():
         assert 0.93 <= share <= 0.97, (name, share)

@@ -96,6 +96,7 @@ def test_what_a_file_lacks_is_said_at_once(tmp_path):
         load.convert("resnet50", load.open_weights(str(tmp_path / "w.npz")), head=True)
 
 
+@pytest.mark.by_turns
 def test_a_whole_file_is_known_by_its_names_and_shapes(tmp_path):
     model = models.create("resnetv2_50x1_bit", 7)
     shapes = traverse_util.flatten_dict(variable_shapes(model, (224, 224, 3))["params"], sep="/")

@@ -35,6 +35,7 @@ def grouped_conv_cases():
                 yield pytest.param(size, stride, grouping, paddings, marks=marks)
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize(("size", "stride", "grouping", "paddings"), list(grouped_conv_cases()))
 def test_all_forms_of_a_grouped_convolution_are_the_concatenation_over_groups(size, stride, grouping, paddings):
     channels, features, groups = GROUPINGS[grouping]
@@ -131,6 +132,7 @@ def test_groups_of_few_channels_in_many_places_are_one_convolution_on_a_cpu(imag
 RESNEXT = {"depths": (1, 1), "width": 8, "groups": 4, "group_width": 2, "stem": "small"}
 
 
+@pytest.mark.by_turns
 def test_the_trainer_takes_the_form_of_the_platform_for_its_step_alone(tiny_config, monkeypatch):
     """On a CPU the training step has no grouped convolution; what is evaluated and exported is the model as it is."""
     tiny_config.model = config_dict.ConfigDict({"name": "improved_resnext50", **RESNEXT})
@@ -162,6 +164,7 @@ def test_the_trainer_takes_the_form_of_the_platform_for_its_step_alone(tiny_conf
     assert forms.for_device(nn.Dense(3), jax.devices()[0], training=True) == nn.Dense(3)  # a module without forms
 
 
+@pytest.mark.by_turns
 def test_an_exported_model_takes_any_batch_by_grouped_convolutions():
     model = models.create("improved_resnext50", 5, **RESNEXT)
     images = normal(0, 3, 16, 16, 3)

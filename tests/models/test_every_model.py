@@ -332,6 +332,7 @@ def smallest_size(model: nn.Module, channels: int) -> int:
     return int(re.search(r"make them (\d+)x", str(error.value))[1])
 
 
+@pytest.mark.by_turns
 @every_model_siblings_slow
 def test_the_preset_maps_images_of_its_native_size_to_float32_logits(name):
     logits, variables, sown = native(name)
@@ -342,6 +343,7 @@ def test_the_preset_maps_images_of_its_native_size_to_float32_logits(name):
     assert late.shape[1] == side
 
 
+@pytest.mark.by_turns
 @every_model_siblings_slow
 def test_the_preset_trains_on_images_of_the_smallest_size_that_its_error_names(name):
     model, channels = real(name), models.preset(name).image_shape[-1]
@@ -364,12 +366,14 @@ def test_the_preset_trains_on_images_of_the_smallest_size_that_its_error_names(n
 WITH_SMALL_STEM = [name for name in KNOWN if "stem" in models.fields(name) and "vit" not in name]
 
 
+@pytest.mark.by_turns
 @each(WITH_SMALL_STEM, slow=SIBLINGS)
 def test_the_preset_with_a_small_stem_takes_images_of_32_pixels(name):
     logits, _, _ = trace_init(real(name, stem="small"), (32, 32, 3), train=True)
     assert_logits(logits)
 
 
+@pytest.mark.by_turns
 @each(WITH_SMALL_STEM)
 def test_a_small_stem_keeps_more_of_a_small_image(name):
     sides = []
@@ -498,6 +502,7 @@ def by_path(tree: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
+@pytest.mark.by_turns
 @every_model_heavy_slow
 def test_every_parameter_learns(name):
     model, shape = of(name)
@@ -539,6 +544,7 @@ def test_dropout_follows_its_key_in_training(name):
     assert (np.asarray(first) != np.asarray(other)).any()
 
 
+@pytest.mark.by_turns
 @every_model
 def test_each_kind_of_dropout_acts_in_training_alone(name):
     shape = image_shape(name)
@@ -587,6 +593,7 @@ def test_variables_do_not_depend_on_the_type_or_on_recomputing(name):
     assert dtypes(variables) == {"float32"}
 
 
+@pytest.mark.by_turns
 @every_model
 def test_with_bfloat16_only_what_must_be_precise_stays_in_float32(name):
     traced = trace(loaded(name), image_shape(name), train=True, mapped=True)
@@ -612,6 +619,7 @@ def test_batch_norms_and_masks_span_the_devices_of_an_axis(name):
     assert traced.count("axis_index") == traced.count("random_bits") > 0
 
 
+@pytest.mark.by_turns
 @every_model
 def test_recomputed_blocks_do_the_same_in_the_same_order(name):
     without, recomputed = (
@@ -622,12 +630,14 @@ def test_recomputed_blocks_do_the_same_in_the_same_order(name):
     assert without.shapes(*names) == recomputed.shapes(*names)
 
 
+@pytest.mark.by_turns
 @every_model
 def test_no_constant_makes_the_rest_float64_where_jax_allows_it(name):
     traced = trace(tiny(name), image_shape(name), train=True, x64=True)
     assert dtypes(traced.logits, traced.changed) == {"float32"}
 
 
+@pytest.mark.by_turns
 @every_model_heavy_slow
 def test_bfloat16_logits_are_near_those_of_float32(name):
     model, shape = of(name)
@@ -637,6 +647,7 @@ def test_bfloat16_logits_are_near_those_of_float32(name):
     assert np.abs(coarse - precise).max() < 0.05 * np.ptp(precise)
 
 
+@pytest.mark.by_turns
 @each(slow=[name for name in KNOWN if FIRST[name] in HEAVY_OR_ALIKE])
 def test_recomputing_in_the_backward_pass_changes_neither_logits_nor_gradients(name):
     model, shape = of(name)
@@ -645,6 +656,7 @@ def test_recomputing_in_the_backward_pass_changes_neither_logits_nor_gradients(n
         np.testing.assert_allclose(other, one, rtol=0, atol=1e-4 * np.abs(one).max())
 
 
+@pytest.mark.by_turns
 @every_model
 def test_every_grouped_convolution_has_the_form_asked_for(name):
     def grouped(**fields):
@@ -657,6 +669,7 @@ def test_every_grouped_convolution_has_the_form_asked_for(name):
     assert grouped() == grouped(grouped_conv="xla")
 
 
+@pytest.mark.by_turns
 @every_model
 def test_every_convolution_takes_the_form_of_the_trainer(name):
     forms = set()
@@ -701,6 +714,7 @@ def overfitted(model: nn.Module, shape: tuple[int, int, int], learning_rate: flo
     return losses[0], losses[-1], accuracy
 
 
+@pytest.mark.by_turns
 @every_model_heavy_slow
 def test_sixty_steps_learn_a_batch_of_digits_by_heart(name):
     first, last, accuracy = overfitted(*of(name), TINY[name].learning_rate)

@@ -110,6 +110,7 @@ def forward(model, variables, images):
     return model.apply(variables, images, train=False)
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_keras(case):
     name, theirs, size, scale, arguments, fields = case
@@ -162,6 +163,7 @@ def test_a_norm_takes_the_bias_of_its_convolution():
     np.testing.assert_array_equal(leaf, expected.astype(np.float32))
 
 
+@pytest.mark.by_turns
 def test_layers_that_keras_numbers_count_from_any_number_and_paths_may_be_longer():
     import keras
 
@@ -272,6 +274,7 @@ def test_preprocessing_is_that_of_keras(name, module):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize(
     ("name", "theirs", "fields"), [("resnet50", "ResNet50", ON_1X1), ("vgg16", "VGG16", {"stem": "small"})]
 )

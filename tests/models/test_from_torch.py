@@ -68,6 +68,7 @@ def forward(model, variables, images):
     return model.apply(variables, images, train=False)
 
 
+@pytest.mark.by_turns
 @every_case
 def test_logits_are_those_of_the_reference(case):
     images, _, expected = computed(case)
@@ -78,6 +79,7 @@ def test_logits_are_those_of_the_reference(case):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * scale)
 
 
+@pytest.mark.by_turns
 @every_case
 def test_every_leaf_comes_from_one_weight_and_every_number_is_used_once(case):
     images, weights, _ = computed(case)

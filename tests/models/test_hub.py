@@ -95,6 +95,7 @@ def test_a_name_is_fetched_once_and_checked(server, content):
     assert any(path.startswith(f"/{NAME}/resolve/{COMMIT}/") for kind, path in server.asked if kind == "GET")
 
 
+@pytest.mark.by_turns
 def test_adopt_takes_a_name(server, capsys):
     assert cli.run(adopt.main, [NAME]) == 0
     assert "resnet18" in capsys.readouterr().out

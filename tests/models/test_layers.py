@@ -229,6 +229,7 @@ def naive_pool(x, size, stride, padding, reduce):
     )
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize(
     ("padding", "shape"),
     [(0, (2, 6, 7, 3)), (1, (2, 6, 7, 3)), (1, (1, 2, 1, 2)), ("CEIL", (2, 6, 7, 3)), ("CEIL", (1, 2, 1, 2))],

@@ -61,6 +61,7 @@ def assert_near(ours, theirs, tolerance):
     jax.tree.map(near, ours, theirs)
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_and_their_written_gradient_are_those_of_the_plain_form(shape):
     batch, grid, width = SHAPES[shape]
@@ -107,6 +108,7 @@ def test_each_device_computes_its_own_images():
     )
 
 
+@pytest.mark.by_turns
 def test_a_model_has_the_same_parameters_and_gradients_in_either_form():
     """Two blocks, of which one has the convolution, the other a gate alone; computed again as `remat` says."""
     fields = {"patch_size": 2, "stem": "patch", "hidden_dim": 8, "depth": 2, "num_heads": 2, "mlp_dim": 32}

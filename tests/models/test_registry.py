@@ -85,6 +85,7 @@ def test_every_model_has_a_pinned_parameter_count():
     assert models.names() == sorted(models.names())
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_count(name):
     assert count(name, 1000) == PARAMETERS[name]

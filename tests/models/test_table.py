@@ -32,6 +32,7 @@ def test_the_page_has_every_model_in_order():
     assert list(rows_of(PAGE.read_text())) == models.names()
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("name", SMALLEST_OF_EACH_FAMILY)
 def test_the_page_says_what_the_command_says_now(name):
     assert rows_of(PAGE.read_text())[name] == rows_of(table.markdown_page([describe(name)]))[name]
@@ -42,6 +43,7 @@ def test_the_page_is_what_the_command_writes():
     assert PAGE.read_text() == table.markdown_page([table.describe(name) for name in models.names()])
 
 
+@pytest.mark.by_turns
 def test_flops_are_those_the_papers_count():
     # Multiply-adds at the native size, of He et al. 2016 (table 1), Xie et al. 2017 (table 1), Howard et al. 2017
     # (table 4) and Tan & Le 2019 (table 2); ours are 2 FLOPs each and a few for norms and activations.
@@ -69,6 +71,7 @@ def test_remat_saves_fewer_activations(monkeypatch):
     assert table.describe("resnet18").activation_bytes < 0.6 * plain
 
 
+@pytest.mark.by_turns
 def test_fields_of_a_model_change_its_line():
     """The depthwise convolution of one block: 9 weights and a bias for each hidden channel."""
     whole = describe("improved_vit_tiny")
@@ -81,6 +84,7 @@ def test_fields_of_a_model_change_its_line():
         table.fields_of("improved_vit_tiny", [("batch_size", "3")])
 
 
+@pytest.mark.by_turns
 def test_the_command_prints_one_line_for_each_model_and_one_for_a_wrong_name():
     def run(*arguments):
         return subprocess.run([sys.executable, "-m", "vitcls.models", *arguments], capture_output=True, text=True)

@@ -12,6 +12,7 @@ from vitcls.models.weights.from_torch import from_torch
 from vitcls.models.weights.to_torch import to_torch
 
 
+@pytest.mark.by_turns
 @every_case
 def test_weights_come_back_as_they_were(case):
     name, _, fields, *_ = CASES[case]

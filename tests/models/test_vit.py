@@ -173,6 +173,7 @@ def test_improved_encoder_and_every_aggregation(aggregation):
     assert ("class_token" in params) == (aggregation == "token")
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize(
     ("blocks", "local"),
     [("all", [0, 1, 2]), ("first_half", [0, 1]), ("second_half", [2]), ("alternate", [0, 2])],
@@ -332,6 +333,7 @@ def test_folded_attention_and_its_written_gradient_are_those_of_jax(dtype):
         np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("build", [plain, improved], ids=["once for all blocks", "in each attention"])
 def test_tokens_that_are_added_for_a_kernel_are_seen_by_nobody(build, monkeypatch):
     """The network with its tokens padded, as fused attention wants them, by products that run anywhere."""
@@ -405,6 +407,7 @@ def test_gelu_is_that_of_the_paper_and_so_is_its_slope():
     )
 
 
+@pytest.mark.by_turns
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere cuDNN may be there")
 @pytest.mark.usefixtures("no_pictures")
 def test_a_run_with_fused_attention_trains_evaluates_and_predicts_on_a_cpu(said, tiny_config, tmp_path):

@@ -205,6 +205,7 @@ def test_the_names_of_augreg_are_those_of_timm_in_another_layout():
         from_npz(name, {key: renamed[key] for key in renamed if key not in ("cls", "head/bias")}, **shape, **fields)
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("ending", ["weights.h5", "keras"])
 def test_what_keras_saves_is_what_keras_has(tmp_path, ending):
     import keras

@@ -44,6 +44,7 @@ def test_the_share_of_zeros_is_that_of_the_paper():
     np.testing.assert_allclose(shares, expected, atol=1e-3)
 
 
+@pytest.mark.by_turns
 def test_half_of_a_trained_network_is_zero_also_where_it_went_on(tmp_path, no_pictures):
     """Of the averaged weights too, which are the ones in use; and a run that lost its end makes the same again."""
     config = make_tiny_config()

@@ -163,6 +163,7 @@ def test_features_of_another_crop_are_computed_anew(photos, tmp_path):
     assert not features.features_of(extractor, dataset.train, dataset.image_shape, partition, 8).cached
 
 
+@pytest.mark.by_turns
 def test_features_of_a_run_are_what_its_network_gives_its_classifier(trained, tmp_path):
     made = with_features(config.default_config("lenet5"), str(trained))
     run = vitcls.open_run(trained)
@@ -226,6 +227,7 @@ def run(capsys, *arguments, main=command.main):
     return code, captured.out, captured.err
 
 
+@pytest.mark.by_turns
 def test_probes_are_compared_with_a_training(trained, tiny_file, tmp_path, capsys):
     places = []
     for name, classifier in (("hog", "svm"), ("pixels", "knn"), (trained, "centroid")):
@@ -257,6 +259,7 @@ def test_probes_are_compared_with_a_training(trained, tiny_file, tmp_path, capsy
     assert code == 2 and "probe.classifier was 'svm', is 'knn'" in err and len(err.splitlines()) == 1  # no work before
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("classifier", ["linear", "svm"])
 def test_a_probe_of_one_layer_predicts_and_is_trained_on(trained, tiny_file, tmp_path, capsys, classifier):
     place = tmp_path / "probe"

@@ -115,6 +115,7 @@ def weights(run):
     return flatten_dict(variables)
 
 
+@pytest.mark.by_turns
 def test_the_whole_loop(loop, capsys, no_pictures):
     root, store = loop
     said = answers(root, root / "run")
@@ -157,6 +158,7 @@ def test_the_whole_loop(loop, capsys, no_pictures):
     assert current(root / "run") == root / "run"
 
 
+@pytest.mark.by_turns
 def test_the_threshold_of_the_unknown_is_found_again(loop, no_pictures, monkeypatch):
     """Of the new weights, by the score and the strangers of before, from anywhere; 95 % of validation is known."""
     root, store = loop
@@ -180,6 +182,7 @@ def test_the_threshold_of_the_unknown_is_found_again(loop, no_pictures, monkeypa
     assert judge(noise[1][:8]).dtype == bool  # it is used: a threshold of another checkpoint would not be
 
 
+@pytest.mark.by_turns
 def test_it_goes_on_to_the_same_bits_wherever_it_is(loop, no_pictures):
     """Also where feedback has come since, and the run has moved."""
     root, store = loop

@@ -71,6 +71,7 @@ def load(served, answers, tmp_path, *flags):
     return json.loads(done.stdout)
 
 
+@pytest.mark.by_turns
 def test_of_ten_thousand_concurrent_requests_no_answer_is_lost_or_swapped(served, answers, tmp_path):
     before = {size: served.metric(f'vitcls_batches_total{{batch_size="{size}"}}') for size in (1, 2, 4, 8, 16, 32)}
     found = load(served, answers, tmp_path, "--requests=10000", "--clients=200")
@@ -165,6 +166,7 @@ def test_an_explanation_is_as_sure_as_the_calibrated_answer(trained, tmp_path):
     assert Explain(calibrated)(pixels)["probability"] == pytest.approx(sure[1]) != pytest.approx(sure[0], rel=1e-3)
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize(("format", "name"), [("stablehlo", "run.zip"), ("saved_model", "run")])
 def test_an_exported_program_is_served_as_its_run(trained, answers, tmp_path, format, name):
     from vitcls.export.__main__ import export

@@ -39,6 +39,7 @@ def test_false_alarms_of_a_reference_that_is_known(p):
     assert 0 < found <= most(200 / 400)
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize(("categories", "sample"), [(2, 50), (2, 500), (10, 100), (10, 2_000)])
 def test_false_alarms_of_a_reference_that_is_a_sample(categories, sample):
     """Small samples differ from what they are drawn from: a detector that took them for the truth would ring."""

@@ -25,6 +25,7 @@ class Feedback(Load):
         self.responses.append(image)
 
 
+@pytest.mark.by_turns
 def test_sigterm_lets_requests_end(trained, tmp_path):
     with server(f"--workdir={trained}", f"--database=sqlite:///{tmp_path}/f.db") as running:
         loads = [Load(running, seed=i) for i in range(4)]
@@ -39,6 +40,7 @@ def test_sigterm_lets_requests_end(trained, tmp_path):
             assert all(isinstance(error, requests.ConnectionError) for error in load.broken)
 
 
+@pytest.mark.by_turns
 def test_feedback_that_was_kept_survives_kill_9(trained, tmp_path):
     database = f"sqlite:///{tmp_path}/f.db"
     kept = []
@@ -56,6 +58,7 @@ def test_feedback_that_was_kept_survives_kill_9(trained, tmp_path):
     assert len(kept) > 10 and set(kept) <= images
 
 
+@pytest.mark.by_turns
 def test_two_processes_are_one_server(trained, tmp_path):
     with server(f"--workdir={trained}", f"--database=sqlite:///{tmp_path}/f.db", "--workers=2") as running:
         workers = psutil.Process(running.process.pid).children()
@@ -73,6 +76,7 @@ def test_two_processes_are_one_server(trained, tmp_path):
         assert not any(worker.is_running() for worker in workers)
 
 
+@pytest.mark.by_turns
 def test_feedback_may_meet_another_process(trained, tmp_path):
     """At once, when the receipt of the answer is in the memory of the one that gave it; nobody forges who speaks."""
     with server(f"--workdir={trained}", f"--database=sqlite:///{tmp_path}/f.db", "--workers=2") as running:
@@ -104,6 +108,7 @@ def test_a_proxy_that_is_named_says_who_speaks(trained, tmp_path):
         assert len(clients) == 3
 
 
+@pytest.mark.by_turns
 def test_processes_end_with_the_one_that_started_them(trained, tmp_path):
     with server(f"--workdir={trained}", f"--database=sqlite:///{tmp_path}/f.db", "--workers=2") as running:
         workers = psutil.Process(running.process.pid).children()
@@ -123,6 +128,7 @@ def challenger(trained, tmp_path):
     return tmp_path / "challenger"
 
 
+@pytest.mark.by_turns
 @pytest.mark.usefixtures("no_pictures")
 def test_a_promoted_model_is_taken_up_and_given_back_without_an_error(trained, challenger, tmp_path):
     workdir = shutil.copytree(trained, tmp_path / "run")
@@ -180,6 +186,7 @@ def test_feedback_is_of_an_answer(served):
     assert path.exists() and str(path) not in json.dumps(counts)
 
 
+@pytest.mark.by_turns
 def test_what_drifts_is_told(trained, tmp_path):
     """One and the same image again and again is not what the test split is like."""
     workdir = shutil.copytree(trained, tmp_path / "run")

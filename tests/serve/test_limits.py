@@ -107,6 +107,7 @@ def test_pages_of_other_sites_and_other_names_are_not_answered(served):
     assert response.status_code == 403 and "names of its own machine" in response.json()["error"]
 
 
+@pytest.mark.by_turns
 def test_another_address_demands_a_token(trained, tmp_path):
     token = tmp_path / "token"
     token.write_text("0123456789abcdef0123\n")

@@ -95,6 +95,7 @@ def test_an_image_is_given_by_hand(served, open_page, kind):
     playwright.expect(page.locator("article h2")).to_contain_text(best(served, 3)["class"])
 
 
+@pytest.mark.by_turns
 def test_feedback_is_one_click(trained, open_page, tmp_path):
     with server(f"--workdir={trained}", f"--database=sqlite:///{tmp_path}/f.db") as running:
         page = open_page(running.url)
@@ -136,6 +137,7 @@ def test_what_is_no_image_is_said(served, open_page):
     playwright.expect(page.locator("#message")).to_have_text("b.txt: the file is not an image.")
 
 
+@pytest.mark.by_turns
 def test_many_files_are_sent_in_parcels(served, open_page):
     page = open_page(served.url)
     page.set_input_files("#file", [picture(f"{i}.png", i) for i in range(20)])
@@ -146,6 +148,7 @@ def test_many_files_are_sent_in_parcels(served, open_page):
     playwright.expect(page.locator("article")).to_have_count(21)
 
 
+@pytest.mark.by_turns
 def test_what_was_never_seen_is_said(trained, open_page, tmp_path):
     workdir = shutil.copytree(trained, tmp_path / "run")
     novelty.write(workdir, novelty.Novelty(12, "msp", MaximumSoftmax(), 2.0, 0.95))
@@ -166,6 +169,7 @@ def test_an_upload_is_one_request_while_the_model_stays(served, open_page):
     assert [path for path in asked if path.startswith("/v1/")] == ["/v1/predict"]
 
 
+@pytest.mark.by_turns
 def test_it_says_when_another_model_is_served(trained, open_page, tmp_path):
     first, second = (shutil.copytree(trained, tmp_path / name) for name in ("first", "second"))
     with server(f"--workdir={first}") as running:
@@ -178,6 +182,7 @@ def test_it_says_when_another_model_is_served(trained, open_page, tmp_path):
         playwright.expect(page.locator("#about")).to_contain_text("Served since")
 
 
+@pytest.mark.by_turns
 def test_a_server_that_is_away_is_said(trained, open_page, tmp_path):
     with server(f"--workdir={trained}", f"--database=sqlite:///{tmp_path}/f.db") as running:
         page = open_page(running.url)
@@ -188,6 +193,7 @@ def test_a_server_that_is_away_is_said(trained, open_page, tmp_path):
         playwright.expect(page.locator("article")).to_have_count(0)
 
 
+@pytest.mark.by_turns
 def test_a_token_is_asked_for(trained, open_page, tmp_path):
     token = tmp_path / "token"
     token.write_text("0123456789abcdef0123")

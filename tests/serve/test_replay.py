@@ -33,6 +33,7 @@ def answered(trained, tmp_path):
     return workdir, file, one["id"], several[0]["id"]
 
 
+@pytest.mark.by_turns
 def test_an_answer_is_computed_again(answered, capsys):
     """In each of the batches that it was in; by the file, or the image of feedback; by a database or what is known."""
     workdir, file, id, corrected = answered
@@ -80,6 +81,7 @@ def test_what_is_forgotten_has_no_receipt(answered, capsys):
     store.close()
 
 
+@pytest.mark.by_turns
 def test_what_has_changed_is_said(answered, capsys):
     workdir, file, id, _ = answered
     assert cli.run(calibrate.main, [f"--workdir={workdir}"]) == 0

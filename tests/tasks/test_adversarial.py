@@ -51,6 +51,7 @@ def cross_entropy(logits, targets):
     return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize("method", ["fgsm", "pgd", "trades"])
 def test_the_loss_is_that_of_the_papers_on_images_within_the_ball(method):
     logits, tools = linear()
@@ -81,6 +82,7 @@ def test_the_loss_is_that_of_the_papers_on_images_within_the_ball(method):
     np.testing.assert_array_equal(aux.sums["robust"], log_q.argmax(axis=1) == classes)
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize(("method", "strategy"), [("pgd", "pmap"), ("trades", "fsdp")])
 def test_a_run_goes_on_to_the_same_bits(method, strategy, tiny_config, tmp_path):
     config = adversarial(tiny_config, method=method)
@@ -96,6 +98,7 @@ def test_a_run_goes_on_to_the_same_bits(method, strategy, tiny_config, tmp_path)
     assert all(0 <= e["train/robust_accuracy"] <= 1 for e in read_history(again) if "train/loss" in e)
 
 
+@pytest.mark.by_turns
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_every_strategy_trains_the_same(tiny_config, tmp_path):
     losses = {}

@@ -147,6 +147,7 @@ def with_task(config, name, trained):
     return config
 
 
+@pytest.mark.by_turns
 @pytest.mark.parametrize(("name", "strategy"), [("distill", "pmap"), ("simclr", "fsdp"), ("mean_teacher", "pmap")])
 def test_a_run_goes_on_to_the_same_bits(name, strategy, tiny_config, trained, tmp_path, mean_teacher):
     config = with_task(tiny_config, name, trained)
@@ -168,6 +169,7 @@ def test_a_run_goes_on_to_the_same_bits(name, strategy, tiny_config, trained, tm
     assert all(0 <= event[logged] <= 1 for event in whole if "train/loss" in event)
 
 
+@pytest.mark.by_turns
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_what_a_task_keeps_is_updated_with_each_step_and_saved(tiny_config, trained, tmp_path, mean_teacher):
     """The same under one strategy as under another; the teacher lags behind the parameters as its decay says."""
@@ -193,6 +195,7 @@ def test_what_a_task_keeps_is_updated_with_each_step_and_saved(tiny_config, trai
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4), *both)
 
 
+@pytest.mark.by_turns
 def test_a_task_has_metrics_of_its_own(tiny_config, trained, tmp_path, mean_teacher):
     config = with_task(tiny_config, "mean_teacher", trained)
     config.checkpoint.metric = "eval/confidence"
@@ -208,6 +211,7 @@ def test_a_task_has_metrics_of_its_own(tiny_config, trained, tmp_path, mean_teac
         prepare(config, None, "", range(0))
 
 
+@pytest.mark.by_turns
 def test_a_metric_that_is_not_defined_does_not_cost_the_report(tiny_config, tmp_path, monkeypatch):
     nowhere = Metric("nowhere", "fraction", "Nowhere", "{:.2%}", True, lambda evidence: float("nan"), "nothing", "none")
     monkeypatch.setitem(METRICS, "nowhere", nowhere)
@@ -216,6 +220,7 @@ def test_a_metric_that_is_not_defined_does_not_cost_the_report(tiny_config, tmp_
     assert "<span>Nowhere</span><b>–</b>" in (tmp_path / "run" / "report" / "index.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.by_turns
 def test_a_teacher_may_move_but_not_change(tiny_config, trained, tmp_path, capfd):
     from vitcls.cli import quiet_libraries
 
@@ -232,6 +237,7 @@ def test_a_teacher_may_move_but_not_change(tiny_config, trained, tmp_path, capfd
         train_and_evaluate(config, tmp_path / "run")
 
 
+@pytest.mark.by_turns
 def test_nothing_of_a_teacher_is_saved_and_it_is_not_needed_afterwards(tiny_config, trained, tmp_path):
     teacher = tmp_path / "teacher"
     shutil.copytree(trained, teacher)
@@ -362,6 +368,7 @@ def test_a_config_without_a_task_is_of_classification(tiny_config):
     assert set(TASKS) == {"adversarial", "classify", "distill", "simclr"}
 
 
+@pytest.mark.by_turns
 def test_features_without_labels_have_no_classifier_to_predict_with(tiny_config, trained, tmp_path):
     train_and_evaluate(with_task(tiny_config, "simclr", trained), tmp_path / "run")
     opened = run_dir.open_workdir(tmp_path / "run")

@@ -181,6 +181,7 @@ def assert_same_end(workdir, trained):
     assert all(checkpoint.damage(copy / "checkpoints" / str(step)) is None for step in saved)
 
 
+@pytest.mark.by_turns
 def test_a_run_whose_bucket_is_away_trains_on_and_loses_nothing(store, trained, tmp_path, monkeypatch, capsys):
     workdir = f"{store.scheme}://runs/away/run"
     run = Run(tmp_path, workdir, store.proxy.url, waits=True)
@@ -224,6 +225,7 @@ KILLS = [
 ]
 
 
+@pytest.mark.by_turns
 def test_a_run_that_is_killed_in_the_middle_of_saves_ends_with_the_same_bits(store, trained, tmp_path, capsys):
     """Four kills -9 of one run, each at another point of a save, and the same command after each."""
     workdir, before = f"{store.scheme}://runs/killed/run", None

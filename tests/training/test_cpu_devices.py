@@ -94,6 +94,7 @@ def assert_same(ours, theirs):
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.by_turns
 def test_no_result_depends_on_it_and_a_run_goes_on_with_another_number(tmp_path):
     assert "1 x cpu" in train(tmp_path, "one", "--config.partition.cpu_devices=1")
     chosen = "2 x cpu" if len(os.sched_getaffinity(0)) > 1 else "1 x cpu"
@@ -109,6 +110,7 @@ def test_no_result_depends_on_it_and_a_run_goes_on_with_another_number(tmp_path)
     assert_same(logged(tmp_path / "two"), one)
 
 
+@pytest.mark.by_turns
 def test_the_environment_goes_first(tmp_path):
     arguments = ("--config.partition.cpu_devices=2", "--dry_run")
     assert "3 x cpu" in train(tmp_path, "a", *arguments, "--config.batch_size=18", JAX_NUM_CPU_DEVICES="3")

@@ -65,6 +65,7 @@ def state_of(path, step=None):
     return {jax.tree_util.keystr(place): np.asarray(leaf) for place, leaf in jax.tree.leaves_with_path(tree["state"])}
 
 
+@pytest.mark.by_turns
 def test_a_frozen_backbone_keeps_its_bits_and_has_no_optimizer_state(weights, tmp_path):
     file, given = weights
     train.train_and_evaluate(tiny(file, train="head"), tmp_path / "run")
@@ -79,6 +80,7 @@ def test_a_frozen_backbone_keeps_its_bits_and_has_no_optimizer_state(weights, tm
             np.testing.assert_array_equal(found[f".{average}{place}"], leaf, strict=True)
 
 
+@pytest.mark.by_turns
 def test_a_run_that_is_killed_goes_on_to_the_same_bits_without_the_file(weights, tmp_path, monkeypatch):
     file = shutil.copy(weights[0], tmp_path / "w.safetensors")
     config = tiny(file, layer_decay=0.7)
@@ -107,6 +109,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits_without_the_file(weights,
     assert evaluate.evaluate(tmp_path / "killed")["accuracy"] >= 0
 
 
+@pytest.mark.by_turns
 def test_a_run_killed_before_its_first_step_does_not_need_the_file(weights, tmp_path, monkeypatch):
     file = shutil.copy(weights[0], tmp_path / "w.safetensors")
 
@@ -167,6 +170,7 @@ def check_same_steps(path, plain, given):
 
 
 # A part of a batch has statistics of its own, so that these must stay where batches are accumulated.
+@pytest.mark.by_turns
 @pytest.mark.parametrize(
     ("layout", "freeze_norm"),
     [("fsdp", False), ("pmap", False), ("remat", False), ("pmap", True), ("accumulate", True), ("all", True)],

@@ -38,6 +38,7 @@ def continued(path, **changes):
     return config
 
 
+@pytest.mark.by_turns
 def test_an_old_run_evaluates_predicts_and_continues(old, tmp_path, monkeypatch):
     path, expected = old
     monkeypatch.setattr(evaluator, "_TIMED_SECONDS", 0.0)
@@ -84,6 +85,7 @@ def test_a_renamed_key_is_found_under_its_old_name(monkeypatch):
     assert (config.optimizer.learning_rate, config.loss.l2, config.seed) == (2e-3, 0.25, 0)
 
 
+@pytest.mark.by_turns
 def test_the_data_of_a_run_may_move_but_not_change(tiny_config, tmp_path):
     rng = np.random.default_rng(0)
 

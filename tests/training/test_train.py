@@ -104,6 +104,7 @@ def assert_same_run(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.by_turns
 def test_a_killed_run_ends_bit_equal_to_an_uninterrupted_one(tiny_config, tmp_path):
     tiny_config.total = "150 steps"
     tiny_config.log_every = "14 steps"
@@ -200,6 +201,7 @@ def test_a_workdir_in_use_is_refused_and_left_alone(tiny_config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.by_turns
 def test_compilation_is_not_timed_as_training(tiny_config, tmp_path):
     """Under `pmap` too: the first interval of a run is not slower than the others by a compilation."""
     tiny_config.partition.strategy = "pmap"
@@ -263,6 +265,7 @@ def test_a_run_whose_workdir_is_taken_over_writes_nothing_more(tiny_config, tmp_
     assert not (tmp_path / "run" / "report").exists()
 
 
+@pytest.mark.by_turns
 def test_a_diverging_run_stops_and_names_the_steps(tiny_config, tmp_path):
     tiny_config.optimizer.name = "sgd"
     tiny_config.optimizer.learning_rate = 1e30
@@ -276,6 +279,7 @@ def test_a_diverging_run_stops_and_names_the_steps(tiny_config, tmp_path):
     assert 1 <= first <= 5
 
 
+@pytest.mark.by_turns
 def test_early_stopping_ends_the_run_and_it_stays_ended(tiny_config, tmp_path):
     tiny_config.total = "100 steps"
     tiny_config.eval_every = "2 steps"
@@ -291,6 +295,7 @@ def test_early_stopping_ends_the_run_and_it_stays_ended(tiny_config, tmp_path):
     assert (seen["state"], seen["step"], seen["test_accuracy"]) == ("finished", 8, accuracy)
 
 
+@pytest.mark.by_turns
 def test_the_best_checkpoint_can_be_reported(tiny_config, tmp_path, monkeypatch):
     """By any metric of the table, here one that needs the predictions."""
     tiny_config.report.checkpoint = "best"
@@ -352,6 +357,7 @@ def test_a_dry_run_leaves_nothing(tiny_config, tmp_path, strategy):
         train_and_evaluate(tiny_config, tmp_path / "run", dry_run=True)
 
 
+@pytest.mark.by_turns
 def test_a_whole_run_compiles_training_and_evaluation_once_each(tiny_config, tmp_path, caplog):
     tiny_config.total = "13 steps"  # the last call has one step to go, of two
     with jax.log_compiles():
@@ -361,6 +367,7 @@ def test_a_whole_run_compiles_training_and_evaluation_once_each(tiny_config, tmp
     assert read_history(tmp_path / "run")[-1]["step"] == 13
 
 
+@pytest.mark.by_turns
 def test_another_seed_is_another_run_of_the_same_program(tiny_config, tmp_path, caplog):
     runs = []
     for seed in (1, 2):
@@ -372,6 +379,7 @@ def test_another_seed_is_another_run_of_the_same_program(tiny_config, tmp_path, 
     assert found.count(("miss", "jit_train_call")) <= 1 and ("hit", "jit_train_call") in found
 
 
+@pytest.mark.by_turns
 def test_chosen_steps_are_traced_and_no_others(tiny_config, tmp_path):
     train_and_evaluate(tiny_config, tmp_path / "run", profile_steps=range(5, 8))
     (trace,) = (tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz")
