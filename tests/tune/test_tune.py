@@ -370,15 +370,15 @@ def test_values_that_do_not_go_together_are_a_failed_trial_each(tmp_path, capsys
     (tmp_path / "config.py").write_text(FILES["config.py"])
     (tmp_path / "space.py").write_text(
         "from vitcls.tune import Choice, Space\n"
-        "def get_space():\n    return Space({'optimizer.accumulate': Choice((3,))})\n"
+        "def get_space():\n    return Space({'optimizer.accumulate': Choice((3, 5))})\n"
     )
     arguments = [f"--{name}={tmp_path}/{name}.py" for name in ("config", "space")]
-    assert cli.run(command.main, [*arguments, f"--workdir={tmp_path}/s", "--trials=3"]) == 1
+    assert cli.run(command.main, [*arguments, f"--workdir={tmp_path}/s"]) == 1
     assert "no trial has come to a score" in capsys.readouterr().err
     ended = trials_of(tmp_path / "s")
-    assert [(t.number, t.state) for t in ended] == [(0, "failed"), (1, "failed"), (2, "failed")]
-    assert len((tmp_path / "s" / "trials.md").read_text().splitlines()) == 5
-    assert "cannot be divided into config.optimizer.accumulate=3 parts" in ended[0].error
+    assert [(t.number, t.state) for t in ended] == [(0, "failed"), (1, "failed")]
+    assert len((tmp_path / "s" / "trials.md").read_text().splitlines()) == 4
+    assert all("cannot be divided into config.optimizer.accumulate=" in trial.error for trial in ended)
 
 
 HOUSE = [

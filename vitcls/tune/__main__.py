@@ -38,7 +38,7 @@ class Search:
         self.flags, self.config, self.space = flags, config, keys
         self.metric = config.checkpoint.metric
         self.maximize = higher_is_better(self.metric)
-        self._names = [f"{number:04d}" for number in range(_count(flags, keys))]
+        self._names: list[str] = []  # of all trials
         self._processes = jobs.Jobs(flags.workers)
         self._values: dict[str, dict] = {}  # of what runs
         self._scores: dict[str, dict[str, float]] = {}
@@ -48,6 +48,7 @@ class Search:
         """Runs the trials that are left; returns all once they have ended, or raises Stopped after a signal."""
         queue = ledger.start(self.flags.storage, self.directory, self._processes.pause)
         _begin(self)
+        self._names = [f"{number:04d}" for number in range(_count(self.flags, self.space))]
         with queue, self._processes, tqdm(total=len(self._names), disable=None) as bar:
             while True:
                 entries = queue.entries()
