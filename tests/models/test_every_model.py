@@ -502,7 +502,7 @@ def by_path(tree: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-@pytest.mark.by_turns
+@pytest.mark.by_turns("training")
 @every_model_heavy_slow
 def test_every_parameter_learns(name):
     model, shape = of(name)
@@ -521,6 +521,7 @@ def test_every_parameter_learns(name):
     assert not {path for path in dead if not re.search(excused, path)}
 
 
+@pytest.mark.by_turns("training")
 @every_model_heavy_slow
 def test_running_statistics_move_in_training_only(name):
     model, shape = of(name)
@@ -534,6 +535,7 @@ def test_running_statistics_move_in_training_only(name):
     jax.tree.map(np.testing.assert_array_equal, in_evaluation, after)
 
 
+@pytest.mark.by_turns("training")
 @every_model_heavy_slow
 def test_dropout_follows_its_key_in_training(name):
     model, shape = of(name)
@@ -556,6 +558,7 @@ def test_each_kind_of_dropout_acts_in_training_alone(name):
             trace(tiny(name, **off | {field: 0.5}), shape, train=True, key=False)
 
 
+@pytest.mark.by_turns("training")
 @every_model_heavy_slow
 def test_evaluation_is_deterministic_and_treats_each_example_alone(name):
     model, shape = of(name)
@@ -570,6 +573,7 @@ def test_evaluation_is_deterministic_and_treats_each_example_alone(name):
     assert np.asarray(logits).std(axis=0).min() > 1e-3 * spread  # the examples are told apart
 
 
+@pytest.mark.by_turns("training")
 @every_model_heavy_slow
 def test_the_documented_intermediates_are_sown(name):
     model, shape = of(name)
@@ -637,7 +641,7 @@ def test_no_constant_makes_the_rest_float64_where_jax_allows_it(name):
     assert dtypes(traced.logits, traced.changed) == {"float32"}
 
 
-@pytest.mark.by_turns
+@pytest.mark.by_turns("training")
 @every_model_heavy_slow
 def test_bfloat16_logits_are_near_those_of_float32(name):
     model, shape = of(name)
@@ -647,7 +651,7 @@ def test_bfloat16_logits_are_near_those_of_float32(name):
     assert np.abs(coarse - precise).max() < 0.05 * np.ptp(precise)
 
 
-@pytest.mark.by_turns
+@pytest.mark.by_turns("training")
 @each(slow=[name for name in KNOWN if FIRST[name] in HEAVY_OR_ALIKE])
 def test_recomputing_in_the_backward_pass_changes_neither_logits_nor_gradients(name):
     model, shape = of(name)
@@ -714,7 +718,7 @@ def overfitted(model: nn.Module, shape: tuple[int, int, int], learning_rate: flo
     return losses[0], losses[-1], accuracy
 
 
-@pytest.mark.by_turns
+@pytest.mark.by_turns("training")
 @every_model_heavy_slow
 def test_sixty_steps_learn_a_batch_of_digits_by_heart(name):
     first, last, accuracy = overfitted(*of(name), TINY[name].learning_rate)

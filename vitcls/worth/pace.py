@@ -55,7 +55,8 @@ def choose(runs: Sequence[Run], directory: pathlib.Path, minutes: float, spent: 
     pilots = {}
     for run in runs:
         if run.row.series not in pilots:  # the smallest share comes first
-            pilots[run.row.series] = dataclasses.replace(with_steps(run, _PILOT), workdir=directory / "pace" / run.name)
+            place = directory / "pace" / f"short_{run.row.series}"
+            pilots[run.row.series] = dataclasses.replace(with_steps(run, _PILOT), workdir=place)
     entries = work.work(list(pilots.values()), directory / "pace", 1, "")
     for name, reason in work.failed(entries).items():
         raise RunError(f"the short training {name} failed: {reason}; run it again")
