@@ -1,5 +1,7 @@
 """What a server says is what `vitcls predict` says, of each image, whatever comes beside it."""
 
+import contextlib
+import hashlib
 import http.client
 import json
 import pathlib
@@ -15,6 +17,7 @@ import requests
 
 from tests.serve.running import base64_of, png, server
 from vitcls import calibrate, cli
+from vitcls.feedback.store import open_store
 from vitcls.serve import model
 from vitcls.serve.explanations import Explain
 
@@ -134,6 +137,8 @@ def test_its_description_for_programs_is_what_it_does(served):
     assert check("/v1/feedback", requests.post(f"{served.url}/v1/feedback", json=words))["label"]
     assert "error" in check("/v1/feedback", requests.post(f"{served.url}/v1/feedback", json={}))
     check("/v1/explain", requests.post(f"{served.url}/v1/explain", data=png(7)))
+    with contextlib.closing(open_store(served.database)) as store:
+        assert store.forget_image(hashlib.sha256(png(7)).hexdigest()) == 1
 
 
 def closed(schema):
