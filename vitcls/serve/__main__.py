@@ -28,8 +28,9 @@ from vitcls import cli
 from vitcls.core import buckets, extras
 from vitcls.core.errors import UserError
 from vitcls.export import artefact
-from vitcls.serve import databases
-from vitcls.training import run_dir
+from vitcls.serve import databases, promotion
+from vitcls.training import checkpoint, run_dir
+from vitcls.training.files import CHECKPOINTS
 
 _logger = logging.getLogger("vitcls")
 _DRAIN = 30  # seconds that requests have to end after SIGTERM
@@ -110,8 +111,12 @@ def _check_what(flags) -> None:
     if flags.artefact:
         artefact.check(flags.artefact)
     elif not buckets.is_url(flags.workdir):
-        trained = run_dir.open_workdir(flags.workdir)
-        trained.find_step(flags.checkpoint or trained.config.report.checkpoint)
+        workdir = pathlib.Path(flags.workdir)
+        trained = run_dir.open_workdir(workdir if flags.checkpoint else promotion.current(workdir))
+        which = flags.checkpoint or trained.config.report.checkpoint
+        there = checkpoint.steps(trained.path / CHECKPOINTS)
+        if not there or which not in ("last", "best"):  # which a run that is alive may replace at this moment
+            trained.find_step(which)
 
 
 def _is_loopback(host: str) -> bool:
