@@ -112,7 +112,14 @@ def _scores(opened: Opened, fitted: dict[str, Any], split: data.Split | None) ->
 
 def _strangers(opened: Opened, name: str, data_dir: str) -> data.Split:
     """Images of something else, as the model sees images; the labels are not looked at."""
-    place = pathlib.Path(name)
+    place, own = pathlib.Path(name), opened.trained.config.dataset
+    is_place = place.is_dir() or name.endswith(".npz")
+    if (
+        os.path.abspath(name) == own.data_dir
+        if is_place
+        else (name, data_dir or own.data_dir) == (own.name, own.data_dir)
+    ):
+        raise UserError(f"--ood={name} is what the run was trained on; give images of something else")
     if place.is_dir():
         files = sorted(p for p in place.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
         if not files:
@@ -134,8 +141,6 @@ def _test_of(opened: Opened, name: str, data_dir: str) -> data.Split:
     in_file, place = name.endswith(".npz"), os.path.abspath(name)
     if not in_file and (os.sep in name or os.path.exists(name)):
         raise UserError(f"--ood={name} is neither a folder of images, nor an .npz file, nor the name of a data set")
-    if place == config.data_dir if in_file else (name, data_dir or config.data_dir) == (config.name, config.data_dir):
-        raise UserError(f"--ood={name} is what the run was trained on; give images of something else")
     config.update(name="npz" if in_file else name, data_dir=place if in_file else data_dir)
     config.update(fraction=1.0, num_folds=0, corrections="")
     with config.ignore_type():  # of a number

@@ -66,6 +66,17 @@ def test_the_table_has_every_method_and_is_not_made_twice(arguments, tmp_path, c
         assert words in capsys.readouterr().err
 
 
+def test_a_table_whose_trainings_have_begun_is_not_paced_anew(arguments, tmp_path, capsys):
+    """As one of a version that took 200 steps; the first training is refused before it starts."""
+    begun = tmp_path / "out" / "runs" / "from_scratch-100"
+    arguments += ["--shares=100"]
+    begun.mkdir(parents=True)
+    (begun / "config.json").write_text("{")
+    assert cli.run(command.main, arguments) == 1
+    assert "from_scratch-100" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "pace.json").exists() and not (tmp_path / "out" / "pace").exists()
+
+
 def test_the_steps_fill_the_time_that_is_there():
     """Two short trainings of 8 steps, of 2 s a step and 14 s besides, and of 3 s a step and 26 s besides."""
     costs = [pace.Cost(2.0, 30.0, 8), pace.Cost(3.0, 50.0, 8)]

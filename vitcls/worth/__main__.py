@@ -19,6 +19,7 @@ from vitcls.experiment import work
 from vitcls.experiment.table import Run
 from vitcls.probe.run import probe
 from vitcls.training import places
+from vitcls.training.files import CONFIG_FILE
 from vitcls.worth import pace, results
 from vitcls.worth.runs import LEARNED, plan
 
@@ -37,6 +38,8 @@ def main(argv: list[str]) -> None:
     for run in probed:
         if work.state_of(run).status != "finished":
             probe(run.config, run.workdir)
+    if steps is None and any((run.workdir / CONFIG_FILE).exists() for run in trained):
+        steps = pace.MOST  # of an earlier --steps, or version, as their configs say
     if steps is None:
         steps = pace.choose(trained, directory, flags.minutes, time.monotonic() - since)
         trained = [pace.with_steps(run, steps) for run in trained]
