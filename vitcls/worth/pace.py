@@ -19,6 +19,7 @@ from vitcls.training import metrics_log, run_dir
 FILE = "pace.json"
 LEAST, MOST = 20, 200  # steps; more learn little from few images
 _PILOT = 8  # steps of a short training
+_USED = 0.9  # of the time that is left; the rest is for a machine that slows down
 _logger = logging.getLogger("vitcls")
 
 
@@ -64,8 +65,9 @@ def choose(runs: Sequence[Run], directory: pathlib.Path, minutes: float, spent: 
         series: Cost(_seconds_per_step(pilot), entries[pilot.name].seconds, _PILOT) for series, pilot in pilots.items()
     }
     spent += sum(cost.seconds for cost in costs.values())
-    steps, takes = fitting([costs[run.row.series] for run in runs], 60 * minutes - spent)
-    say = _logger.info if takes <= 60 * minutes - spent else _logger.warning
+    left = 60 * minutes - spent
+    steps, takes = fitting([costs[run.row.series] for run in runs], _USED * left)
+    say = _logger.info if takes <= left else _logger.warning
     say("each training takes %d steps, and the table about %.0f minutes", steps, (spent + takes) / 60)
     run_dir.write_atomically(directory / FILE, json.dumps({"minutes": minutes, "steps": steps}) + "\n")
     return steps
