@@ -1,5 +1,6 @@
 """The whole way of a user with published weights and a folder of photos, in commands."""
 
+import dataclasses
 import json
 
 import jax
@@ -73,10 +74,80 @@ def test_a_file_is_known_by_its_names_and_shapes(weights):
         np.testing.assert_array_equal(found.given.variables[path], leaf)
 
 
-def test_weights_of_no_model_are_refused(tmp_path):
+def drawn(name, num_classes, image_shape, **fields):
+    shapes = variable_shapes(models.create(name, num_classes, **fields), image_shape)
+    draw = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: 0.05 * draw.random(leaf.shape, np.float32) + np.float32(0.01), shapes)
+
+
+@pytest.mark.parametrize(
+    ("publisher", "words"),
+    [
+        ("timm", "mean (0.500, 0.500, 0.500), std (0.500, 0.500, 0.500), 224 pixels, central 90.0%, bicubic"),
+        ("torchvision", "mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225), 224 pixels, central 87.5%, bilinear"),
+    ],
+)
+def test_a_vit_is_known_by_the_size_of_its_patches_and_its_publisher_by_the_names(publisher, words, tmp_path):
+    for size, expected in ((32, "vit_tiny_patch32, "), (10, "vit_tiny_patch16, patch_size=10, ")):
+        variables = drawn("vit_tiny_patch16", 5, (2 * size, 2 * size, 3), patch_size=size)
+        arrays = to_torch("vit_tiny_patch16", variables, publisher=publisher, patch_size=size)
+        file = load.open_weights(safetensors(tmp_path / f"{size}.safetensors", arrays))
+        first, *others = adopt.identify(file)
+        lines = adopt.describe(file, first)
+        assert f"architecture   {expected}" in lines[1] and lines[-1].endswith(f"{words} (of its publisher)")
+        assert not others or size == 10
+
+
+def test_weights_of_no_model_are_refused(weights, tmp_path):
     file = load.open_weights(safetensors(tmp_path / "w.safetensors"))
     with pytest.raises(UserError, match="holds the weights of no model here"):
         adopt.identify(file)
+    arrays = {key: np.asarray(array) for key, array in load.open_weights(weights[0]).arrays.items()}
+    arrays["layer4.1.bn3.weight"] = arrays.pop("layer4.1.bn2.weight")
+    file = load.open_weights(safetensors(tmp_path / "renamed.safetensors", arrays))
+    words = r"nearest is resnet18: the weights have no 'layer4.1.bn2.weight', .*; resnet18 has no place for 1 .*4.1.bn3"
+    with pytest.raises(UserError, match=words):
+        adopt.identify(file)
+
+
+@pytest.mark.by_turns
+def test_labelled_images_tell_the_preprocessing_and_the_order_of_the_classes(tmp_path):
+    """Of a ResNet-18 that tells twelve grey levels apart, of images less 0.5 and divided by 0.5."""
+    shapes = variable_shapes(models.create("resnet18", 12), (32, 32, 3))
+    flat = {
+        path: np.zeros(leaf.shape, np.float32) for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items()
+    }
+    for path, leaf in flat.items():
+        through = "/stem/" in path or "/shortcut/" in path  # the blocks beside them add nothing
+        if path.endswith("/var") or (path.endswith("/scale") and through):
+            leaf[:] = 1
+        elif path.endswith("/shortcut/conv/kernel"):
+            leaf[0, 0, 0, 0] = leaf[0, 0, 1, 1] = 1
+    flat["params/stem/conv/kernel"][3, 3, 0, :2] = 1, -1  # behind ReLU the first two channels are x and -x
+    limits, class_of = np.linspace(-1, 1, 13)[:-1], np.arange(12)
+    flat["params/head/kernel"][:2] = 100 * np.stack([class_of, -class_of])
+    flat["params/head/bias"][:] = -100 * np.cumsum(limits)
+    for label in range(12):  # '10' is before '2' by name, and behind '9' by number
+        (tmp_path / "photos" / str(label + 1)).mkdir(parents=True)
+        for i in (0.3, 0.7):
+            grey = Image.fromarray(np.full((32, 32, 3), 255 * (label + i) / 12, np.uint8))
+            grey.save(tmp_path / "photos" / str(label + 1) / f"{i}.png")
+    arrays = to_torch("resnet18", traverse_util.unflatten_dict(flat, sep="/"))
+    given = load.convert("resnet18", load.open_weights(safetensors(tmp_path / "w.safetensors", arrays)), head=True)
+    given = given._replace(preprocessing=dataclasses.replace(given.preprocessing, size=32))
+    trials, count = adopt.try_all(adopt.Adopted("resnet18", given), str(tmp_path / "photos"))
+    assert (count, str(trials[0]), trials[0].accuracy) == (24, "half, classes by number", 1.0)
+    by_name = next(trial for trial in trials if str(trial) == "half, classes by name")
+    assert by_name.accuracy == 1 / 12 and by_name.reordered == 1.0
+    assert len(trials) == 8 and all(trial.accuracy < 0.7 for trial in trials[1:])
+
+
+def test_orders_that_agree_are_one():
+    assert {name: ranks.tolist() for name, ranks in adopt.orders(["Cat", "dog"]).items()} == {"": [0, 1]}
+    assert {name: ranks.tolist() for name, ranks in adopt.orders(["Dog", "cat"]).items()} == {
+        "name": [0, 1],
+        "name whatever the case": [1, 0],
+    }
 
 
 def test_a_certificate_says_the_accuracies_or_is_refused():

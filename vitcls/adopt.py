@@ -2,14 +2,16 @@
 
     vitcls adopt FILE [--data_dir=LABELLED]
 
-LABELLED has one directory per class, in the order of the classifier's outputs by name. Every known preprocessing is
-tried on it; what is printed is the accuracy with each. Exit code 2 where none is better than chance.
+LABELLED has one directory per class, of all classes that the classifier tells apart. Every known preprocessing is tried
+on it, with its classes sorted by name, by the numbers in their names, and whatever the case; what is printed is the
+accuracy with each. Exit code 2 where none is better than chance.
 """
 
 import math
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,6 +27,7 @@ from vitcls.data.sources import SOURCES
 from vitcls.models.variables import variable_shapes
 from vitcls.models.weights import hub, load
 from vitcls.models.weights.adapt import adapt
+from vitcls.models.weights.matching import DoesNotFit
 from vitcls.models.weights.preprocessing import KNOWN, Preprocessing
 
 _BATCH = 32
@@ -40,7 +43,12 @@ class Adopted(NamedTuple):
 
     model: str
     given: load.Given
-    fields: dict
+
+    @property
+    def patch_size(self) -> int | None:
+        """Where it is another than that of the model by default."""
+        size = self.given.fields.get("patch_size")
+        return None if size == models.fields(self.model).get("patch_size") else size
 
 
 def identify(file: load.WeightsFile) -> list[Adopted]:
@@ -48,20 +56,27 @@ def identify(file: load.WeightsFile) -> list[Adopted]:
 
     Raises UserError where no model has them, with what comes nearest.
     """
-    found, nearest = [], ""
+    found, failed = [], []
     for name in models.names():
         fields = _OF_PYTORCH.get(name, {}).copy() if file.source == "safetensors" else {}
         if file.source == "keras" and "stride_on" in models.fields(name):
             fields["stride_on"] = "1x1"
         try:
-            found.append(Adopted(name, _with_or_without_head(name, file, fields), fields))
-        except ValueError as error:  # of models that lack a name or a field
-            if "the shape" in str(error) or "no place for" in str(error):
-                nearest = nearest or f"; the nearest is {name}: {str(error)[:200]}"
+            found.append(Adopted(name, _with_or_without_head(name, file, fields)))
+        except DoesNotFit as error:
+            failed.append((error.count, name, str(error)))
+        except ValueError:  # of models that lack a name or a field
+            pass
     if not found:
         known = ", ".join(f"'{name}'" for name in list(file.arrays)[:3])
+        _, name, reason = min(failed, default=(0, "", ""))
+        nearest = f"; the nearest is {name}: {_cut(reason, 400)}" if failed else ""
         raise UserError(f"{file.path} holds the weights of no model here (its names: {known}, ...){nearest}")
-    return found
+    return [adopted for adopted in found if adopted.patch_size is None] or found
+
+
+def _cut(words: str, most: int) -> str:
+    return words if len(words) <= most else words[:most].rsplit(" ", 1)[0] + " ..."
 
 
 def _with_or_without_head(name: str, file: load.WeightsFile, fields: dict) -> load.Given:
@@ -75,10 +90,11 @@ def describe(file: load.WeightsFile, adopted: Adopted) -> list[str]:
     given = adopted.given
     count = sum(leaf.size for path, leaf in given.variables.items() if path.startswith("params/"))
     types = sorted({array.dtype.name for array in file.arrays.values()})
+    patches = f", patch_size={adopted.patch_size}" if adopted.patch_size else ""
     classes = f"{given.num_classes:,}" if given.num_classes else "none: it has no classifier"
     return [
         f"layout         {file.source}, {len(file.arrays)} arrays of {', '.join(types)}",
-        f"architecture   {adopted.model}, {count:,} parameters",
+        f"architecture   {adopted.model}{patches}, {count:,} parameters",
         f"images         {given.channels} channels",
         f"classes        {classes}",
         f"preprocessing  {_words(given.preprocessing)} (of its publisher)",
@@ -91,11 +107,15 @@ def _words(found: Preprocessing) -> str:
 
 
 class Trial(NamedTuple):
-    """The accuracy with one preprocessing."""
+    """The accuracy with one preprocessing, and the classes in one order."""
 
     name: str
     accuracy: float
     reordered: float  # with the order of classes that suits the predictions best
+    order: str = ""  # '' where all orders are one
+
+    def __str__(self) -> str:
+        return self.name + (f", classes by {self.order}" if self.order else "")
 
 
 def try_all(adopted: Adopted, data_dir: str) -> tuple[list[Trial], int]:
@@ -115,13 +135,32 @@ def try_all(adopted: Adopted, data_dir: str) -> tuple[list[Trial], int]:
     found, channels = adopted.given.preprocessing, adopted.given.channels
     decoding = image_files.Decoding(eval_crop=found.eval_crop, interpolation=found.interpolation)
     images = image_files.decode_all(split.images, size=(found.size,) * 2, channels=channels, decoding=decoding)
-    trials = [Trial(name, *_accuracies(guesses, split.labels)) for name, guesses in _guesses(adopted, images)]
+    trials = [
+        Trial(name, *_accuracies(guesses, outputs[split.labels]), order)
+        for name, guesses in _guesses(adopted, images)
+        for order, outputs in orders(source.class_names).items()
+    ]
     return sorted(trials, key=lambda trial: -trial.accuracy), len(images)
+
+
+def orders(class_names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The orders by which others sort classes: which output int [K] each then is. One without a name, if all agree."""
+    numbers = re.compile(r"(\d+)")
+
+    def numbered(name: str) -> list:
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in numbers.split(name)]
+
+    found: dict[str, np.ndarray] = {}
+    for order, key in {"name": str, "number": numbered, "name whatever the case": str.casefold}.items():
+        ranks = np.argsort(sorted(range(len(class_names)), key=lambda i: key(class_names[i])))
+        if not any(np.array_equal(ranks, other) for other in found.values()):
+            found[order] = ranks
+    return found if len(found) > 1 else {"": next(iter(found.values()))}
 
 
 def _guesses(adopted: Adopted, images: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """(name of a preprocessing, the classes int [N] that the network sees with it)."""
-    model = models.create(adopted.model, adopted.given.num_classes, **adopted.fields)
+    model = models.create(adopted.model, adopted.given.num_classes, **adopted.given.fields)
     shapes = traverse_util.flatten_dict(variable_shapes(model, images.shape[1:]), sep="/")
     given, _ = adapt(adopted.model, adopted.given.variables, shapes, (adopted.given.channels,) * 2, head=True)
     variables = jax.device_put(traverse_util.unflatten_dict(given, sep="/"))
@@ -158,14 +197,14 @@ def certificate(trials: list[Trial], count: int, num_classes: int) -> list[str]:
         if order.reordered > max(0.5, 3 * best.accuracy):
             hint = f"; with the classes in another order {order.name} has {order.reordered:.1%}: sort them so"
         raise UserError(
-            f"no known preprocessing is better than chance: {best.name} is the best with {best.accuracy:.1%} of "
+            f"no known preprocessing is better than chance: {best} is the best with {best.accuracy:.1%} of "
             f"{count:,} images of {num_classes:,} classes{hint}"
         )
     lines = [f"certificate    on {count:,} labelled images, {best.accuracy:.1%} ± {spread:.1%} with the best"]
-    lines += [f"               {trial.accuracy:7.2%}  {trial.name}" for trial in trials]
-    if tied := [trial.name for trial in trials[1:] if trial.accuracy > best.accuracy - spread]:
+    lines += [f"               {trial.accuracy:7.2%}  {trial}" for trial in trials]
+    if tied := [str(trial) for trial in trials[1:] if trial.accuracy > best.accuracy - spread]:
         others = " and ".join(tied)
-        lines.append(f"               {best.name} and {others} cannot be told apart; more labelled images may do it")
+        lines.append(f"               {best} and {others} cannot be told apart; more labelled images may do it")
     return lines
 
 

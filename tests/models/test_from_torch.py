@@ -161,6 +161,16 @@ def without(weights, key):
         ),
         (
             {},
+            lambda weights: weights | {"conv1.weight": weights["conv1.weight"].astype(np.int16)},
+            "'conv1.weight' has numbers of type int16, not floating-point ones",
+        ),
+        (
+            {},
+            lambda weights: weights | {"fc.bias": np.float32([1, 2, np.nan, 4, 5])},
+            "'fc.bias' has numbers that are not finite",
+        ),
+        (
+            {},
             lambda weights: weights | {"layer5.0.conv1.weight": np.zeros(1), "fc2.bias": np.zeros(1)},
             r"resnet50 has no place for 2 of the weights, the first of them 'layer5.0.conv1.weight'",
         ),
@@ -170,7 +180,7 @@ def without(weights, key):
             "has no place for 15 of the weights, the first of them 'layer2.1.conv1.weight'",
         ),
     ],
-    ids=["missing", "shape", "scalar", "unused", "fewer blocks"],
+    ids=["missing", "shape", "scalar", "whole numbers", "nan", "unused", "fewer blocks"],
 )
 def test_what_does_not_fit_is_said_in_one_line(fields, change, message):
     with pytest.raises(ValueError, match=message) as caught:

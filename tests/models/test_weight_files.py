@@ -79,6 +79,7 @@ def entry(**changes):
         ({"change": entry(data_offsets=[0, 2**40])}, "does not fit its place"),
         ({"change": entry(data_offsets=[0])}, "offsets of 'a' are impossible"),
         ({"change": lambda header: header | {"a": 3}}, "is no array"),
+        ({"change": lambda header: header | {"b": header["a"] | {"shape": [6]}}}, "gives two arrays the same bytes"),
     ],
 )
 def test_a_spoiled_safetensors_file_is_one_line(tmp_path, spoiled, message):

@@ -82,6 +82,7 @@ def test_a_regex_of_paths_and_always_a_new_head():
     [
         ("heed", "train='heed' is found in no parameter's path"),
         ("last 9 blocks", "train='last 9 blocks' is impossible: the network has 3 blocks"),
+        ("last 0 blocks", "train='last 0 blocks' is found in no parameter's path"),
     ],
 )
 def test_what_chooses_nothing_is_refused(which, message):

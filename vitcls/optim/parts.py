@@ -13,7 +13,7 @@ _BLOCK = re.compile(r"(?:^|/)(?:stage_(\d+)_)?(?:block|layer)_(\d+)(?:/|$)")
 _BETWEEN = re.compile(r"(?:^|/)(?:downsample|transition)_(\d+)")  # before the first block of that stage
 _FIRST = re.compile(r"(?:^|/)(?:stem|class_token|(?:class_)?position_embedding)")
 _HEAD = re.compile(r"(?:^|/)head/")
-_LAST_BLOCKS = re.compile(r"last (\d+) blocks?")
+_LAST_BLOCKS = re.compile(r"last ([1-9]\d*) blocks?")
 
 
 class Trained(NamedTuple):

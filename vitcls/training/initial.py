@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import numpy as np
@@ -14,7 +14,7 @@ from vitcls.data import DatasetInfo
 from vitcls.models.variables import variable_shapes
 from vitcls.models.weights import hub, load
 from vitcls.models.weights.adapt import adapt
-from vitcls.models.weights.preprocessing import Preprocessing, preprocessing_of
+from vitcls.models.weights.preprocessing import Preprocessing
 from vitcls.training import build, checkpoint, run_dir
 from vitcls.training.files import CHECKPOINTS, INIT_FILE
 
@@ -68,7 +68,7 @@ def _open(config, weights: str) -> tuple[load.WeightsFile | run_dir.Workdir, str
     if not os.path.isdir(weights):
         path = hub.located(weights)
         file = load.open_weights(path)
-        return file, hub.sha256_of(path), preprocessing_of(config.model.name, file.source)
+        return file, hub.sha256_of(path), load.published(config.model.name, file, **_fields(config))
     trained = run_dir.open_workdir(weights)
     step = trained.find_step(trained.config.report.checkpoint)
     manifest = trained.path / CHECKPOINTS / str(step) / checkpoint.MANIFEST
@@ -110,14 +110,18 @@ def read(config, info: DatasetInfo, model: nn.Module, start: Start | None) -> St
 
 def _of_file(config, info: DatasetInfo, file: load.WeightsFile, keep: bool) -> tuple[dict[str, np.ndarray], int]:
     """The variables of a file of published weights, and the channels that they know."""
-    fields = {key: value for key, value in config.model.items() if key != "name"}
-    given = load.convert(config.model.name, file, head=keep, **fields)
+    given = load.convert(config.model.name, file, head=keep, **_fields(config))
     if keep and given.num_classes != info.num_classes:
         raise UserError(
             f"config.init.head='keep' is impossible: {file.path} tells {given.num_classes} classes apart, and the data "
             f"have {info.num_classes}; use 'new'"
         )
     return given.variables, given.channels
+
+
+def _fields(config) -> dict[str, Any]:
+    """Those of the model."""
+    return {key: value for key, value in config.model.items() if key != "name"}
 
 
 def _of_run(config, info: DatasetInfo, trained: run_dir.Workdir, keep: bool) -> tuple[dict[str, np.ndarray], int]:

@@ -35,6 +35,7 @@ from vitcls.models.weights.arrays import Arrays
 from vitcls.models.weights.matching import Rule, collect, shapes_of
 
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+TORCHVISION_POSITIONS = "encoder.pos_embedding"  # of a ViT; timm has another name
 _LEFT_OUT = re.compile(r"aux\d\.|AuxLogits\.|.*\.num_batches_tracked$")  # auxiliary classifiers, counts of batches
 
 # The path of a module or a weight of ours, its name in PyTorch, and, for a weight, what is done to the array first, and
@@ -351,8 +352,8 @@ def _vit(model: vit.VisionTransformer) -> _Names:
 def _vit_torchvision(model: vit.VisionTransformer) -> _Names:
     yield "stem", "conv_proj"
     yield "class_token", "class_token"
-    yield "class_position_embedding", "encoder.pos_embedding", *_CLASS_POSITION
-    yield "position_embedding", "encoder.pos_embedding", *_GRID_POSITIONS
+    yield "class_position_embedding", TORCHVISION_POSITIONS, *_CLASS_POSITION
+    yield "position_embedding", TORCHVISION_POSITIONS, *_GRID_POSITIONS
     for i in range(model.depth):
         ours, theirs = f"block_{i}", f"encoder.layers.encoder_layer_{i}"
         yield f"{ours}/attention_norm", f"{theirs}.ln_1"

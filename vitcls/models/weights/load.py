@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from vitcls import models
 from vitcls.core.errors import UserError
-from vitcls.models import vit
+from vitcls.models import mobilenet, vit
 from vitcls.models.weights import from_keras, from_npz, from_torch
 from vitcls.models.weights.arrays import Arrays, unusable
 from vitcls.models.weights.keras_file import read_keras
@@ -44,6 +44,7 @@ class Given(NamedTuple):
     channels: int  # of the images that they know
     num_classes: int  # 0 without a classifier
     preprocessing: Preprocessing
+    fields: dict[str, Any]  # of the model that takes them as they are
 
 
 def open_weights(path: str) -> WeightsFile:
@@ -97,7 +98,17 @@ def convert(name: str, file: WeightsFile, *, head: bool, **fields: Any) -> Given
     if (file.source, type(model).__name__) in BGR:
         first = next(path for path in flat if path.endswith("kernel") and flat[path].shape[2:3] == (channels,))
         flat[first] = np.ascontiguousarray(flat[first][:, :, ::-1])
-    return Given(flat, channels, num_classes, preprocessing_of(name, file.source))
+    return Given(flat, channels, num_classes, published(name, file, **fields), fields)
+
+
+def published(name: str, file: WeightsFile, **fields: Any) -> Preprocessing:
+    """How the images were prepared on which a file's weights for a model were trained; `fields` are the model's."""
+    model, source = models.create(name, 1, **fields), file.source
+    if source == "safetensors" and from_torch.TORCHVISION_POSITIONS in file.arrays:
+        source = "torchvision"
+    elif source == "safetensors" and isinstance(model, mobilenet.MobileNetV3) and model.padding == "same":
+        source = "tensorflow"
+    return preprocessing_of(name, source)
 
 
 def _ends(name: str, model, file: WeightsFile) -> tuple[str, str]:
@@ -121,7 +132,7 @@ def _size(file: WeightsFile, key: str, axis: int) -> int:
 
 def _grid(file: WeightsFile, name: str) -> int:
     """Rows of the square grid of a ViT's positions, of which one is the class token's."""
-    keys = (from_npz.POSITIONS, "pos_embed", "encoder.pos_embedding")
+    keys = (from_npz.POSITIONS, "pos_embed", from_torch.TORCHVISION_POSITIONS)
     count = next((_size(file, key, 1) for key in keys if key in file.arrays), 0)
     side = math.isqrt(max(count - 1, 0))
     if not side or side * side + 1 != count:

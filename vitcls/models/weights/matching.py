@@ -25,6 +25,14 @@ class Rule(NamedTuple):
     make: Callable[..., np.ndarray | None]  # (our shape, *arrays) -> the weight, None where it does not fit
 
 
+class DoesNotFit(UserError):
+    """Weights that are not those of a model, in `count` places."""
+
+    def __init__(self, message: str, count: int):
+        super().__init__(message)
+        self.count = count
+
+
 class Problems:
     """What is wrong with the weights for a model; `raise_any` says all of it in one line."""
 
@@ -32,6 +40,7 @@ class Problems:
         self._name = name
         self._missing: list[str] = []
         self._wrong: list[str] = []
+        self._unusable: list[str] = []
 
     def missing(self, key: str, path: str) -> None:
         self._missing.append(f"'{key}', which {self._name} needs for '{path}'")
@@ -39,13 +48,18 @@ class Problems:
     def wrong(self, shape: tuple[int, ...], key: str, path: str, expected: tuple[int, ...]) -> None:
         self._wrong.append(f"the shape {shape} of '{key}' does not fit '{path}' of {self._name}, which is {expected}")
 
+    def no_weights(self, key: str, why: str) -> None:
+        self._unusable.append(f"'{key}' {why}")
+
     def raise_any(self, unused: Iterable[str] = ()) -> None:
-        """Raises UserError where anything is missing, does not fit or is too much."""
+        """Raises DoesNotFit where anything is missing, does not fit or is too much."""
         lines, unused = [], list(unused)
         if self._missing:
             lines.append("the weights have no " + _listed(self._missing, ", no "))
         if self._wrong:
             lines.append(_listed(self._wrong, ", "))
+        if self._unusable:
+            lines.append(_listed(self._unusable, ", "))
         if unused:
             first, *rest = [f"'{key}'" for key in unused]
             others = f"; the others: {_listed(rest, ', ')}" if rest else ""
@@ -53,7 +67,8 @@ class Problems:
                 f"{self._name} has no place for {len(unused)} of the weights, the first of them {first}{others}"
             )
         if lines:
-            raise UserError("; ".join(lines))
+            count = sum(map(len, (self._missing, self._wrong, self._unusable, unused)))
+            raise DoesNotFit("; ".join(lines), count)
 
 
 def _listed(items: list[str], separator: str) -> str:
@@ -86,7 +101,7 @@ def collect(
 
     `label` is what a name is called in the source.
 
-    Raises UserError, one line, for all weights that are missing, do not fit or are too many.
+    Raises DoesNotFit, one line, for all weights that are missing, do not fit, are no numbers or are too many.
     """
     problems, variables = Problems(name), {}
     largest = sum(leaf.size for leaf in shapes.values())  # what has more numbers than the model is not even read
@@ -105,11 +120,15 @@ def collect(
         given = [weights[key] for key in keys]
         readable = all(math.prod(_shape(array)) <= largest for array in given)
         value = make(leaf.shape, *map(np.asarray, given)) if readable else None
-        if value is None or value.dtype.kind not in "fiub":
+        if value is None:
             sizes = [math.prod(_shape(array)) for array in given]
             worst = next((i for i, size in enumerate(sizes) if size != leaf.size), 0)
             problems.wrong(_shape(given[worst]), keys[worst], path, leaf.shape)
             continue
+        if not jax.numpy.issubdtype(value.dtype, np.floating):
+            problems.no_weights(keys[0], f"has numbers of type {value.dtype.name}, not floating-point ones")
+        elif not np.isfinite(value).all():
+            problems.no_weights(keys[0], "has numbers that are not finite")
         variables[path] = np.array(value, leaf.dtype, order="C")  # as what writes plain bytes needs it; a copy
     problems.raise_any(map(label, unused))
     return traverse_util.unflatten_dict(variables, sep="/")

@@ -30,7 +30,7 @@ class Preprocessing:
 
 
 # By who published the weights: family -> mean and std, share of the central crop, interpolation. timm and torchvision
-# are one, as their names agree for most families; where they differ these are timm's.
+# are one, as their names agree for most families; where nothing tells them apart these are timm's.
 _PYTORCH = {
     "AlexNet": (_IMAGENET, 0.875, "bilinear"),
     "ConvNeXt": (_IMAGENET, 0.875, "bicubic"),
@@ -58,7 +58,15 @@ _KERAS = {
     "VGG": (_CAFFE, 0.875, "bilinear"),
 }
 _NPZ = {"ResNetV2": (_HALF, 0.875, "bilinear"), "VisionTransformer": (_HALF, 0.9, "bicubic")}
-_SOURCES = {"safetensors": _PYTORCH, "keras": _KERAS, "npz": _NPZ}
+_TORCHVISION = {"VisionTransformer": (_IMAGENET, 0.875, "bilinear")}
+_TENSORFLOW = {"MobileNetV3": (_HALF, 0.875, "bilinear")}  # timm's tf_..., which pad as TensorFlow does
+_SOURCES = {
+    "safetensors": _PYTORCH,
+    "torchvision": _TORCHVISION,
+    "tensorflow": _TENSORFLOW,
+    "keras": _KERAS,
+    "npz": _NPZ,
+}
 _OF_MODELS = {"efficientnet_lite0": (_HALF, 0.875, "bicubic")}  # that differ from their family
 _UNKNOWN = (_IMAGENET, 0.875, "bilinear")
 BGR = {("keras", "ResNet"), ("keras", "VGG")}  # whose first layer takes the colours in the other order
@@ -66,7 +74,7 @@ KNOWN = {"imagenet": _IMAGENET, "half": _HALF, "zero_to_one": ((0.0,) * 3, (1.0,
 
 
 def preprocessing_of(name: str, source: str = "safetensors") -> Preprocessing:
-    """That of the published weights of the model `name`; ImageNet's where nothing is known of them."""
+    """That of the published weights of the model `name` by their source; ImageNet's where nothing is known of them."""
     preset = models.preset(name)
     family = _SOURCES[source].get(preset.module.__name__, _UNKNOWN)
     (mean, std), eval_crop, interpolation = _OF_MODELS.get(name, family)

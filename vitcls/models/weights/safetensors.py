@@ -3,6 +3,7 @@
 Without the library, which has no BF16 for NumPy and believes the header's lengths.
 """
 
+import itertools
 import json
 import math
 import os
@@ -40,6 +41,9 @@ def read_safetensors(path: str) -> tuple[dict[str, LazyArray], dict[str, str]]:
     if not isinstance(metadata, dict) or len(header) > MAX_NAMES or not header:
         raise unusable(path, f"its header is not that of a .safetensors file ({len(header)} arrays)")
     arrays = {name: _array(path, name, entry, start, length) for name, entry in header.items()}
+    places = sorted(entry["data_offsets"] for entry in header.values())
+    if any(end > begin for (_, end), (begin, _) in itertools.pairwise(places)):
+        raise unusable(path, "its header gives two arrays the same bytes")
     return arrays, {str(key): str(value) for key, value in metadata.items()}
 
 
