@@ -178,6 +178,11 @@ def without(weights, key):
         ),
         (
             {},
+            lambda weights: weights | {"conv1.weight": weights["conv1.weight"].transpose(2, 3, 1, 0)},
+            r"the shape \(7, 7, 3, 64\) of 'conv1.weight' .*, which is \(7, 7, 3, 64\): its axes are in another order",
+        ),
+        (
+            {},
             lambda weights: weights | {"conv1.weight": weights["conv1.weight"].astype(np.int16)},
             "'conv1.weight' has numbers of type int16, not floating-point ones",
         ),
@@ -197,7 +202,7 @@ def without(weights, key):
             "has no place for 15 of the weights, the first of them 'layer2.1.conv1.weight'",
         ),
     ],
-    ids=["missing", "shape", "scalar", "whole numbers", "nan", "unused", "fewer blocks"],
+    ids=["missing", "shape", "scalar", "axes", "whole numbers", "nan", "unused", "fewer blocks"],
 )
 def test_what_does_not_fit_is_said_in_one_line(fields, change, message):
     with pytest.raises(ValueError, match=message) as caught:

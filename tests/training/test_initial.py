@@ -248,8 +248,9 @@ def test_the_head_of_a_file_is_kept_for_as_many_classes(weights):
         train.prepare(tiny(weights[0], head="keep"), None, "", range(0))
     config = tiny(weights[0], head="keep")
     config.dataset.update(num_classes=7, num_examples=140)
-    found = train.prepare(config, None, "", range(0)).start.variables
-    np.testing.assert_array_equal(found["params/head/bias"], weights[1]["params"]["head"]["bias"])
+    start = train.prepare(config, None, "", range(0)).start
+    assert "taken for the classes of the data in their order, 'class 0' to 'class 6'" in start.words
+    np.testing.assert_array_equal(start.variables["params/head/bias"], weights[1]["params"]["head"]["bias"])
 
 
 @pytest.mark.parametrize(

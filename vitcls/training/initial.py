@@ -105,6 +105,9 @@ def read(config, info: DatasetInfo, model: nn.Module, start: Start | None) -> St
     given, channels = read_source(config, info, start.source, keep)
     shapes = traverse_util.flatten_dict(variable_shapes(model, info.image_shape), sep="/")
     variables, notes = adapt(config.model.name, given, shapes, (channels, info.image_shape[-1]), head=keep)
+    if keep and isinstance(start.source, load.WeightsFile):
+        first, last = info.class_names[0], info.class_names[-1]
+        notes.append(f"its outputs are taken for the classes of the data in their order, '{first}' to '{last}'")
     return start._replace(variables=variables, source=None, words="; ".join([start.words, *notes]))
 
 

@@ -46,7 +46,10 @@ class Problems:
         self._missing.append(f"'{key}', which {self._name} needs for '{path}'")
 
     def wrong(self, shape: tuple[int, ...], key: str, path: str, expected: tuple[int, ...]) -> None:
-        self._wrong.append(f"the shape {shape} of '{key}' does not fit '{path}' of {self._name}, which is {expected}")
+        axes = ": its axes are in another order" if sorted(shape) == sorted(expected) else ""
+        self._wrong.append(
+            f"the shape {shape} of '{key}' does not fit '{path}' of {self._name}, which is {expected}{axes}"
+        )
 
     def no_weights(self, key: str, why: str) -> None:
         self._unusable.append(f"'{key}' {why}")
