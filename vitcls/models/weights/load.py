@@ -58,8 +58,8 @@ def open_weights(path: str) -> WeightsFile:
     reader = next((reader for ending, reader in READERS.items() if path.lower().endswith(ending)), None)
     if reader is None:
         raise UserError(
-            f"{path or 'an empty path'} is of no known kind; weights are a workdir, end in {', '.join(READERS)}, or are "
-            "timm/MODEL.TAG of the Hub"
+            f"{path or 'an empty path'} is of no known kind; weights are a workdir, end in {', '.join(READERS)}, or "
+            "are timm/MODEL.TAG of the Hub"
         )
     source, read = reader
     try:
