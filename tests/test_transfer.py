@@ -98,6 +98,13 @@ def test_a_vit_is_known_by_the_size_of_its_patches_and_its_publisher_by_the_name
         assert not others or size == 10
 
 
+def test_mobilenet_v3_that_pads_as_tensorflow_has_its_colours():
+    """timm's `tf_` weights want 0.5; its others, of the same names, ImageNet's mean."""
+    file = load.WeightsFile("w.safetensors", "safetensors", {}, {})
+    means = [load.published("mobilenet_v3_small", file, padding=padding).mean for padding in ("same", "even")]
+    assert means == [(0.5, 0.5, 0.5), (0.485, 0.456, 0.406)]
+
+
 def test_weights_of_no_model_are_refused(weights, tmp_path):
     file = load.open_weights(safetensors(tmp_path / "w.safetensors"))
     with pytest.raises(UserError, match="holds the weights of no model here"):

@@ -135,10 +135,11 @@ def try_all(adopted: Adopted, data_dir: str) -> tuple[list[Trial], int]:
     found, channels = adopted.given.preprocessing, adopted.given.channels
     decoding = image_files.Decoding(eval_crop=found.eval_crop, interpolation=found.interpolation)
     images = image_files.decode_all(split.images, size=(found.size,) * 2, channels=channels, decoding=decoding)
+    sortings = orders(source.class_names)
     trials = [
         Trial(name, *_accuracies(guesses, outputs[split.labels]), order)
         for name, guesses in _guesses(adopted, images)
-        for order, outputs in orders(source.class_names).items()
+        for order, outputs in sortings.items()
     ]
     return sorted(trials, key=lambda trial: -trial.accuracy), len(images)
 

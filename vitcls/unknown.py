@@ -113,12 +113,11 @@ def _scores(opened: Opened, fitted: dict[str, Any], split: data.Split | None) ->
 def _strangers(opened: Opened, name: str, data_dir: str) -> data.Split:
     """Images of something else, as the model sees images; the labels are not looked at."""
     place, own = pathlib.Path(name), opened.trained.config.dataset
-    is_place = place.is_dir() or name.endswith(".npz")
-    if (
-        os.path.abspath(name) == own.data_dir
-        if is_place
-        else (name, data_dir or own.data_dir) == (own.name, own.data_dir)
-    ):
+    if place.is_dir() or name.endswith(".npz"):
+        is_own = os.path.abspath(name) == own.data_dir
+    else:
+        is_own = (name, data_dir or own.data_dir) == (own.name, own.data_dir)
+    if is_own:
         raise UserError(f"--ood={name} is what the run was trained on; give images of something else")
     if place.is_dir():
         files = sorted(p for p in place.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
