@@ -153,6 +153,81 @@ def test_int8_is_smaller_and_calibrated_on_training_images(format, trained, tmp_
     assert not {image.tobytes() for image in source.expected(None).images} & rows
 
 
+@pytest.mark.parametrize("format", NEEDS)
+def test_in_eight_bits_nothing_is_cut_off(format, tmp_path):
+    """One white image among dark ones counts for the range, and sums of the largest products do not overflow."""
+    pytest.importorskip(NEEDS[format])
+    writer, place = {"tflite": tflite, "onnx": onnx}[format], tmp_path / f"file{make.FORMATS[format].ending}"
+
+    def answer(images):
+        kernel = jnp.ones((3, 3, 3, 8)) / 27
+        maps = jax.lax.conv_general_dilated(
+            images.astype(jnp.float32) / 255, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.clip(maps, 0, 6).mean(axis=(1, 2))
+
+    images = np.full((40, 8, 8, 3), 10, np.uint8)
+    images[0] = 255
+    about = {"classes": ["a"], "image_shape": [8, 8, 3]}
+    writer.write(answer, (8, 8, 3), about, place, precision="int8", calibration=images)
+    np.testing.assert_allclose(artefact.load(str(place)).answer(images[:2]), answer(images[:2]), atol=0.01)
+
+
+def test_onnx_has_the_operations_that_onnxruntime_knows():
+    pytest.importorskip("jax2onnx")
+    import onnx as library
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    def model():
+        nodes = [
+            helper.make_node("Max", ["zero", "x"], ["relu"], "relu"),
+            helper.make_node("Max", ["x", "zero"], ["low"], "low"),
+            helper.make_node("Min", ["low", "six"], ["relu6"], "relu6"),
+            helper.make_node("Min", ["relu", "one"], ["clipped"], "clipped"),
+            helper.make_node("Max", ["x", "one"], ["at least one"], "at least one"),
+            helper.make_node("Min", ["x", "six"], ["at most six"], "at most six"),
+            helper.make_node("Max", ["x", "zeros"], ["of many zeros"], "of many zeros"),
+            helper.make_node("Cast", ["x"], ["whole"], "whole", to=TensorProto.INT64),
+            helper.make_node("Max", ["whole", "whole zero"], ["whole, not below 0"], "whole, not below 0"),
+        ]
+        constants = {"zero": 0, "one": 1, "six": 6, "zeros": [0, 0, 0]}
+        floats = [node.output[0] for node in nodes[:-2] if node.name != "low"]
+        outputs = [*((name, TensorProto.FLOAT) for name in floats), (nodes[-1].name, TensorProto.INT64)]
+        graph = helper.make_graph(
+            nodes,
+            "graph",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 3])],
+            [helper.make_tensor_value_info(*each, [None, 3]) for each in outputs],
+            [
+                *(numpy_helper.from_array(np.array(value, np.float32), name) for name, value in constants.items()),
+                numpy_helper.from_array(np.array(0, np.int64), "whole zero"),
+            ],
+        )
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+    def answers(model):
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        return session.run(None, {"x": np.linspace(-9, 9, 30, dtype=np.float32).reshape(10, 3)})
+
+    made = model()
+    onnx._as_onnxruntime_knows_it(made)
+    library.checker.check_model(made)
+    kinds = {node.output[0]: node.op_type for node in made.graph.node}
+    assert kinds == {
+        "relu": "Relu",
+        "relu6": "Clip",
+        "clipped": "Clip",
+        "at least one": "Max",
+        "at most six": "Min",
+        "of many zeros": "Max",
+        "whole": "Cast",
+        "whole, not below 0": "Max",
+    }
+    for found, expected in zip(answers(made), answers(model()), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
     """Of a family that every format has."""

@@ -63,15 +63,22 @@ def _converted(answer: Callable, image_shape: tuple[int, int, int], *, float16: 
 def _quantized(model: bytes, calibration: np.ndarray) -> bytes:
     """In eight bits by ai-edge-quantizer: symmetric weights per channel, activations by their smallest and largest."""
     with extras.needed("int8 for TFLite", "tflite"):
-        from ai_edge_quantizer import qtyping, quantizer
-    found = quantizer.Quantizer(model)
+        from ai_edge_quantizer import calibrator, qtyping, quantizer, recipe_manager
+    found, recipe = quantizer.Quantizer(model), recipe_manager.RecipeManager()
     for name in _QUANTIZED:
         operation = getattr(qtyping.TFLOperationName, name)
         found.add_static_config(regex=".*", operation_name=operation, activation_num_bits=8, weight_num_bits=8)
+    recipe.load_quantization_recipe(found.get_quantization_recipe())
     with terminal.silent(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it keeps all tensors, which it means to
-        samples = [{saved_model.NAME: image[None]} for image in calibration]
-        return bytes(found.quantize(found.calibrate({"serving_default": samples})).quantized_model)
+        ranges = calibrator.Calibrator(model, qsv_update_func=_widest)
+        ranges.calibrate({"serving_default": [{saved_model.NAME: image[None]} for image in calibration]}, recipe)
+        return bytes(found.quantize(ranges.get_model_qsvs()).quantized_model)
+
+
+def _widest(before: dict[str, np.ndarray], now: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The range of two images: by itself ai-edge-quantizer takes a mean over images, which cuts half of them off."""
+    return {"min": np.minimum(before["min"], now["min"]), "max": np.maximum(before["max"], now["max"])}
 
 
 def interpreter() -> type:
