@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitcls import cli, predict, unknown
+from vitcls import cli, predict, train, unknown
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +114,14 @@ def test_damage_is_one_line(measured, damage, tmp_path, capsys):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "black.png")
     code, _, err = call(predict, [f"--workdir={copy}", str(tmp_path / "black.png")], capsys)
     assert code == 2 and "run vitcls unknown again" in err and len(err.splitlines()) == 1
+
+
+def test_the_runs_own_file_is_nothing_unknown(tiny_config, no_pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images, labels = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), np.uint8), np.arange(60) % 3
+    np.savez("own.npz", x_train=images[:45], y_train=labels[:45], x_test=images[45:], y_test=labels[45:])
+    tiny_config.dataset.update(name="npz", data_dir=str(tmp_path / "own.npz"))
+    tiny_config.total = "2 steps"
+    train.train_and_evaluate(tiny_config, tmp_path / "run")
+    code, _, err = call(unknown, ["--workdir=run", "--ood=own.npz"], capsys)
+    assert code == 2 and "--ood=own.npz is what the run was trained on" in err and len(err.splitlines()) == 1
