@@ -119,7 +119,7 @@ def test_logits_are_those_of_keras(case):
     logits = np.asarray(forward(models.create(name, CLASSES, **fields), variables, images))
     largest = np.abs(expected).max()
     assert np.ptp(expected, axis=0).max() > 1e-2 * largest  # the images matter
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * largest)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * largest)
 
 
 @functools.cache
