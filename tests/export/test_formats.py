@@ -173,6 +173,48 @@ def test_in_eight_bits_nothing_is_cut_off(format, tmp_path):
     np.testing.assert_allclose(artefact.load(str(place)).answer(images[:2]), answer(images[:2]), atol=0.01)
 
 
+def test_tflite_has_fewer_operations_for_the_same_answers(tmp_path):
+    """What changes a channel alone is part of the layer before it, and nothing else is."""
+    pytest.importorskip("ai_edge_litert")
+    draw = np.random.default_rng(0)
+    stem, depthwise, dense = (
+        draw.normal(size=size).astype(np.float32) for size in ((3, 3, 3, 8), (3, 3, 1, 8), (8, 5))
+    )
+    means, scales = (draw.uniform(0.5, 2, size=(1, 1, 1, 8)).astype(np.float32) for _ in range(2))
+
+    def conv(x, kernel, groups):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=layout, feature_group_count=groups
+        )
+
+    def answer(images):
+        x = conv(images.astype(jnp.float32) / 255, stem, 1)
+        x = jnp.minimum(jnp.maximum((x - means) * scales + means, 0), 6)  # a norm and ReLU6
+        x = jnp.maximum(conv(x, depthwise, 8) / scales, 0) * scales  # ReLU, and a factor that stays behind it
+        x = means - conv(x, depthwise, 8)  # not a difference from the layer
+        y = conv(x, depthwise, 8)
+        x = jnp.maximum(y + scales, 0.5) + y  # two readers; and no ReLU
+        maps = jnp.minimum(x @ dense + 1, 6)  # no ReLU6
+        return maps.mean(axis=(1, 2))
+
+    place = tmp_path / "file.tflite"
+    tflite.write(answer, (9, 8, 3), {"classes": ["a"], "image_shape": [9, 8, 3]}, place)
+    from ai_edge_litert.tools import flatbuffer_utils as flatbuffer
+
+    model = flatbuffer.read_model(str(place))
+    operators = model.subgraphs[0].operators
+    kinds = [flatbuffer.opcode_to_name(model, each.opcodeIndex) for each in operators]
+    layers = [each for each, kind in zip(operators, kinds, strict=True) if "CONV" in kind or "FULLY" in kind]
+    assert [each.builtinOptions.fusedActivationFunction for each in layers] == [3, 1, 0, 0, 0]  # ReLU6, ReLU, none
+    assert "BROADCAST_TO" not in kinds and kinds.count("MUL") == kinds.count("SUB") == 1
+    assert kinds.count("MAXIMUM") == kinds.count("MINIMUM") == 1
+    images = draw.integers(0, 256, (3, 9, 8, 3), np.uint8)
+    found = artefact.load(str(place)).answer
+    for batch in (images, images[:1]):
+        np.testing.assert_allclose(found(batch), answer(batch), rtol=1e-5, atol=1e-5)
+
+
 def test_onnx_has_the_operations_that_onnxruntime_knows():
     pytest.importorskip("jax2onnx")
     import onnx as library

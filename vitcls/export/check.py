@@ -46,7 +46,7 @@ class Expected(NamedTuple):
         """How far a probability of the file may be from what JAX computes.
 
         A runtime's own tools round more than the weights: to int8 what the layers give, of which accuracy alone tells;
-        to float16 every constant, which may change as much as the coarser weights of `of_rounded` do.
+        to float16 weights with norms in them, which may change as much as the coarser weights of `of_rounded` do.
         """
         if not by_tools:
             return TOLERANCE

@@ -12,11 +12,13 @@ import numpy as np
 
 from vitcls.core import extras, terminal
 from vitcls.core.errors import RunError
-from vitcls.export import saved_model
+from vitcls.export import fusing, saved_model
 
 ABOUT, LABELS = "about.json", "labels.txt"
-# The layers with weights, and the products of attention. In eight bits everything else loses more than it saves.
-_QUANTIZED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL")
+# In eight bits are convolutions and the products of attention, with the range of activations by calibration, and dense
+# layers, which find it for each row as they run. Everything else loses more than it saves.
+_CALIBRATED = ("CONV_2D", "DEPTHWISE_CONV_2D", "BATCH_MATMUL")
+_DENSE = "FULLY_CONNECTED"  # convolutions of 1x1 too
 
 
 def write(
@@ -33,7 +35,9 @@ def write(
     What it is goes with it as TFLite's associated files do: a zip behind the model, which LiteRT does not read.
     """
     interpreter()
-    model = _converted(answer, image_shape, float16=precision == "float16")
+    model = fusing.fused(_converted(answer, image_shape))
+    if precision == "float16":
+        model = _halved(model)
     if precision == "int8":
         model = _quantized(model, calibration)
     place.write_bytes(model)
@@ -42,16 +46,13 @@ def write(
             archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), text)
 
 
-def _converted(answer: Callable, image_shape: tuple[int, int, int], *, float16: bool) -> bytes:
+def _converted(answer: Callable, image_shape: tuple[int, int, int]) -> bytes:
     with tempfile.TemporaryDirectory(prefix="vitcls-export-") as folder:
         place = pathlib.Path(folder, "saved")
         saved_model.write(answer, image_shape, {}, place, platforms=("cpu",))
         import tensorflow as tf
 
         converter = tf.lite.TFLiteConverter.from_saved_model(str(place))
-        if float16:
-            converter.optimizations = [tf.lite.Optimize.DEFAULT]
-            converter.target_spec.supported_types = [tf.float16]
         try:
             with terminal.silent():
                 return bytes(converter.convert())
@@ -60,14 +61,33 @@ def _converted(answer: Callable, image_shape: tuple[int, int, int], *, float16: 
             raise RunError(f"TensorFlow cannot make a TFLite file of this network: {said}") from None
 
 
+def _halved(model: bytes) -> bytes:
+    """With the weights of its layers as float16, by ai-edge-quantizer; LiteRT makes them float32 again as it starts."""
+    with extras.needed("float16 for TFLite", "tflite"):
+        from ai_edge_quantizer import qtyping, quantizer
+    found = quantizer.Quantizer(model)
+    found.update_quantization_recipe(
+        ".*",
+        qtyping.TFLOperationName.ALL_SUPPORTED,
+        qtyping.OpQuantizationConfig(
+            weight_tensor_config=qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT),
+            compute_precision=qtyping.ComputePrecision.FLOAT,
+            explicit_dequantize=True,
+        ),
+        "float_casting",
+    )
+    with terminal.silent():
+        return bytes(found.quantize().quantized_model)
+
+
 def _quantized(model: bytes, calibration: np.ndarray) -> bytes:
-    """In eight bits by ai-edge-quantizer: symmetric weights per channel, activations by their smallest and largest."""
+    """In eight bits by ai-edge-quantizer: symmetric weights per channel, activations from the smallest to largest."""
     with extras.needed("int8 for TFLite", "tflite"):
         from ai_edge_quantizer import calibrator, qtyping, quantizer, recipe_manager
     found, recipe = quantizer.Quantizer(model), recipe_manager.RecipeManager()
-    for name in _QUANTIZED:
-        operation = getattr(qtyping.TFLOperationName, name)
-        found.add_static_config(regex=".*", operation_name=operation, activation_num_bits=8, weight_num_bits=8)
+    for name in _CALIBRATED:
+        found.add_static_config(".*", qtyping.TFLOperationName(name), activation_num_bits=8, weight_num_bits=8)
+    found.add_dynamic_config(".*", qtyping.TFLOperationName(_DENSE), num_bits=8)
     recipe.load_quantization_recipe(found.get_quantization_recipe())
     with terminal.silent(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it keeps all tensors, which it means to

@@ -1,0 +1,171 @@
+"""A TFLite model with fewer operations, for the same answers.
+
+With batches of any size TensorFlow's converter leaves norms and activations as operations of their own, on constants
+that are first broadcast to the size of the images. Here operations broadcast by themselves, and what changes a channel
+alone goes into the layer before: its weights, its bias, its activation. That is faster, and in eight bits also better,
+since nothing between a layer and its activation is rounded.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+_BROADCASTING = ("ADD", "SUB", "MUL", "DIV", "MAXIMUM", "MINIMUM")
+_MOST_DIMENSIONS = 4  # of what all of these broadcast
+_CHANNEL_AXIS = {"CONV_2D": 0, "FULLY_CONNECTED": 0, "DEPTHWISE_CONV_2D": 3}  # of the weights
+_NONE, _RELU, _RELU6 = 0, 1, 3  # of ActivationFunctionType
+_FLOAT32 = 0  # of TensorType
+
+
+def fused(model: bytes) -> bytes:
+    """The model, of one graph; one of several is returned as it is."""
+    from ai_edge_litert.tools import flatbuffer_utils as flatbuffer
+
+    read = flatbuffer.read_model_from_bytearray(bytearray(model))
+    if len(read.subgraphs) > 1:
+        return model
+    graph = _Graph(read, lambda each: flatbuffer.opcode_to_name(read, each.opcodeIndex))
+    graph.broadcast_less()
+    for layer in [each for each in graph.operators if graph.kind(each) in _CHANNEL_AXIS]:
+        graph.fold_into(layer)
+    graph.remove_unused()
+    return bytes(flatbuffer.convert_object_to_bytearray(read))
+
+
+class _Graph:
+    def __init__(self, model: Any, kind):
+        self._model, self.kind = model, kind
+        (self._graph,) = model.subgraphs
+
+    @property
+    def operators(self) -> list[Any]:
+        return self._graph.operators
+
+    def broadcast_less(self) -> None:
+        """Operations take the small constant where the other operand has the shape of the result."""
+        source = {each.outputs[0]: each.inputs[0] for each in self.operators if self.kind(each) == "BROADCAST_TO"}
+        for operator in self.operators:
+            if self.kind(operator) in _BROADCASTING:
+                for place, other in ((0, 1), (1, 0)):
+                    large, whole = operator.inputs[place], operator.inputs[other]
+                    shape = self._shape(operator.outputs[0])
+                    if large in source and self._shape(whole) == shape and len(shape) <= _MOST_DIMENSIONS:
+                        operator.inputs[place] = source[large]
+
+    def fold_into(self, layer: Any) -> None:
+        """What follows a layer and changes each of its channels alone becomes part of it."""
+        weights = self._constant(layer.inputs[1])
+        if weights is None or layer.builtinOptions.fusedActivationFunction != _NONE:
+            return
+        axis = _CHANNEL_AXIS[self.kind(layer)]
+        channels = weights.shape[axis]
+        has_bias = len(layer.inputs) > 2 and layer.inputs[2] >= 0
+        bias = self._constant(layer.inputs[2]) if has_bias else np.zeros(channels, np.float32)
+        if bias is None:
+            return
+        factor, bias, last, changed = np.ones(channels, np.float64), bias.astype(np.float64), layer, False
+        for operator in self._only_readers(layer):
+            kind = self.kind(operator)
+            if kind == "RESHAPE":
+                if self._shape(operator.outputs[0])[-1] != channels:
+                    break
+                last = operator
+                continue
+            value = self._of_channels(operator, last.outputs[0], channels)
+            if value is None:
+                break
+            active = layer.builtinOptions.fusedActivationFunction
+            if kind in ("ADD", "SUB") and active == _NONE:
+                bias = bias + (value if kind == "ADD" else -value)
+            elif kind in ("MUL", "DIV") and active == _NONE:
+                scale = value if kind == "MUL" else 1 / value
+                factor, bias = factor * scale, bias * scale
+            elif kind == "MAXIMUM" and active == _NONE and not value.any():
+                layer.builtinOptions.fusedActivationFunction = _RELU
+            elif kind == "MINIMUM" and active == _RELU and (value == 6).all():
+                layer.builtinOptions.fusedActivationFunction = _RELU6
+            else:
+                break
+            last.outputs[0], changed = operator.outputs[0], True
+            self.operators.remove(operator)
+        if changed:
+            shape = [-1 if each == axis else 1 for each in range(weights.ndim)]
+            layer.inputs = [
+                layer.inputs[0],
+                self._add(layer.inputs[1], weights * factor.reshape(shape)),
+                self._add(layer.inputs[1], bias),
+            ]
+
+    def remove_unused(self) -> None:
+        """Operations that nobody reads, and the tensors and numbers that none has."""
+        graph, model = self._graph, self._model
+        while True:
+            read = {*graph.outputs, *(name for each in self.operators for name in each.inputs)}
+            kept = [each for each in self.operators if not len(each.outputs) or not read.isdisjoint(each.outputs)]
+            if len(kept) == len(self.operators):
+                break
+            graph.operators = kept
+        used = {*graph.inputs, *read, *(name for each in kept for name in each.outputs)}
+        names = [name for name in range(len(graph.tensors)) if name in used]
+        renamed = {name: place for place, name in enumerate(names)} | {-1: -1}  # -1 is none
+        graph.tensors = [graph.tensors[name] for name in names]
+        for each in (graph, *self.operators):
+            each.inputs, each.outputs = ([renamed[name] for name in ends] for ends in (each.inputs, each.outputs))
+        for signature in model.signatureDefs:
+            for end in (*signature.inputs, *signature.outputs):
+                end.tensorIndex = renamed[end.tensorIndex]
+        buffers = {each.buffer for each in (*graph.tensors, *(model.metadata or []))}
+        for place, buffer in enumerate(model.buffers):
+            if place not in buffers:
+                buffer.data = None
+
+    def _only_readers(self, operator: Any) -> Iterator[Any]:
+        """The one that reads what an operation gives, the one that reads what that gives, and so on."""
+        while True:
+            output = operator.outputs[0]
+            readers = [each for each in self.operators if output in each.inputs]
+            if len(readers) != 1 or output in self._graph.outputs:
+                return
+            operator = readers[0]
+            yield operator
+
+    def _of_channels(self, operator: Any, given: int, channels: int) -> np.ndarray | None:
+        """The constant that changes `given` in an operation, float64 [1] or [channels]; None for any other."""
+        if self.kind(operator) not in _BROADCASTING or len(operator.inputs) != 2:
+            return None
+        options = operator.builtinOptions
+        if getattr(options, "fusedActivationFunction", _NONE) != _NONE:
+            return None
+        ordered = self.kind(operator) in ("SUB", "DIV")
+        if given not in operator.inputs or (ordered and operator.inputs[0] != given):
+            return None
+        (name,) = [each for each in operator.inputs if each != given] or [None]
+        value = None if name is None else self._constant(name)
+        if value is None or value.size not in (1, channels) or (value.ndim and value.shape[-1] != value.size):
+            return None
+        return value.reshape(-1).astype(np.float64)
+
+    def _shape(self, name: int) -> list[int]:
+        """With -1 for what is known only when it runs."""
+        tensor = self._graph.tensors[name]
+        known = tensor.shapeSignature if tensor.shapeSignature is not None else tensor.shape
+        return [int(size) for size in known] if known is not None else []
+
+    def _constant(self, name: int) -> np.ndarray | None:
+        tensor = self._graph.tensors[name]
+        data = self._model.buffers[tensor.buffer].data
+        if name < 0 or tensor.type != _FLOAT32 or data is None or not len(data):
+            return None
+        return np.frombuffer(bytes(data), np.float32).reshape(self._shape(name))
+
+    def _add(self, like: int, value: np.ndarray) -> int:
+        """A constant more, with a name of its own."""
+        tensor, buffer = copy.copy(self._graph.tensors[like]), copy.copy(self._model.buffers[0])
+        buffer.data = np.frombuffer(np.ascontiguousarray(value, np.float32).tobytes(), np.uint8)
+        tensor.name = f"constant_{len(self._graph.tensors)}".encode()
+        tensor.shape, tensor.shapeSignature, tensor.buffer = list(value.shape), None, len(self._model.buffers)
+        self._model.buffers.append(buffer)
+        self._graph.tensors.append(tensor)
+        return len(self._graph.tensors) - 1
