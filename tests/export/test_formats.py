@@ -14,8 +14,9 @@ import pytest
 from tests.conftest import make_tiny_config
 from vitcls import cli, config, models, train
 from vitcls.export import __main__ as export
-from vitcls.export import artefact, compress, make, onnx, tflite
+from vitcls.export import artefact, compress, make, onnx, program, tflite
 from vitcls.export.source import open_source
+from vitcls.metrics.scaling import Isotonic, Temperature, Vector
 from vitcls.models.variables import init_variables
 
 NEEDS = {"tflite": "ai_edge_litert", "onnx": "jax2onnx"}
@@ -171,6 +172,25 @@ def test_in_eight_bits_nothing_is_cut_off(format, tmp_path):
     about = {"classes": ["a"], "image_shape": [8, 8, 3]}
     writer.write(answer, (8, 8, 3), about, place, precision="int8", calibration=images)
     np.testing.assert_allclose(artefact.load(str(place)).answer(images[:2]), answer(images[:2]), atol=0.01)
+
+
+@pytest.mark.parametrize("format", NEEDS)
+def test_calibrations_are_inside(format, tmp_path):
+    pytest.importorskip(NEEDS[format])
+    writer, place = {"tflite": tflite, "onnx": onnx}[format], tmp_path / f"file{make.FORMATS[format].ending}"
+    lines = ((0.0, 0.5, 1.0),) * 3, ((0.1, 0.4, 0.9), (0.05, 0.5, 0.8), (0.2, 0.3, 0.7))
+    scales = (Temperature(1.7), Vector((0.5, 1.5, 1.0), (0.1, -0.2, 0.0)), Isotonic(*lines))
+
+    def probabilities(images):
+        return jax.nn.softmax(images.astype(jnp.float32).mean(axis=(1, 2)) / 64, axis=-1)
+
+    def answer(images):
+        return jnp.concatenate([program._calibrate(scale)(probabilities(images)) for scale in scales], axis=1)
+
+    images = np.random.default_rng(0).integers(0, 256, (5, 2, 3, 3), np.uint8)
+    writer.write(answer, (2, 3, 3), {"classes": ["a"], "image_shape": [2, 3, 3]}, place)
+    found, given = artefact.load(str(place)).answer(images), np.asarray(probabilities(images))
+    np.testing.assert_allclose(found, np.concatenate([scale(given) for scale in scales], axis=1), atol=1e-5)
 
 
 def test_tflite_has_fewer_operations_for_the_same_answers(tmp_path):

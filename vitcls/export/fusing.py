@@ -7,7 +7,7 @@ since nothing between a layer and its activation is rounded.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,10 @@ _FLOAT32 = 0  # of TensorType
 
 
 def fused(model: bytes) -> bytes:
-    """The model, of one graph; one of several is returned as it is."""
+    """The model; graphs besides the first, of loops, stay as they are."""
     from ai_edge_litert.tools import flatbuffer_utils as flatbuffer
 
     read = flatbuffer.read_model_from_bytearray(bytearray(model))
-    if len(read.subgraphs) > 1:
-        return model
     graph = _Graph(read, lambda each: flatbuffer.opcode_to_name(read, each.opcodeIndex))
     graph.broadcast_less()
     for layer in [each for each in graph.operators if graph.kind(each) in _CHANNEL_AXIS]:
@@ -35,9 +33,10 @@ def fused(model: bytes) -> bytes:
 
 
 class _Graph:
-    def __init__(self, model: Any, kind):
-        self._model, self.kind = model, kind
-        (self._graph,) = model.subgraphs
+    """The first graph of a model; `kind` names an operation of it."""
+
+    def __init__(self, model: Any, kind: Callable[[Any], str]):
+        self._model, self._graph, self.kind = model, model.subgraphs[0], kind
 
     @property
     def operators(self) -> list[Any]:
@@ -113,10 +112,11 @@ class _Graph:
         graph.tensors = [graph.tensors[name] for name in names]
         for each in (graph, *self.operators):
             each.inputs, each.outputs = ([renamed[name] for name in ends] for ends in (each.inputs, each.outputs))
-        for signature in model.signatureDefs:
+        for signature in model.signatureDefs:  # which are of the first graph
             for end in (*signature.inputs, *signature.outputs):
                 end.tensorIndex = renamed[end.tensorIndex]
-        buffers = {each.buffer for each in (*graph.tensors, *(model.metadata or []))}
+        tensors = [each for some in model.subgraphs for each in some.tensors]
+        buffers = {each.buffer for each in (*tensors, *(model.metadata or []))}
         for place, buffer in enumerate(model.buffers):
             if place not in buffers:
                 buffer.data = None

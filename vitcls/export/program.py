@@ -58,16 +58,26 @@ def _calibrate(scale: Scaling | None) -> Callable[[jax.Array], jax.Array]:
         weights, biases = (np.array(values, np.float32)[None] for values in (scale.weights, scale.biases))
         return lambda p: jax.nn.softmax(weights * _log(p) + biases, axis=-1)
     if isinstance(scale, Isotonic):
-        steps = [(np.float32(x), np.float32(y)) for x, y in zip(scale.places, scale.values, strict=True)]
 
         def isotonic(p: jax.Array) -> jax.Array:
-            raised = jnp.stack([jnp.interp(p[:, k], *steps[k]) for k in range(len(steps))], axis=1)
+            lines = enumerate(zip(scale.places, scale.values, strict=True))
+            columns = [_along(jax.lax.slice_in_dim(p, k, k + 1, axis=1), *line) for k, line in lines]
+            raised = jnp.concatenate(columns, axis=1)
             return raised / raised.sum(axis=1, keepdims=True)
 
         return isotonic
     if scale is None or isinstance(scale, Identity):
         return lambda p: p
     raise UserError(f"a calibration by {type(scale).__name__} cannot be exported")
+
+
+def _along(p: jax.Array, places: tuple[float, ...], values: tuple[float, ...]) -> jax.Array:
+    """np.interp of p [B, 1]: all steps up to p, added up. (TFLite can neither search for the right one nor gather.)"""
+    x, y = np.float32(places)[None], np.float32(values)[None]
+    widths = np.diff(x)
+    way = (p - x[:, :-1]) / np.where(widths > 0, widths, 1)
+    parts = jnp.where(widths > 0, jnp.clip(way, 0, 1), (way > 0).astype(jnp.float32))
+    return y[:, :1] + (np.diff(y) * parts).sum(axis=1, keepdims=True)
 
 
 def _log(probabilities: jax.Array) -> jax.Array:
