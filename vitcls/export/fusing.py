@@ -61,10 +61,10 @@ class _Graph:
         axis = _CHANNEL_AXIS[self.kind(layer)]
         channels = weights.shape[axis]
         has_bias = len(layer.inputs) > 2 and layer.inputs[2] >= 0
-        bias = self._constant(layer.inputs[2]) if has_bias else np.zeros(channels, np.float32)
+        bias = self._constant(layer.inputs[2]) if has_bias else np.zeros(channels)
         if bias is None:
             return
-        factor, bias, last, changed = np.ones(channels, np.float64), bias.astype(np.float64), layer, False
+        factor, bias, last, changed = np.ones(channels), bias.astype(np.float64), layer, False
         for operator in self._only_readers(layer):
             kind = self.kind(operator)
             if kind == "RESHAPE":

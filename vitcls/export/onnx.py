@@ -21,7 +21,7 @@ _ABOUT = "vitcls"  # the key of the file's metadata
 _INPUT, _OUTPUT = "images", "probabilities"
 _PRODUCTS = ["Gemm", "MatMul"]
 _QUANTIZED = ["Conv", *_PRODUCTS, "Clip", "Relu"]  # layers with weights, and what onnxruntime makes part of them
-_PRODUCT = re.compile(r"(\w*)(\w),\2(\w)->\1\3")  # [..., K] by [K, N]
+_EINSUM = re.compile(r"(\w*)(\w),\2(\w)->\1\3")  # of [..., K] by [K, N], which is a product
 _BATCH = 32  # calibration images at a time
 _MOST_BYTES = 2**31 - 1  # of a protocol buffer
 
@@ -88,7 +88,7 @@ def _as_onnxruntime_knows_it(model: Any) -> None:
     )
     relus = {}  # by what they give; with the name of their 0
     for node in list(nodes):
-        if node.op_type == "Einsum" and _PRODUCT.fullmatch(node.attribute[0].s.decode().replace(" ", "")):
+        if node.op_type == "Einsum" and _EINSUM.fullmatch(node.attribute[0].s.decode().replace(" ", "")):
             node.op_type = "MatMul"
             del node.attribute[:]
         elif node.op_type in ("Max", "Min") and len(node.input) == 2:
