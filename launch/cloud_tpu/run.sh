@@ -104,7 +104,7 @@ training, '$0 delete --name=$name ${here[*]}' stops the bill"
 }
 
 interrupted() { # CODE NAME
-  { kill "$child" && wait "$child"; } 2>/dev/null # it may be about to write into $scratch
+  { jobs -p | xargs -r kill && wait; } 2>/dev/null # it may be about to write into $scratch
   leave "$1" "ended by $2"
 }
 
@@ -116,8 +116,7 @@ call() {
     gcloud "$@" 2>"$scratch/err"
   else
     gcloud "$@" >"$scratch/out" 2>"$scratch/err" &
-    child=$!
-    wait "$child"
+    wait $!
   fi
 }
 
@@ -127,8 +126,7 @@ complaint() {
 
 pause() {
   sleep "$between_looks" &
-  child=$!
-  wait "$child"
+  wait $!
 }
 
 describe() {
@@ -335,7 +333,7 @@ plan() { # COMMAND...: what `run` asks of gcloud where all goes well
 [ -n "$dry_run" ] || command -v gcloud >/dev/null || fail "gcloud is not installed; see cloud.google.com/sdk"
 [ "$action" != run ] || commit=$(git -C "$root" rev-parse HEAD 2>/dev/null) ||
   fail "$root is no checkout of git; its newest commit is what is installed"
-scratch=$(mktemp -d) child=""
+scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 case $dry_run$action in
   run)
