@@ -20,7 +20,7 @@ ARGUMENTS = {  # config -> presets that are tried
     "resnext_cifar10": ["", ":small"],
     "cnn_mnist": ["", ":enhanced"],
     "lenet_mnist": [""],
-    "robust_mnist": [":fgsm", ":trades", ":plain"],
+    "robust_mnist": [":fgsm", ":trades", ":certified", ":plain"],
     "alexnet_cifar10": [""],
     "imagenet": [":smoke", ":vit_tiny_patch16,smoke", ":mobilenet_v2,smoke"],
     "transfer": [],  # which needs a folder: tests/test_transfer.py

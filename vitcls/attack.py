@@ -4,7 +4,8 @@ vitcls attack --workdir=DIR [--attack=fgsm,pgd,apgd,square] [--norm=linf|l2] [--
     [--steps=40] [--queries=500] [--checkpoint=last|best|STEP] [--data_dir=DIR]
 
 Images may move by eps, of values in [0, 1], before they are normalised. Checks come first; where one says that attacks
-fail on this model, no robust accuracy is given, and the exit code is 1. Writes DIR/attack.
+fail on this model, no robust accuracy is given, and the exit code is 1. Of a network that was trained for it
+(--config.task.name=certified) it also says how many images no attack by the linf norm can take. Writes DIR/attack.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 
 from vitcls import attacks, cli, data
+from vitcls.attacks import bounds
 from vitcls.attacks.checks import Check, check
 from vitcls.core.errors import RunError, UserError, unknown
 from vitcls.core.progress import show_progress
@@ -35,7 +37,7 @@ ATTACKS = ("fgsm", "pgd", "apgd", "square")
 _MULTIPLES = (0.25, 0.5, 1, 2)  # of eps, on the curve
 _CHECKED = 100  # images, of twice as many
 _BATCH = 100  # images at a time, at most
-_LABELS = {"fgsm": "FGSM", "pgd": "PGD", "apgd": "APGD", "square": "Square"}
+_LABELS = {"fgsm": "FGSM", "pgd": "PGD", "apgd": "APGD", "square": "Square", "certified": "certified"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,13 +157,26 @@ def _curve(
     """
     left = {name: right.copy() for name in names}
     points = [_point(0.0, left)]
+    certified = {eps: _certified(runner, images, labels, eps, budget.norm) for eps in (0.0, *eps_tried)}
     tried = [(eps, name) for eps in eps_tried for name in names]
     for eps, name in show_progress(tried, len(tried), "attacks"):
         rows = np.flatnonzero(left[name])
         left[name][rows] = runner.survives(budget.attack(name), images[rows], labels[rows], which[rows], eps)
         if name == names[-1]:
             points.append(_point(eps, left))
+    if any(certified[eps].any() for eps in eps_tried):
+        points = [point | {"certified": proportion(certified[point["eps"]])} for point in points]
     return points
+
+
+def _certified(runner: attacks.Runner, images: np.ndarray, labels: np.ndarray, eps: float, norm: str) -> np.ndarray:
+    """Which images no attack at all can have misclassified, as far as bounds show; none where there are no bounds."""
+    try:
+        if norm == "linf":
+            return runner.certified(images, labels, eps)
+    except bounds.Unbounded:
+        pass
+    return np.zeros(len(labels), bool)
 
 
 def _point(eps: float, left: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -200,23 +215,29 @@ def _write(made: Part, metrics: dict[str, Any]) -> None:
     )
 
 
+def _each(point: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What is left under each attack, and under any at all where that is known."""
+    return point["attacks"] | ({"certified": point["certified"]} if "certified" in point else {})
+
+
 def _curve_table(metrics: dict[str, Any]) -> Table:
-    names = list(metrics["steps"])
     rows = [
         [
             f"{point['eps']:.4g}",
             interval(point["worst"], "{:.2%}"),
-            *(interval(point["attacks"][name], "{:.2%}") for name in names),
+            *(interval(found, "{:.2%}") for found in _each(point).values()),
         ]
         for point in metrics["curve"]
     ]
     ends = ("value", "low", "high")
-    columns = ["eps", *(f"{name}_{end}" for name in ("worst", *names) for end in ends)]
+    columns = ["eps", *(f"{name}_{end}" for name in ("worst", *_each(metrics["curve"][0])) for end in ends)]
     values = [
-        [point["eps"], *(found[end] for found in (point["worst"], *point["attacks"].values()) for end in ends)]
+        [point["eps"], *(found[end] for found in (point["worst"], *_each(point).values()) for end in ends)]
         for point in metrics["curve"]
     ]
     head = ["eps", "Worst of all [95 % interval]", *(f"{_LABELS[name]}, {n:,}" for name, n in metrics["steps"].items())]
+    if "certified" in metrics["curve"][0]:
+        head.append("Certified: no attack can take these")
     return Table("Accuracy under attack, and the steps of each", head, rows, "accuracy", [columns, *values])
 
 
@@ -289,7 +310,7 @@ def _lines(metrics: dict[str, Any]) -> list[str]:
     """What it came to, a line for each eps."""
     lines = [f"{len(metrics['checks'])} checks passed on {metrics['checked_images']:,} images"]
     for point in metrics["curve"]:
-        each = ", ".join(f"{_LABELS[name]} {own['value']:.2%}" for name, own in point["attacks"].items())
+        each = ", ".join(f"{_LABELS[name]} {own['value']:.2%}" for name, own in _each(point).items())
         lines.append(
             f"{metrics['norm']} eps {point['eps']:.4g}: accuracy {interval(point['worst'], '{:.2%}')}"
             + (f" ({each})" if point["eps"] else f" on {metrics['num_examples']:,} test images")

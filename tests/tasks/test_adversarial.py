@@ -55,7 +55,7 @@ def cross_entropy(logits, targets):
 @pytest.mark.parametrize("method", ["fgsm", "pgd", "trades"])
 def test_the_loss_is_that_of_the_papers_on_images_within_the_ball(method):
     logits, tools = linear()
-    context = Context(("a", "b", "c"), (2, 2, 2), cross_entropy, None)
+    context = Context(("a", "b", "c"), (2, 2, 2), cross_entropy, None, None)
     settings = Adversarial(method=method, eps=0.1, steps=3, beta=4.0)
     task = settings.build(context)
     images = np.random.default_rng(1).uniform(size=(B, 2, 2, 2)).astype(np.float32)

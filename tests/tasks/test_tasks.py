@@ -51,7 +51,9 @@ def test_distillation_is_that_of_hinton_or_of_deit(hard):
     run = TrainedRun(
         Lesson(teacher), {"params": {"shift": np.zeros((1, K))}}, ("a", "b", "c", "d"), (2, 2, 1), lambda x: x
     )
-    context = Context(run.class_names, run.image_shape, lambda logits, targets: jnp.asarray(own), lambda path: run)
+    context = Context(
+        run.class_names, run.image_shape, lambda logits, targets: jnp.asarray(own), lambda path: run, None
+    )
     task = Distill(teacher="there", temperature=3.0, weight=0.7, hard=hard).build(context)
     forward = lambda params, stats, images, key: Output(jnp.asarray(student), stats, {})  # noqa: E731
     tools = Tools(forward, None, None, lambda params: params, None, None, K, None)
@@ -365,7 +367,7 @@ def test_a_config_without_a_task_is_of_classification(tiny_config):
     values = json.loads(configs.to_json(configs.resolve(tiny_config)))
     del values["task"]
     assert configs.from_json(json.dumps(values)).task.to_dict() == {"name": "classify"}
-    assert set(TASKS) == {"adversarial", "classify", "distill", "simclr"}
+    assert set(TASKS) == {"adversarial", "certified", "classify", "distill", "simclr"}
 
 
 @pytest.mark.by_turns

@@ -35,7 +35,7 @@ class Linear(nn.Module):
 
 
 LOSS = losses.make_loss("cross_entropy", label_smoothing=0.0, focal_gamma=0.0, class_weights=np.ones(3))
-TASK = Classify().build(Context(("a", "b", "c"), (4, 4, 1), LOSS, open_run=None))
+TASK = Classify().build(Context(("a", "b", "c"), (4, 4, 1), LOSS, open_run=None, to_steps=None))
 
 
 def no_augment(keys, images, targets):

@@ -2,7 +2,7 @@
 
 An attack is a frozen dataclass of two pure functions, `start` and `step`, that many `steps` apart, so that its caller
 either compiles one step and calls it from Python (`Runner`) or has all of them in one program (`perturb`). `broken`
-says which images need no more steps.
+says which images need no more steps. `vitcls.attacks.bounds` is the other side: what no attack can do.
 """
 
 from vitcls.attacks.apgd import APGD

@@ -1,5 +1,6 @@
 """Attacks on images: all steps in one program, or one step at a time from Python."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitcls.attacks import ball
+from vitcls.attacks import ball, bounds
 from vitcls.attacks.ball import Forward
 
 PyTree = Any
@@ -78,7 +79,12 @@ class Runner:
             gradients, _, _ = ball.ascent(lambda x: forward(variables, x), ball.cross_entropy, images, labels)
             return jnp.max(jnp.abs(gradients), axis=(1, 2, 3))
 
-        self._slopes = jax.jit(slopes)
+        def safe(variables, images, labels, eps):
+            ends = jnp.maximum(images - eps, 0.0), jnp.minimum(images + eps, 1.0)
+            gaps = bounds.largest_gaps(bounds.logits(lambda x: forward(variables, x), *ends), labels)
+            return jnp.sum(gaps >= 0, axis=-1) == 1  # that of the label with itself
+
+        self._slopes, self._safe = jax.jit(slopes), jax.jit(safe)
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """float32 [N, K] of images float32 [N, H, W, C]."""
@@ -87,10 +93,20 @@ class Runner:
 
     def slopes(self, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """The largest slope of the cross-entropy by a value of the image, float32 [N]."""
+        return self._each(self._slopes, images, labels)
+
+    def certified(self, images: np.ndarray, labels: np.ndarray, eps: float) -> np.ndarray:
+        """Which images no change of at most `eps` by the linf norm can have misclassified, bool [N]: some, or none.
+
+        Raises bounds.Unbounded for a model without bounds.
+        """
+        return self._each(functools.partial(self._safe, eps=np.float32(eps)), images, labels)
+
+    def _each(self, function: Callable, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """`function(variables, images, labels)` of all, a batch at a time."""
         batches = zip(self._batches(images), self._batches(labels), strict=True)
-        return np.concatenate([np.asarray(self._slopes(self._variables, *self._put(rows))) for rows in batches])[
-            : len(images)
-        ]
+        parts = [np.asarray(function(self._variables, *self._put(rows))) for rows in batches]
+        return np.concatenate(parts)[: len(images)]
 
     def survives(
         self, attack: Any, images: np.ndarray, labels: np.ndarray, places: np.ndarray, eps: float

@@ -18,6 +18,9 @@ def accuracy_by_eps(curve: Sequence[Mapping[str, Any]], labels: Mapping[str, str
     for (name, _), (color, dashes) in zip(curve[0]["attacks"].items(), _LOOKS, strict=False):
         values = [100 * point["attacks"][name]["value"] for point in curve]
         axes.plot(places, values, color=color, ls=dashes, lw=1.5, marker="o", ms=3, label=labels[name])
+    if "certified" in curve[0]:
+        values = [100 * point["certified"]["value"] for point in curve]
+        axes.plot(places, values, color="black", lw=1.5, marker="o", ms=3, label=labels["certified"])
     worst = {key: [100 * point["worst"][key] for point in curve] for key in ("value", "low", "high")}
     axes.fill_between(places, worst["low"], worst["high"], color=RED, alpha=0.15, lw=0)
     axes.plot(places, worst["value"], color=RED, lw=2, marker="o", ms=4, label="worst of all, 95 % interval")

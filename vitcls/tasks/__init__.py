@@ -12,6 +12,7 @@ TASKS = Registry(
     "config.task",
     {
         "adversarial": "vitcls.tasks.adversarial:Adversarial",
+        "certified": "vitcls.tasks.certified:Certified",
         "classify": "vitcls.tasks.classify:Classify",
         "distill": "vitcls.tasks.distill:Distill",
         "simclr": "vitcls.tasks.simclr:SimCLR",

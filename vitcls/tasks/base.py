@@ -63,6 +63,7 @@ class Context(NamedTuple):
     image_shape: tuple[int, int, int]  # H, W, C
     loss: Callable[[jax.Array, jax.Array], jax.Array]  # config.loss: (logits [B, K], targets [B, K]) -> [B]
     open_run: Callable[[str], "TrainedRun"]  # the checkpoint of its report; raises UserError
+    to_steps: Callable[[str], int]  # a duration -> updates of this training
 
 
 class TrainedRun(NamedTuple):

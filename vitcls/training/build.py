@@ -49,24 +49,22 @@ class Plan:
 
 def make_plan(config, info: DatasetInfo) -> Plan:
     """Resolves the durations of a config for the size of its training split."""
-    num_examples = info.num_examples["train"]
-
-    def to_steps(duration, total_steps=None):
-        return durations.to_steps(
-            duration, batch_size=config.batch_size, num_examples=num_examples, total_steps=total_steps
-        )
-
+    to_steps = _to_steps(config, info)
     total = to_steps(config.total)
     if total < 1:
         raise UserError(f"config.total='{config.total}' is no training at all; make it at least '1 steps'")
     return Plan(
         total=total,
-        log_every=to_steps(config.log_every, total),
-        eval_every=to_steps(config.eval_every, total),
-        checkpoint_every=to_steps(config.checkpoint_every, total),
+        log_every=to_steps(config.log_every, total_steps=total),
+        eval_every=to_steps(config.eval_every, total_steps=total),
+        checkpoint_every=to_steps(config.checkpoint_every, total_steps=total),
         steps_per_call=min(config.steps_per_call, total),
-        steps_per_epoch=num_examples / config.batch_size,
+        steps_per_epoch=info.num_examples["train"] / config.batch_size,
     )
+
+
+def _to_steps(config, info: DatasetInfo) -> Callable[..., int]:
+    return functools.partial(durations.to_steps, batch_size=config.batch_size, num_examples=info.num_examples["train"])
 
 
 def examples_kept_together(config) -> int:
@@ -83,6 +81,7 @@ def make_task(config, info: DatasetInfo) -> Task:
         image_shape=info.image_shape,
         loss=losses.make_loss(**dict(config.loss) | {"class_weights": class_weights}),
         open_run=_open_run,
+        to_steps=lambda duration: _to_steps(config, info)(duration, total_steps=make_plan(config, info).total),
     )
     return TASKS.create(config.task.name, config.task).build(context)
 
