@@ -96,14 +96,10 @@ def test_a_run_goes_on_along_the_ramp_to_the_same_bits_and_is_certified(tiny_con
     shares = [point["certified"]["value"] for point in points]
     assert shares[0] == points[0]["worst"]["value"] and shares[0] >= shares[1] > shares[2] == 0
     assert all(point["certified"]["value"] <= point["worst"]["value"] for point in points)
-    assert "0.00% [0.00, 26.46], PGD 0.00%, certified 0.00%" in capsys.readouterr().out.replace(" (", ", ")
+    assert "(PGD 0.00%, certified 0.00%)\n" in capsys.readouterr().out
     assert "Certified: no attack can take these" in (again / "attack" / "index.html").read_text()
-    assert (
-        (again / "attack" / "accuracy.csv")
-        .read_text()
-        .splitlines()[0]
-        .endswith("certified_value,certified_low,certified_high")
-    )
+    head = (again / "attack" / "accuracy.csv").read_text().splitlines()[0]
+    assert head.endswith("certified_value,certified_low,certified_high")
 
 
 @pytest.mark.by_turns

@@ -7,6 +7,7 @@ since nothing between a layer and its activation is rounded.
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +31,32 @@ def fused(model: bytes) -> bytes:
         graph.fold_into(layer)
     graph.remove_unused()
     return bytes(flatbuffer.convert_object_to_bytearray(read))
+
+
+@dataclasses.dataclass
+class _Channels:
+    """What becomes of the channels of a layer: activation(factor * x + bias), float64 [channels] each."""
+
+    factor: np.ndarray
+    bias: np.ndarray
+    activation: int = _NONE
+
+    def take_up(self, kind: str, value: np.ndarray) -> bool:
+        """Does an operation with a constant too, float64 [1] or [channels]; False where that is beyond it."""
+        if kind == "MAXIMUM" and self.activation == _NONE and not value.any():
+            self.activation = _RELU
+        elif kind == "MINIMUM" and self.activation == _RELU and (value == 6).all():
+            self.activation = _RELU6
+        elif self.activation != _NONE:
+            return False
+        elif kind in ("ADD", "SUB"):
+            self.bias = self.bias + (value if kind == "ADD" else -value)
+        elif kind in ("MUL", "DIV"):
+            scale = value if kind == "MUL" else 1 / value
+            self.factor, self.bias = self.factor * scale, self.bias * scale
+        else:
+            return False
+        return True
 
 
 class _Graph:
@@ -58,44 +85,27 @@ class _Graph:
         weights = self._constant(layer.inputs[1])
         if weights is None or layer.builtinOptions.fusedActivationFunction != _NONE:
             return
-        axis = _CHANNEL_AXIS[self.kind(layer)]
-        channels = weights.shape[axis]
         has_bias = len(layer.inputs) > 2 and layer.inputs[2] >= 0
-        bias = self._constant(layer.inputs[2]) if has_bias else np.zeros(channels)
+        axis = _CHANNEL_AXIS[self.kind(layer)]
+        count = weights.shape[axis]
+        bias = self._constant(layer.inputs[2]) if has_bias else np.zeros(count)
         if bias is None:
             return
-        factor, bias, last, changed = np.ones(channels), bias.astype(np.float64), layer, False
+        channels, last, changed = _Channels(np.ones(count), bias.astype(np.float64)), layer, False
         for operator in self._only_readers(layer):
-            kind = self.kind(operator)
-            if kind == "RESHAPE":
-                if self._shape(operator.outputs[0])[-1] != channels:
-                    break
+            if self.kind(operator) == "RESHAPE" and self._shape(operator.outputs[0])[-1] == count:
                 last = operator
                 continue
-            value = self._of_channels(operator, last.outputs[0], channels)
-            if value is None:
-                break
-            active = layer.builtinOptions.fusedActivationFunction
-            if kind in ("ADD", "SUB") and active == _NONE:
-                bias = bias + (value if kind == "ADD" else -value)
-            elif kind in ("MUL", "DIV") and active == _NONE:
-                scale = value if kind == "MUL" else 1 / value
-                factor, bias = factor * scale, bias * scale
-            elif kind == "MAXIMUM" and active == _NONE and not value.any():
-                layer.builtinOptions.fusedActivationFunction = _RELU
-            elif kind == "MINIMUM" and active == _RELU and (value == 6).all():
-                layer.builtinOptions.fusedActivationFunction = _RELU6
-            else:
+            value = self._of_channels(operator, last.outputs[0], count)
+            if value is None or not channels.take_up(self.kind(operator), value):
                 break
             last.outputs[0], changed = operator.outputs[0], True
             self.operators.remove(operator)
         if changed:
             shape = [-1 if each == axis else 1 for each in range(weights.ndim)]
-            layer.inputs = [
-                layer.inputs[0],
-                self._add(layer.inputs[1], weights * factor.reshape(shape)),
-                self._add(layer.inputs[1], bias),
-            ]
+            weights = self._add(layer.inputs[1], weights * channels.factor.reshape(shape))
+            layer.inputs = [layer.inputs[0], weights, self._add(layer.inputs[1], channels.bias)]
+            layer.builtinOptions.fusedActivationFunction = channels.activation
 
     def remove_unused(self) -> None:
         """Operations that nobody reads, and the tensors and numbers that none has."""
