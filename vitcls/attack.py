@@ -5,14 +5,14 @@ vitcls attack --workdir=DIR [--attack=fgsm,pgd,apgd,square] [--norm=linf|l2] [--
 
 Images may move by eps, of values in [0, 1], before they are normalised. Checks come first; where one says that attacks
 fail on this model, no robust accuracy is given, and the exit code is 1. Of a network that was trained for it
-(--config.task.name=certified) it also says how many images no attack by the linf norm can take. Writes DIR/attack.
+(--config.task.name=certified) it also says which share no attack by the linf norm can take. Writes DIR/attack.
 """
 
 import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ ATTACKS = ("fgsm", "pgd", "apgd", "square")
 _MULTIPLES = (0.25, 0.5, 1, 2)  # of eps, on the curve
 _CHECKED = 100  # images, of twice as many
 _BATCH = 100  # images at a time, at most
-_LABELS = {"fgsm": "FGSM", "pgd": "PGD", "apgd": "APGD", "square": "Square", "certified": "certified"}
+_LABELS = {"fgsm": "FGSM", "pgd": "PGD", "apgd": "APGD", "square": "Square"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +82,9 @@ def attack(
     opened = open_with_data(path, splits=("test",), checkpoint=checkpoint, data_dir=data_dir)
     where = opened.trained.path
     with Part(where / PART) as made:
-        forward = opened.forward
+        eps_tried = sorted(set(curve) or {eps * multiple for multiple in _MULTIPLES})
         images, labels, which = _test_images(opened, num_images)
-        runner = _runner(opened, forward)
+        runner = _runner(opened)
         right = runner.logits(images).argmax(axis=1) == labels
         checked = _right_ones(opened, runner)
         if not right.any() or not len(checked[1]):
@@ -101,16 +101,16 @@ def attack(
             "clean_accuracy": proportion(right),
             "checked_images": len(checked[1]),
             "checks": [each._asdict() for each in checks],
+            "certified": _certified(runner, images, labels, eps_tried, budget.norm),
         }
         failed = [each for each in checks if not each.passed]
         if not failed:
-            eps_tried = sorted(set(curve) or {eps * multiple for multiple in _MULTIPLES})
             metrics["curve"] = _curve(runner, images, labels, which, right, names, eps_tried, budget)
             metrics["robust_accuracy"] = next(point["worst"] for point in metrics["curve"] if point["eps"] == eps)
         _write(made, metrics)
     places.publish(path, where, PART)
     if failed:
-        raise RunError(_refusal(failed, budget.steps))
+        raise RunError("; ".join([_refusal(failed, budget.steps), *_certified_lines(metrics)]))
     return metrics
 
 
@@ -131,12 +131,12 @@ def _right_ones(opened: Opened, runner: attacks.Runner) -> tuple[np.ndarray, np.
     return images[right], labels[right], which[right]
 
 
-def _runner(opened: Opened, forward: Callable) -> attacks.Runner:
+def _runner(opened: Opened) -> attacks.Runner:
     partition = opened.partition
     batch_size = partition.round_up(min(opened.trained.config.batch_size, _BATCH, len(opened.dataset.test.labels)))
     spread = partition.sharding(AXIS)
     return attacks.Runner(
-        forward, opened.variables, batch_size=batch_size, put=lambda rows: jax.device_put(rows, spread)
+        opened.forward, opened.variables, batch_size=batch_size, put=lambda rows: jax.device_put(rows, spread)
     )
 
 
@@ -157,26 +157,26 @@ def _curve(
     """
     left = {name: right.copy() for name in names}
     points = [_point(0.0, left)]
-    certified = {eps: _certified(runner, images, labels, eps, budget.norm) for eps in (0.0, *eps_tried)}
     tried = [(eps, name) for eps in eps_tried for name in names]
     for eps, name in show_progress(tried, len(tried), "attacks"):
         rows = np.flatnonzero(left[name])
         left[name][rows] = runner.survives(budget.attack(name), images[rows], labels[rows], which[rows], eps)
         if name == names[-1]:
             points.append(_point(eps, left))
-    if any(certified[eps].any() for eps in eps_tried):
-        points = [point | {"certified": proportion(certified[point["eps"]])} for point in points]
     return points
 
 
-def _certified(runner: attacks.Runner, images: np.ndarray, labels: np.ndarray, eps: float, norm: str) -> np.ndarray:
-    """Which images no attack at all can have misclassified, as far as bounds show; none where there are no bounds."""
+def _certified(
+    runner: attacks.Runner, images: np.ndarray, labels: np.ndarray, eps_tried: Sequence[float], norm: str
+) -> list[dict[str, Any]]:
+    """By eps, the share of images that no attack at all can have misclassified; empty where bounds show none."""
     try:
-        if norm == "linf":
-            return runner.certified(images, labels, eps)
+        found = [runner.certified(images, labels, eps) for eps in eps_tried if norm == "linf"]
     except bounds.Unbounded:
-        pass
-    return np.zeros(len(labels), bool)
+        found = []
+    if not np.any(found):
+        return []
+    return [{"eps": eps, "accuracy": proportion(own)} for eps, own in zip(eps_tried, found, strict=True)]
 
 
 def _point(eps: float, left: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def _write(made: Part, metrics: dict[str, Any]) -> None:
     def drawn():
         from vitcls.report import attack_plots
 
-        return attack_plots.accuracy_by_eps(metrics["curve"], _LABELS)
+        return attack_plots.accuracy_by_eps(metrics["curve"], _LABELS, metrics["certified"])
 
     if "curve" in metrics:
         caption = "Each image is counted as the worst attack leaves it; what one eps has broken no larger one mends."
@@ -211,13 +211,8 @@ def _write(made: Part, metrics: dict[str, Any]) -> None:
         lead=f"Step {metrics['checkpoint_step']:,}; {metrics['num_examples']:,} test images, {metrics['norm']} balls "
         f"of {metrics['eps']:.4g}; accuracy as they are {interval(metrics['clean_accuracy'], '{:.2%}')}.",
         metrics=metrics,
-        blocks=[*found, _checks_table(metrics)],
+        blocks=[*found, *_certified_table(metrics), _checks_table(metrics)],
     )
-
-
-def _each(point: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What is left under each attack, and under any at all where that is known."""
-    return point["attacks"] | ({"certified": point["certified"]} if "certified" in point else {})
 
 
 def _curve_table(metrics: dict[str, Any]) -> Table:
@@ -225,20 +220,29 @@ def _curve_table(metrics: dict[str, Any]) -> Table:
         [
             f"{point['eps']:.4g}",
             interval(point["worst"], "{:.2%}"),
-            *(interval(found, "{:.2%}") for found in _each(point).values()),
+            *(interval(found, "{:.2%}") for found in point["attacks"].values()),
         ]
         for point in metrics["curve"]
     ]
     ends = ("value", "low", "high")
-    columns = ["eps", *(f"{name}_{end}" for name in ("worst", *_each(metrics["curve"][0])) for end in ends)]
+    columns = ["eps", *(f"{name}_{end}" for name in ("worst", *metrics["steps"]) for end in ends)]
     values = [
-        [point["eps"], *(found[end] for found in (point["worst"], *_each(point).values()) for end in ends)]
+        [point["eps"], *(found[end] for found in (point["worst"], *point["attacks"].values()) for end in ends)]
         for point in metrics["curve"]
     ]
     head = ["eps", "Worst of all [95 % interval]", *(f"{_LABELS[name]}, {n:,}" for name, n in metrics["steps"].items())]
-    if "certified" in metrics["curve"][0]:
-        head.append("Certified: no attack can take these")
     return Table("Accuracy under attack, and the steps of each", head, rows, "accuracy", [columns, *values])
+
+
+def _certified_table(metrics: dict[str, Any]) -> list[Table]:
+    """Where bounds show anything."""
+    rows = [[f"{each['eps']:.4g}", interval(each["accuracy"], "{:.2%}")] for each in metrics["certified"]]
+    values = [
+        [each["eps"], *(each["accuracy"][end] for end in ("value", "low", "high"))] for each in metrics["certified"]
+    ]
+    head = ["eps", "certified", "certified_low", "certified_high"]
+    title = "What no attack can take: certified by bounds of the logits over all images within eps"
+    return [Table(title, ["eps", "Certified [95 % interval]"], rows, "certified", [head, *values])] if rows else []
 
 
 def _checks_table(metrics: dict[str, Any]) -> Table:
@@ -310,12 +314,19 @@ def _lines(metrics: dict[str, Any]) -> list[str]:
     """What it came to, a line for each eps."""
     lines = [f"{len(metrics['checks'])} checks passed on {metrics['checked_images']:,} images"]
     for point in metrics["curve"]:
-        each = ", ".join(f"{_LABELS[name]} {own['value']:.2%}" for name, own in _each(point).items())
+        each = ", ".join(f"{_LABELS[name]} {own['value']:.2%}" for name, own in point["attacks"].items())
         lines.append(
             f"{metrics['norm']} eps {point['eps']:.4g}: accuracy {interval(point['worst'], '{:.2%}')}"
             + (f" ({each})" if point["eps"] else f" on {metrics['num_examples']:,} test images")
         )
-    return lines
+    return lines + _certified_lines(metrics)
+
+
+def _certified_lines(metrics: dict[str, Any]) -> list[str]:
+    return [
+        f"{metrics['norm']} eps {each['eps']:.4g}: certified against any attack {interval(each['accuracy'], '{:.2%}')}"
+        for each in metrics["certified"]
+    ]
 
 
 if __name__ == "__main__":

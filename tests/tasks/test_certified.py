@@ -92,14 +92,14 @@ def test_a_run_goes_on_along_the_ramp_to_the_same_bits_and_is_certified(tiny_con
 
     flags = ["--eps=0.001,0.9", "--steps=4", "--queries=4", "--images=12", "--attack=pgd"]
     assert cli.run(attack.main, [f"--workdir={again}", *flags]) == 0
-    points = json.loads((again / "attack" / "metrics.json").read_text())["curve"]
-    shares = [point["certified"]["value"] for point in points]
-    assert shares[0] == points[0]["worst"]["value"] and shares[0] >= shares[1] > shares[2] == 0
-    assert all(point["certified"]["value"] <= point["worst"]["value"] for point in points)
-    assert "(PGD 0.00%, certified 0.00%)\n" in capsys.readouterr().out
-    assert "Certified: no attack can take these" in (again / "attack" / "index.html").read_text()
-    head = (again / "attack" / "accuracy.csv").read_text().splitlines()[0]
-    assert head.endswith("certified_value,certified_low,certified_high")
+    found = json.loads((again / "attack" / "metrics.json").read_text())
+    (small, large), points = found["certified"], found["curve"]
+    assert (small["eps"], large["eps"]) == (0.001, 0.9)
+    assert points[1]["worst"]["value"] >= small["accuracy"]["value"] > large["accuracy"]["value"] == 0
+    assert "linf eps 0.9: certified against any attack 0.00% [0.00%, " in capsys.readouterr().out
+    assert "What no attack can take" in (again / "attack" / "index.html").read_text()
+    rows = (again / "attack" / "certified.csv").read_text().splitlines()
+    assert rows[0] == "eps,certified,certified_low,certified_high" and len(rows) == 3
 
 
 @pytest.mark.by_turns
