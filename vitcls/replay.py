@@ -35,7 +35,7 @@ def replay(id: str, databases: Sequence[str], image: pathlib.Path | None = None,
             if found := receipts.find(store, id):
                 data = _image(store, found[0], image)
                 return [_again(receipt, data, workdir) for receipt in found]
-    where = ", ".join(databases)
+    where = databases[0] if len(databases) == 1 else f"{len(databases)} databases, the newest of them {databases[0]}"
     raise UserError(f"no answer has the id {id} in {where}; they keep the newest; --database=URL names another")
 
 

@@ -145,11 +145,13 @@ def test_another_address_demands_a_token(trained, tmp_path):
         (["--workdir=RUN", "--checkpoint=7"], "checkpoint '7' is not there; use 'last', 'best' or one of"),
         (["--workdir=RUN", "--proxy=nginx"], "--proxy=nginx: 'nginx' is not an IP address"),
         (["--artefact=README.md"], "README.md is no exported program of vitcls"),
+        (["--artefact=RUN/half.tflite"], "half.tflite is no exported program of vitcls"),
     ],
 )
 def test_bad_flags_are_one_line_and_nothing_is_left(flags, words, trained, tmp_path):
     run = tmp_path / "run"  # of its own: a server of another test may yet write to the shared one
     shutil.copytree(trained, run, ignore=lambda folder, names: {name for name in names if "drift.json" in name})
+    (run / "half.tflite").write_bytes(b"\x1c\0\0\0TFL3")
     before = set(run.rglob("*"))
     flags = [flag.replace("RUN", str(run)) for flag in flags]
     done = subprocess.run([sys.executable, "-m", "vitcls.serve", *flags], capture_output=True, text=True, timeout=120)

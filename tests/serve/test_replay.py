@@ -11,6 +11,7 @@ import requests
 from tests.serve.running import png, server
 from vitcls import calibrate, cli, replay
 from vitcls.feedback.store import open_store
+from vitcls.serve import databases
 
 
 def again(capsys, *arguments):
@@ -55,6 +56,19 @@ def test_an_answer_is_computed_again(answered, capsys):
     ):
         code, said = again(capsys, *arguments)
         assert code == 2 and words in said, said
+
+
+def test_databases_that_were_served_are_known_once(tmp_path, monkeypatch):
+    """Of files alone: the address of another may have a password."""
+    monkeypatch.setenv("VITCLS_CACHE_DIR", str(tmp_path / "cache"))
+    files = [tmp_path / name for name in ("a.db", "b.db", "gone.db")]
+    for file in files:
+        file.touch()
+    for database in (*map(databases.url, files), databases.url(files[0]), "postgresql://me:word@db/x", "sqlite://"):
+        databases.remember(database)
+    files[2].unlink()
+    assert databases.known() == [databases.url(file) for file in (files[1], files[0])]
+    assert "word" not in (tmp_path / "cache" / "databases.txt").read_text()
 
 
 def test_a_run_that_has_moved_or_is_no_more(answered, capsys):

@@ -57,9 +57,10 @@ def table(source: Source) -> list[tuple[str, str, Passport | str]]:
     return rows
 
 
-def _table_lines(rows: list[tuple[str, str, Passport | str]]) -> list[str]:
+def _table_lines(rows: list[tuple[str, str, Passport | str]], pruned: bool) -> list[str]:
     """Aligned; a file that cannot be has the reason in its row."""
-    heads = ("format", "weights", "MB", "accuracy", "of the run", "same class", *(f"ms, batch of {n}" for n in BATCHES))
+    same = "same class as pruned" if pruned else "same class"
+    heads = ("format", "weights", "MB", "accuracy", "of the run", same, *(f"ms, batch of {n}" for n in BATCHES))
     cells = [heads, *((*row[:2], *_cells(row[2])) for row in rows)]
     whole = [row for row in cells if len(row) == len(heads)]
     widths = [max(len(row[i]) for row in whole) for i in range(len(heads))]
@@ -82,12 +83,13 @@ def _cells(found: Passport | str) -> tuple[str, ...]:
     return f"{found.bytes / 1e6:.2f}", *shares, *(f"{1e3 * found.seconds[str(size)]:.2f}" for size in BATCHES)
 
 
-def _words(passport: Passport) -> str:
+def _words(passport: Passport, pruned: bool) -> str:
+    others = "from those of the pruned network " if pruned else ""
     times = ", ".join(f"{1e3 * seconds:.2f} ms for a batch of {size}" for size, seconds in passport.seconds.items())
     return (
         f"{passport.bytes / 1e6:.2f} MB; accuracy {passport.accuracy:.2%}, of the run {passport.accuracy_run:.2%} "
-        f"({passport.images:,} test images); probabilities differ by at most {passport.largest_difference:.1g}, the "
-        f"class for {passport.agreement:.2%} is the same; {times}"
+        f"({passport.images:,} test images); probabilities differ {others}by at most "
+        f"{passport.largest_difference:.1g}, the class for {passport.agreement:.2%} is the same; {times}"
     )
 
 
@@ -112,10 +114,10 @@ def main(argv: list[str]) -> None:
     given = {"prune": flags.prune, "checkpoint": flags.checkpoint, "data_dir": flags.data_dir}
     cli.start_jax()
     if flags.table:
-        print(*_table_lines(table(open_source(flags.workdir, **given))), sep="\n")
+        print(*_table_lines(table(open_source(flags.workdir, **given)), flags.prune > 0), sep="\n")
         return
     out = pathlib.Path(flags.out).expanduser()
-    print(_words(export(flags.workdir, flags.format, out, precision=flags.quantize, **given)))
+    print(_words(export(flags.workdir, flags.format, out, precision=flags.quantize, **given), flags.prune > 0))
     print(f"written: {out}")
 
 

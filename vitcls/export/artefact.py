@@ -38,7 +38,7 @@ def check(path: str) -> None:
     """Raises UserError for what is no program of vitcls at first sight; no runtime is needed."""
     if not pathlib.Path(path).exists():
         raise UserError(f"{path} is not there")
-    if _runtime(path) is _load_program and not zipfile.is_zipfile(path):
+    if _runtime(path) in (_load_program, tflite.load) and not zipfile.is_zipfile(path):
         raise UserError(f"{path} is no exported program of vitcls")
 
 

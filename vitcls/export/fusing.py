@@ -8,7 +8,7 @@ since nothing between a layer and its activation is rounded.
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,20 +16,47 @@ import numpy as np
 _BROADCASTING = ("ADD", "SUB", "MUL", "DIV", "MAXIMUM", "MINIMUM")
 _MOST_DIMENSIONS = 4  # of what all of these broadcast
 _CHANNEL_AXIS = {"CONV_2D": 0, "FULLY_CONNECTED": 0, "DEPTHWISE_CONV_2D": 3}  # of the weights
+_CALIBRATED = ("CONV_2D", "DEPTHWISE_CONV_2D")  # whose bias is a whole number in eight bits
+_LARGEST_BIAS = 2**30  # of int32, in steps
 _NONE, _RELU, _RELU6 = 0, 1, 3  # of ActivationFunctionType
 _FLOAT32 = 0  # of TensorType
 
 
 def fused(model: bytes) -> bytes:
     """The model; graphs besides the first, of loops, stay as they are."""
+
+    def change(graph: "_Graph") -> None:
+        graph.broadcast_less()
+        for layer in [each for each in graph.operators if graph.kind(each) in _CHANNEL_AXIS]:
+            graph.fold_into(layer)
+        graph.remove_unused()
+
+    return _changed(model, change)
+
+
+def with_room_for_biases(model: bytes, ranges: Mapping[str, Mapping[str, np.ndarray]]) -> bytes:
+    """The model, for eight bits: no channel has weights that are next to nothing beside its bias.
+
+    A bias is int32 there, in steps of those of the input times those of the channel's weights, and cut off beyond.
+    `ranges` are the smallest and largest value of each tensor. The weight that is made larger changes the channel by
+    less than 1/30,000 of its bias.
+    """
+
+    def change(graph: "_Graph") -> None:
+        for layer in graph.operators:
+            found = ranges.get(graph.name(layer.inputs[0])) if graph.kind(layer) in _CALIBRATED else None
+            if found is not None:
+                graph.lift(layer, (max(np.max(found["max"]), 0) - min(np.min(found["min"]), 0)) / 255)
+        graph.remove_unused()
+
+    return _changed(model, change)
+
+
+def _changed(model: bytes, change: Callable[["_Graph"], None]) -> bytes:
     from ai_edge_litert.tools import flatbuffer_utils as flatbuffer
 
     read = flatbuffer.read_model_from_bytearray(bytearray(model))
-    graph = _Graph(read, lambda each: flatbuffer.opcode_to_name(read, each.opcodeIndex))
-    graph.broadcast_less()
-    for layer in [each for each in graph.operators if graph.kind(each) in _CHANNEL_AXIS]:
-        graph.fold_into(layer)
-    graph.remove_unused()
+    change(_Graph(read, lambda each: flatbuffer.opcode_to_name(read, each.opcodeIndex)))
     return bytes(flatbuffer.convert_object_to_bytearray(read))
 
 
@@ -47,7 +74,7 @@ class _Channels:
             self.activation = _RELU
         elif kind == "MINIMUM" and self.activation == _RELU and (value == 6).all():
             self.activation = _RELU6
-        elif self.activation != _NONE:
+        elif self.activation != _NONE or (kind == "DIV" and not value.all()):
             return False
         elif kind in ("ADD", "SUB"):
             self.bias = self.bias + (value if kind == "ADD" else -value)
@@ -64,6 +91,7 @@ class _Graph:
 
     def __init__(self, model: Any, kind: Callable[[Any], str]):
         self._model, self._graph, self.kind = model, model.subgraphs[0], kind
+        self._added: dict[tuple, int] = {}  # constants that layers share, by their values
 
     @property
     def operators(self) -> list[Any]:
@@ -103,9 +131,24 @@ class _Graph:
             self.operators.remove(operator)
         if changed:
             shape = [-1 if each == axis else 1 for each in range(weights.ndim)]
-            weights = self._add(layer.inputs[1], weights * channels.factor.reshape(shape))
-            layer.inputs = [layer.inputs[0], weights, self._add(layer.inputs[1], channels.bias)]
+            self._set(layer, weights * channels.factor.reshape(shape), channels.bias)
             layer.builtinOptions.fusedActivationFunction = channels.activation
+
+    def lift(self, layer: Any, step: float) -> None:
+        """No channel's bias is more than `_LARGEST_BIAS` steps; `step` is that of the input in eight bits."""
+        weights, bias = (self._constant(name) for name in (*layer.inputs, -1)[1:3])
+        if weights is None or bias is None or not step:
+            return
+        least = 127 * np.abs(bias.astype(np.float64)) / (step * _LARGEST_BIAS)
+        lifted = weights.copy()
+        channels = np.moveaxis(lifted, _CHANNEL_AXIS[self.kind(layer)], 0)  # of the same memory
+        for channel in np.flatnonzero(np.abs(channels).max(axis=(1, 2, 3)) < least):
+            largest = np.unravel_index(np.abs(channels[channel]).argmax(), channels[channel].shape)
+            channels[channel][largest] = np.copysign(least[channel], channels[channel][largest])
+        self._set(layer, lifted, bias)
+
+    def name(self, tensor: int) -> str:
+        return self._graph.tensors[tensor].name.decode()
 
     def remove_unused(self) -> None:
         """Operations that nobody reads, and the tensors and numbers that none has."""
@@ -164,16 +207,31 @@ class _Graph:
         return [int(size) for size in known] if known is not None else []
 
     def _constant(self, name: int) -> np.ndarray | None:
+        if name < 0:  # there is none
+            return None
         tensor = self._graph.tensors[name]
         data = self._model.buffers[tensor.buffer].data
-        if name < 0 or tensor.type != _FLOAT32 or data is None or not len(data):
+        if tensor.type != _FLOAT32 or data is None or not len(data):
             return None
         return np.frombuffer(bytes(data), np.float32).reshape(self._shape(name))
+
+    def _set(self, layer: Any, weights: np.ndarray, bias: np.ndarray) -> None:
+        layer.inputs = [layer.inputs[0], *(self._shared(layer.inputs[1], value) for value in (weights, bias))]
+
+    def _shared(self, like: int, value: np.ndarray) -> int:
+        """A constant float32, of which there is one for all layers; `like` is one that stands here already."""
+        value = np.ascontiguousarray(value, np.float32)
+        if np.array_equal(self._constant(like), value):
+            return like
+        key = value.shape, value.tobytes()
+        if key not in self._added:
+            self._added[key] = self._add(like, value)
+        return self._added[key]
 
     def _add(self, like: int, value: np.ndarray) -> int:
         """A constant more, with a name of its own."""
         tensor, buffer = copy.copy(self._graph.tensors[like]), copy.copy(self._model.buffers[0])
-        buffer.data = np.frombuffer(np.ascontiguousarray(value, np.float32).tobytes(), np.uint8)
+        buffer.data = np.frombuffer(value.tobytes(), np.uint8)
         tensor.name = f"constant_{len(self._graph.tensors)}".encode()
         tensor.shape, tensor.shapeSignature, tensor.buffer = list(value.shape), None, len(self._model.buffers)
         self._model.buffers.append(buffer)

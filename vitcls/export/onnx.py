@@ -44,6 +44,7 @@ def write(
 
     model = _converted(answer, image_shape)
     _as_onnxruntime_knows_it(model)
+    _share_constants(model)
     del model.graph.value_info[:]  # jax2onnx says of some padded arrays that their batch is that of the images
     if precision == "int8":
         try:
@@ -84,7 +85,10 @@ def _as_onnxruntime_knows_it(model: Any) -> None:
     floats = [each for each in model.graph.initializer if not each.dims and each.data_type == TensorProto.FLOAT]
     scalars = {each.name: numpy_helper.to_array(each).item() for each in floats}
     readers = collections.Counter(
-        [*(name for node in nodes for name in node.input), *(each.name for each in model.graph.output)]
+        [
+            *(name for node in _all_nodes(model.graph) for name in node.input),
+            *(each.name for each in model.graph.output),
+        ]
     )
     relus = {}  # by what they give; with the name of their 0
     for node in list(nodes):
@@ -101,6 +105,31 @@ def _as_onnxruntime_knows_it(model: Any) -> None:
                 node.CopyFrom(helper.make_node("Clip", [relu.input[0], zero, bound], node.output, node.name))
                 if readers[given] == 1:
                     nodes.remove(relu)
+
+
+def _share_constants(model: Any) -> None:
+    """One for all that have the same values: jax2onnx writes the weights once for each view of an image."""
+    from onnx import numpy_helper
+
+    first, kept = {}, {}
+    for each in model.graph.initializer:
+        kept[each.name] = first.setdefault(
+            (each.data_type, *each.dims, numpy_helper.to_array(each).tobytes()), each
+        ).name
+    for node in _all_nodes(model.graph):
+        node.input[:] = [kept.get(name, name) for name in node.input]
+    initializers = list(first.values())
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(initializers)
+
+
+def _all_nodes(graph: Any) -> Iterator[Any]:
+    """Those of a graph and of the graphs inside of its nodes, such as the body of a loop."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _all_nodes(inner)
 
 
 def _quantized(model: Any, calibration: np.ndarray) -> Any:
@@ -127,18 +156,20 @@ def _quantized(model: Any, calibration: np.ndarray) -> Any:
         onnx.save(model, plain)
         _fold(plain, folded)
         logging.getLogger().disabled, was = True, logging.getLogger().disabled
-        quantization.quantize_static(
-            folded,
-            small,
-            Reader(),
-            per_channel=True,
-            quant_format=quantization.QuantFormat.QDQ,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QUInt8,
-            op_types_to_quantize=_QUANTIZED,
-            extra_options={"WeightSymmetric": True, "OpTypesToExcludeOutputQuantization": _PRODUCTS},
-        )
-        logging.getLogger().disabled = was
+        try:
+            quantization.quantize_static(
+                folded,
+                small,
+                Reader(),
+                per_channel=True,
+                quant_format=quantization.QuantFormat.QDQ,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QUInt8,
+                op_types_to_quantize=_QUANTIZED,
+                extra_options={"WeightSymmetric": True, "OpTypesToExcludeOutputQuantization": _PRODUCTS},
+            )
+        finally:
+            logging.getLogger().disabled = was
         return onnx.load(small)
 
 

@@ -84,16 +84,22 @@ def _quantized(model: bytes, calibration: np.ndarray) -> bytes:
     """In eight bits by ai-edge-quantizer: symmetric weights per channel, activations from the smallest to largest."""
     with extras.needed("int8 for TFLite", "tflite"):
         from ai_edge_quantizer import calibrator, qtyping, quantizer, recipe_manager
-    found, recipe = quantizer.Quantizer(model), recipe_manager.RecipeManager()
+    recipe = recipe_manager.RecipeManager()
     for name in _CALIBRATED:
-        found.add_static_config(".*", qtyping.TFLOperationName(name), activation_num_bits=8, weight_num_bits=8)
-    found.add_dynamic_config(".*", qtyping.TFLOperationName(_DENSE), num_bits=8)
-    recipe.load_quantization_recipe(found.get_quantization_recipe())
+        recipe.add_static_config(".*", qtyping.TFLOperationName(name), activation_num_bits=8, weight_num_bits=8)
+    recipe.add_dynamic_config(".*", qtyping.TFLOperationName(_DENSE), num_bits=8)
     with terminal.silent(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it keeps all tensors, which it means to
-        ranges = calibrator.Calibrator(model, qsv_update_func=_widest)
-        ranges.calibrate({"serving_default": [{saved_model.NAME: image[None]} for image in calibration]}, recipe)
-        return bytes(found.quantize(ranges.get_model_qsvs()).quantized_model)
+        found = calibrator.Calibrator(model, qsv_update_func=_widest)
+        try:
+            found.calibrate({"serving_default": [{saved_model.NAME: image[None]} for image in calibration]}, recipe)
+            ranges = found.get_model_qsvs()
+            roomy = fusing.with_room_for_biases(model, ranges)
+            made = quantizer.Quantizer(roomy, recipe.get_quantization_recipe()).quantize(ranges)
+        except Exception as error:  # of ai-edge-quantizer, whose classes have no public name
+            said = " ".join(str(error).split())[:200]
+            raise RunError(f"ai-edge-quantizer cannot quantize this network: {said}") from None
+        return bytes(made.quantized_model)
 
 
 def _widest(before: dict[str, np.ndarray], now: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

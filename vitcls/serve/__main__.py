@@ -150,9 +150,8 @@ def _database(flags) -> str:
         return flags.database
     if buckets.is_url(flags.workdir):
         raise UserError(f"--workdir={flags.workdir} is a bucket: give --database=sqlite:///FILE or postgresql://...")
-    beside = pathlib.Path(f"{flags.artefact}.feedback.db")
+    beside = pathlib.Path(f"{pathlib.Path(flags.artefact)}.feedback.db")
     file = databases.of_workdir(pathlib.Path(flags.workdir)) if flags.workdir else beside
-    databases.remember(file)
     return databases.url(file)
 
 
@@ -186,6 +185,7 @@ async def _serve(flags, listening: socket.socket, database: str, token: str) -> 
 
     server.handle_exit = drain
     running = asyncio.create_task(service.run())
+    remembering = asyncio.create_task(_remember(service, database))
     if flags.listen_fd < 0:
         _announce(flags.host, listening)
     else:  # the others answer meanwhile
@@ -195,6 +195,7 @@ async def _serve(flags, listening: socket.socket, database: str, token: str) -> 
     server.should_exit = True
     await serving
     running.cancel()
+    remembering.cancel()
     try:
         await running
     except asyncio.CancelledError:
@@ -202,6 +203,12 @@ async def _serve(flags, listening: socket.socket, database: str, token: str) -> 
     finally:
         service.close()
     return 0
+
+
+async def _remember(service, database: str) -> None:
+    """Once it has a model: a start that fails leaves nothing to replay."""
+    await service.started.wait()
+    databases.remember(database)
 
 
 def _end_with_supervisor() -> None:

@@ -1,5 +1,6 @@
 """Where receipts and feedback are: in the workdir unless told otherwise; and which of them this machine has served."""
 
+import os
 import pathlib
 
 from vitcls.core.cache import cache_dir
@@ -15,11 +16,14 @@ def url(file: pathlib.Path) -> str:
     return f"sqlite:///{file.absolute()}"
 
 
-def remember(file: pathlib.Path) -> None:
-    """Lets `vitcls replay ID` find the receipts in a file without being told."""
-    if url(file) not in known():
+def remember(database: str) -> None:
+    """Lets `vitcls replay ID` find the receipts in a file without being told; URLs with passwords are not kept."""
+    import sqlalchemy
+
+    address = sqlalchemy.make_url(database)
+    if address.get_backend_name() == "sqlite" and address.database and database not in known():
         with open(cache_dir() / _KNOWN, "a", encoding="utf-8") as known_files:
-            known_files.write(f"{file.absolute()}\n")
+            known_files.write(f"{os.path.abspath(address.database)}\n")
 
 
 def known() -> list[str]:
@@ -28,4 +32,5 @@ def known() -> list[str]:
         lines = (cache_dir() / _KNOWN).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return []
-    return [url(pathlib.Path(line)) for line in reversed(lines) if pathlib.Path(line).exists()]
+    newest_first = dict.fromkeys(pathlib.Path(line) for line in reversed(lines))
+    return [url(file) for file in newest_first if file.exists()]

@@ -194,5 +194,8 @@ def of_artefact(path: os.PathLike | str) -> Served:
         calibrated,
         about["metrics"],
     )
+    said |= {
+        key: about[key] for key in ("weights", "pruned") if key in about
+    }  # by which "test", of the run, may be too good
     preprocessing = {"program": _digest(pathlib.Path(path)), "decoding": about["decoding"]}
     return Served(str(path), version, preprocessing, classes, shape, decoding, said, program, None)

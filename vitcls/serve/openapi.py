@@ -64,10 +64,13 @@ _ANSWERS: dict[str, Schema] = {
             "checkpoint": _object({"step": _COUNT, "sha256": _TEXT}),
             "calibrated": _YES,
             "test": _object({"accuracy": _SHARE, "num_examples": _COUNT}, optional=("accuracy", "num_examples")),
+            "weights": _TEXT,
+            "pruned": _SHARE,
             "since": _TIME,
             "explains": _YES,
             "limits": _object({"images": _COUNT, "image_bytes": _COUNT, "pixels": _COUNT}),
-        }
+        },
+        optional=("weights", "pruned"),  # of an exported program
     ),
     "learned": _object(
         {
