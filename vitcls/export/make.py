@@ -1,6 +1,7 @@
 """A run becomes a file of one of several formats, which is kept only if it answers as the run does."""
 
 import json
+import logging
 import pathlib
 import tempfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from vitcls.metrics.scaling import Scaling
 from vitcls.models.weights.to_torch import to_torch
 
 PyTree = Any
+_logger = logging.getLogger("vitcls")
 
 
 class Job(NamedTuple):
@@ -82,8 +84,10 @@ def make(source: Source, format: str, precision: str, out: pathlib.Path) -> Pass
     try:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             place = pathlib.Path(folder, f"made{FORMATS[format].ending}")
+            _logger.info("converting to %s, %s", format, precision)
             _write(job, place)
             expected = source.expected(job.scale, job.rounding)
+            _logger.info("trying it on %s test images in a process of its own", f"{len(expected.labels):,}")
             passport, wrong = check.compare(place, expected, precision, job.by_tools)
             if wrong:
                 wrong += f"; {_blame(job, place, expected.images[: blocks.IMAGES])}"
