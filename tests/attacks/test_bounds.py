@@ -145,6 +145,8 @@ def test_what_is_certified_no_attack_takes():
     assert 0.2 < certified.mean() < right.mean() and np.all(left[certified])
     np.testing.assert_array_equal(runner.certified(images, labels, 0.0), right)
     assert not runner.certified(images, labels, 1.0).any()
+    no_numbers = attacks.Runner(lambda _, x: jnp.sqrt(NETWORK["forward"](x) - 100), {}, batch_size=100)
+    assert not no_numbers.certified(images, labels, eps).any()
 
 
 def test_what_has_no_bounds_says_so():

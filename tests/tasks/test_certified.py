@@ -16,7 +16,7 @@ from vitcls.tasks import Context
 from vitcls.tasks.base import Output, Tools
 from vitcls.tasks.certified import Certified
 from vitcls.train import prepare, train_and_evaluate
-from vitcls.training import checkpoint
+from vitcls.training import checkpoint, opened
 from vitcls.training.metrics_log import read_history
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -78,7 +78,7 @@ def history(path, key):
     return [event[key] for event in read_history(path) if key in event]
 
 
-def test_a_run_goes_on_along_the_ramp_to_the_same_bits_and_is_certified(tiny_config, tmp_path, capsys):
+def test_a_run_goes_on_along_the_ramp_to_the_same_bits_and_is_certified(tiny_config, tmp_path, capsys, monkeypatch):
     config = certified(tiny_config)
     config.log_every, config.steps_per_call = "1 steps", 1
     train_and_evaluate(config, tmp_path / "run")
@@ -100,6 +100,19 @@ def test_a_run_goes_on_along_the_ramp_to_the_same_bits_and_is_certified(tiny_con
     assert "What no attack can take" in (again / "attack" / "index.html").read_text()
     rows = (again / "attack" / "certified.csv").read_text().splitlines()
     assert rows[0] == "eps,certified,certified_low,certified_high" and len(rows) == 3
+
+    make = opened.build.make_explained
+
+    def rounded(*run):  # so that no attack can be trusted
+        network = make(*run)
+        return network._replace(forward=lambda v, images: network.forward(v, jnp.round(4 * images) / 4))
+
+    monkeypatch.setattr(opened.build, "make_explained", rounded)
+    capsys.readouterr()
+    assert cli.run(attack.main, [f"--workdir={again}", "--eps=0.001", *flags[1:]]) == 1
+    found = json.loads((again / "attack" / "metrics.json").read_text())
+    assert "robust_accuracy" not in found and len(found["certified"]) == 4
+    assert "linf eps 0.001: certified against any attack " in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.by_turns
