@@ -59,7 +59,7 @@ def largest_gaps(found: Interval, labels: jax.Array) -> jax.Array:
         widths, matrix = found.product
         middle = _middle(found)
         spread = jnp.abs(matrix.T[None] - (own @ matrix.T)[:, None])  # [B, K, D]
-        gaps = middle - jnp.sum(middle * own, axis=-1, keepdims=True) + jnp.einsum("bkd,bd->bk", spread, widths)
+        gaps = middle - jnp.sum(middle * own, axis=-1, keepdims=True) + jnp.sum(spread * widths[:, None], axis=-1)
     return gaps * (1 - own)
 
 
