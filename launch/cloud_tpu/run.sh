@@ -104,7 +104,7 @@ training, '$0 delete --name=$name ${here[*]}' stops the bill"
 }
 
 interrupted() { # CODE NAME
-  { jobs -p | xargs -r kill && wait; } 2>/dev/null # it may be about to write into $scratch
+  { jobs -p | xargs -r kill; wait; } 2>/dev/null # it may be about to write into $scratch
   leave "$1" "ended by $2"
 }
 
