@@ -98,7 +98,11 @@ def main(argv: list[str]) -> None:
     cli.add_run_arguments(parser)
     parser.add_argument("--format", choices=tuple(FORMATS), help="what the file is")
     endings = ", ".join(kind.ending for kind in FORMATS.values() if kind.ending)
-    parser.add_argument("--out", metavar="PATH", help=f"the file, whose name ends in {endings}; a directory otherwise")
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        help=f"the file, whose name ends in {endings}; a directory otherwise; what is there is replaced",
+    )
     parser.add_argument("--quantize", choices=PRECISIONS[1:], default="float32", help="store the weights in fewer bits")
     parser.add_argument(
         "--prune", type=float, default=0.0, metavar="P", help="set the smallest P of the weights of each kernel to 0"
