@@ -194,8 +194,7 @@ def of_artefact(path: os.PathLike | str) -> Served:
         calibrated,
         about["metrics"],
     )
-    said |= {
-        key: about[key] for key in ("weights", "pruned") if key in about
-    }  # by which "test", of the run, may be too good
+    # "test" is of the run; a program that was rounded or pruned may be worse.
+    said |= {key: about[key] for key in ("weights", "pruned") if key in about}
     preprocessing = {"program": _digest(pathlib.Path(path)), "decoding": about["decoding"]}
     return Served(str(path), version, preprocessing, classes, shape, decoding, said, program, None)
