@@ -147,6 +147,6 @@ def test_what_it_cannot_do_is_said_with_its_key(task, words, tiny_config):
 def test_a_network_without_bounds_is_refused_before_it_trains(tiny_config, tmp_path):
     tiny_config.task = {"name": "certified"}
     tiny_config.model = {"name": "vit_tiny_patch4"}
-    with pytest.raises(UserError, match=r"'certified' is not for this network: its operation '.*' has no bounds"):
+    with pytest.raises(UserError, match=r"cannot be trained as 'certified': its operation '.*' has no bounds"):
         train_and_evaluate(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from vitcls.attacks import bounds
-from vitcls.core.errors import UserError
 from vitcls.core.registry import require, require_durations
 from vitcls.models.variables import variable_shapes
 from vitcls.tasks.base import Aux, Context, Task, augmented, same_guess
@@ -41,7 +40,7 @@ class Certified:
             try:
                 bounds.check(lambda variables, images: model.apply(variables, images, train=False), shapes, image)
             except bounds.Unbounded as error:
-                raise UserError(f"config.task.name='certified' is not for this network: {error}") from None
+                raise ValueError(f"this network cannot be trained as 'certified': {error}") from None
             return model
 
         def loss(tools, params, batch_stats, inputs, extra, frozen, key):
