@@ -149,6 +149,14 @@ def test_what_is_certified_no_attack_takes():
     assert not no_numbers.certified(images, labels, eps).any()
 
 
+def test_numbers_that_are_made_whole_have_none():
+    """-1 and 1 both become True, and -1 becomes 255: what is between is elsewhere."""
+    images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    for whole in (bool, jnp.uint8):
+        with pytest.raises(bounds.Unbounded, match="whole"):
+            bounds.check(lambda _, x, whole=whole: x.astype(whole).astype(jnp.float32), {}, images)
+
+
 def test_what_has_no_bounds_says_so():
     model = models.create("vit_tiny_patch4", 3)
     images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)

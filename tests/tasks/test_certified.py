@@ -13,7 +13,7 @@ import scipy.special
 from vitcls import attack, cli
 from vitcls.core.errors import UserError
 from vitcls.tasks import Context
-from vitcls.tasks.base import Output, Tools
+from vitcls.tasks.base import Output, Tools, Updated
 from vitcls.tasks.certified import Certified
 from vitcls.train import prepare, train_and_evaluate
 from vitcls.training import checkpoint, opened
@@ -70,6 +70,7 @@ def test_the_loss_is_of_the_worst_logits_along_the_ramp(updates, progress):
     expected = -weight * log_likelihood(logits(images), classes) - (1 - weight) * log_likelihood(worst, classes)
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
     assert aux.batch_stats == 1  # bounds leave them alone
+    assert task.init(None, None) == 0 and task.update(jnp.asarray(3), Updated(3, None, None, None, None)) == 4
     np.testing.assert_array_equal(aux.sums["certified"], worst.argmax(axis=1) == classes)
     np.testing.assert_array_equal(aux.sums["correct"], logits(images).argmax(axis=1) == classes)
 

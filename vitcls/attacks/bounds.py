@@ -107,6 +107,8 @@ def _bound(equation, values: Sequence[Any]) -> Interval:
     def ends(*chosen):
         return _apply(equation, chosen)[0]
 
+    if name == "convert_element_type" and not jnp.issubdtype(equation.params["new_dtype"], jnp.floating):
+        raise Unbounded("numbers that it makes whole have no bounds")  # bytes begin again at 0
     if name in _INCREASING:
         return _kept_product(name, values, Interval(ends(*map(_low, values)), ends(*map(_high, values))))
     if name in ("neg", "erfc"):  # which fall

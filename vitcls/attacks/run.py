@@ -81,7 +81,8 @@ class Runner:
 
         def safe(variables, images, labels, eps):
             ends = jnp.maximum(images - eps, 0.0), jnp.minimum(images + eps, 1.0)
-            gaps = bounds.largest_gaps(bounds.logits(lambda x: forward(variables, x), *ends), labels)
+            with jax.default_matmul_precision("highest"):  # a certificate is no place for TF32
+                gaps = bounds.largest_gaps(bounds.logits(lambda x: forward(variables, x), *ends), labels)
             return jnp.sum(~(gaps < 0), axis=-1) == 1  # that of the label with itself; what is no number is not safe
 
         self._slopes, self._safe = jax.jit(slopes), jax.jit(safe)

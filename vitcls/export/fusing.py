@@ -131,7 +131,8 @@ class _Graph:
             self.operators.remove(operator)
         if changed:
             shape = [-1 if each == axis else 1 for each in range(weights.ndim)]
-            self._set(layer, weights * channels.factor.reshape(shape), channels.bias)
+            values = weights * channels.factor.reshape(shape), channels.bias
+            layer.inputs = [layer.inputs[0], *(self._shared(layer.inputs[1], value) for value in values)]
             layer.builtinOptions.fusedActivationFunction = channels.activation
 
     def lift(self, layer: Any, step: float) -> None:
@@ -145,7 +146,7 @@ class _Graph:
         for channel in np.flatnonzero(np.abs(channels).max(axis=(1, 2, 3)) < least):
             largest = np.unravel_index(np.abs(channels[channel]).argmax(), channels[channel].shape)
             channels[channel][largest] = np.copysign(least[channel], channels[channel][largest])
-        self._set(layer, lifted, bias)
+        layer.inputs[1] = self._shared(layer.inputs[1], lifted)
 
     def name(self, tensor: int) -> str:
         return self._graph.tensors[tensor].name.decode()
@@ -214,9 +215,6 @@ class _Graph:
         if tensor.type != _FLOAT32 or data is None or not len(data):
             return None
         return np.frombuffer(bytes(data), np.float32).reshape(self._shape(name))
-
-    def _set(self, layer: Any, weights: np.ndarray, bias: np.ndarray) -> None:
-        layer.inputs = [layer.inputs[0], *(self._shared(layer.inputs[1], value) for value in (weights, bias))]
 
     def _shared(self, like: int, value: np.ndarray) -> int:
         """A constant float32, of which there is one for all layers; `like` is one that stands here already."""

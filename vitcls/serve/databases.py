@@ -1,6 +1,5 @@
 """Where receipts and feedback are: in the workdir unless told otherwise; and which of them this machine has served."""
 
-import os
 import pathlib
 
 from vitcls.core.cache import cache_dir
@@ -21,9 +20,12 @@ def remember(database: str) -> None:
     import sqlalchemy
 
     address = sqlalchemy.make_url(database)
-    if address.get_backend_name() == "sqlite" and address.database and database not in known():
+    if address.get_backend_name() != "sqlite" or not address.database:
+        return
+    file = pathlib.Path(address.database).absolute()
+    if url(file) not in known():
         with open(cache_dir() / _KNOWN, "a", encoding="utf-8") as known_files:
-            known_files.write(f"{os.path.abspath(address.database)}\n")
+            known_files.write(f"{file}\n")
 
 
 def known() -> list[str]:
