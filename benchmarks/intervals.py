@@ -4,7 +4,8 @@
 
 Made-up classifiers whose metrics are known from a large set are measured on small ones, drawn anew each time. The
 intervals are the percentile, the basic and the BCa interval (Efron & Tibshirani 1993, chapters 13 and 14; Davison &
-Hinkley 1997, section 2.4), of each metric and of its difference between two classifiers.
+Hinkley 1997, section 2.4), of each metric and of its difference between two classifiers; and for the calibration error
+that of gaps, which is used.
 """
 
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 
 from benchmarks import harness
 from vitcls import cli
-from vitcls.metrics.resampling import METRICS_OF_PREDICTIONS, weighted_metrics
+from vitcls.metrics.resampling import METRICS_OF_PREDICTIONS, gap_interval, weighted_metrics
 
 CLASSES = 5
 _LARGE = 100_000  # images from which the truth is known
@@ -65,10 +66,15 @@ def intervals(values: np.ndarray) -> Iterator[tuple[str, tuple[float, float]]]:
 def coverage(count: int, simulations: int, resamples: int) -> list[harness.Row]:
     """A row for each metric and difference: the share of simulations, in %, in which an interval held the truth."""
     truth = quantities(*draw(_LARGE, seed=2**31), np.ones((_LARGE, 1), np.float32))
-    held: dict[str, dict[str, int]] = {name: {} for name in truth}
+    held: dict[str, dict[str, int]] = {name: {} for name in truth if name != "ece_luck"}
     for seed in range(simulations):
-        for name, values in quantities(*draw(count, seed), make_weights(count, resamples, seed)).items():
-            for kind, (low, high) in intervals(values):
+        found = quantities(*draw(count, seed), make_weights(count, resamples, seed))
+        luck = found.pop("ece_luck")[1 + _PARTS :]
+        for name, values in found.items():
+            kinds = dict(intervals(values))
+            if name == "ece":
+                kinds["of gaps"] = gap_interval(values[0], values[1 + _PARTS :], luck)
+            for kind, (low, high) in kinds.items():
                 held[name][kind] = held[name].get(kind, 0) + int(low <= truth[name][0] <= high)
     return [
         {"images": count, "metric": name} | {kind: 100 * hits / simulations for kind, hits in kinds.items()}

@@ -91,6 +91,7 @@ def test_the_forward_pass_of_an_opened_run_is_that_of_its_predictions(trained):
         (["--eps=1,nan,2"], "must be numbers above 0"),
         (["--eps=8/0"], "--eps=8/0 must be numbers above 0"),
         (["--eps=much"], "--eps=much must be numbers above 0"),
+        (["--eps=8"], "--eps=8 is further than values in [0, 1] can move; of 255 levels write E/255"),
         (["--eps=0.1,-0.2"], "must be numbers above 0"),
         (["--images=-1"], "--images=-1 must be at least 0"),
         (["--steps=0"], "--steps=0 must be at least 1"),

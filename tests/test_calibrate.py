@@ -100,7 +100,13 @@ def test_predict_gives_no_answer_where_none_is_promised(calibrated, photo, capsy
         (calibrate, ["--method=platt"], "--method"),
         (calibrate, ["--checkpoint=5"], "checkpoint '5' is not there"),
         (calibrate, ["--data_dir=x"], "the images of 'synthetic' are in no directory; leave it out"),
-        (predict, ["--coverage=0.97", "x.png"], "does not promise --coverage=0.97; it promises 0.5"),
+        (
+            predict,
+            ["--coverage=0.97", "x.png"],
+            "does not promise --coverage=0.97; it promises 0.5. To have it too, run vitcls calibrate with "
+            "--coverage=0.5,0.97; it says how many images that takes",
+        ),
+        (predict, ["--coverage=1", "x.png"], "it promises 0.5. A promise is from 0.5 to below 1"),
         (predict, ["--coverage=0.5", "--accuracy=0.9", "x.png"], "are two promises"),
         (predict, ["--coverage=0.5", "--checkpoint=8", "x.png"], "is of the checkpoint 12, not 8"),
     ],
@@ -108,6 +114,22 @@ def test_predict_gives_no_answer_where_none_is_promised(calibrated, photo, capsy
 def test_mistakes_are_one_line(calibrated, command, flags, words, capsys):
     code, _, err = call(command, [f"--workdir={calibrated}", *flags], capsys)
     assert code == 2 and words in err and len(err.splitlines()) == 1
+
+
+def test_each_promise_that_is_refused_has_its_line_and_each_asked_for_one_row(calibrated, tmp_path, capsys):
+    copy = shutil.copytree(calibrated, tmp_path / "copy")
+    flags = [f"--workdir={copy}", "--coverage=0.5,0.995,0.5", "--accuracy=0.995"]
+    code, out, _ = call(calibrate, flags, capsys)
+    refused = [line for line in out.splitlines() if line.startswith("refused: ")]
+    assert code == 0 and len(refused) == 2 and out.count("sets for 50%") == 1
+    assert "cannot promise sets for 99.5%; that takes 598" in refused[0]
+    assert "99.5% of the answers are right; that takes 1,196 of them" in refused[1]
+    with open(copy / "calibrate" / "sets.csv", encoding="utf-8") as file:
+        kept, no = csv.DictReader(file)
+    assert 0 <= float(kept["test_coverage_low"]) <= float(kept["mean_size_value"]) <= float(kept["mean_size_high"]) <= 3
+    assert no["coverage"] == "0.995" and "takes 598" in no["refused"]
+    assert call(calibrate, [f"--workdir={copy}", "--coverage=0.995"], capsys)[0] == 0
+    assert "Coverage by class" not in (copy / "calibrate" / "index.html").read_text()
 
 
 def test_what_is_not_there_or_damaged_is_said(calibrated, trained, photo, tmp_path, capsys):

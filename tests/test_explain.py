@@ -57,6 +57,21 @@ def test_a_file_is_explained_by_all_methods(explained, tmp_path):
     assert "odd &lt;name&gt;.png" in (copy / "explain" / "index.html").read_text(encoding="utf-8")
 
 
+def test_files_of_one_name_are_told_apart_and_one_image_gives_no_verdict(explained, tmp_path, capsys):
+    for place, level in (("a.png", 0), ("sub/a.png", 255), ("sub/b.png", 9)):
+        (tmp_path / "photos" / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(tmp_path / "photos" / place)
+    copy = shutil.copytree(explained, tmp_path / "copy")
+    flags = [f"--workdir={copy}", "--method=rollout", "--classes=1", "--images=1", str(tmp_path / "photos")]
+    assert cli.run(explain.main, flags) == 0
+    found = json.loads((copy / "explain" / "metrics.json").read_text())
+    photos = tmp_path / "photos"
+    expected = [str(photos / "a.png"), str(photos / "sub" / "a.png"), "b.png"]
+    assert [row["image"] for row in found["overlays"]] == expected
+    assert found["methods"]["rollout"]["depends_on_weights"] is None  # one test image says nothing
+    assert "FAILS" not in capsys.readouterr().out
+
+
 def test_what_is_no_better_than_random_is_grey():
     pixels, heat = np.full((8, 8, 3), 200, np.uint8), np.eye(8)
     true, untrue = (np.asarray(overlays.overlay(pixels, overlays.Drawn(heat, [], good))) for good in (True, False))

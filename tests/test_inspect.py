@@ -68,7 +68,12 @@ def test_what_was_planted_is_found(inspected, planted):
     assert found["splits"]["train"]["blank"] == 1 and found["splits"]["test"]["blank"] == 0
     assert found["duplicates"]["pairs"]["train"]["exact"] == 2
     assert found["duplicates"]["pairs"]["train and test"]["exact"] == 5
+    assert found["duplicates"]["test_equal_in_training"]["value"] == pytest.approx(5 / 300)
     assert found["duplicates"]["test_seen_in_training"]["value"] >= 5 / 300
+    said = "rather images of one kind, as digits are, than copies"
+    assert said not in (inspected / "index.html").read_text()
+    many = {name: {"exact": 0, "near": 300} for name in found["duplicates"]["pairs"]}
+    assert said in "\n".join(inspect._lines(found | {"duplicates": found["duplicates"] | {"pairs": many}}))
     doubted = [int(line["index"]) for line in lines(inspected / "label_errors.csv") if line["split"] == "train"]
     assert len(wrong & set(doubted)) >= 30 and len(wrong & set(doubted)) >= 0.6 * len(doubted)
     errors = found["label_errors"]

@@ -10,6 +10,8 @@ import pytest
 from vitcls import cli, robustness
 from vitcls.data.corruptions import CORRUPTIONS, SEVERITIES
 from vitcls.data.corruptions.curves import CURVES
+from vitcls.data.corruptions.files import CorruptedFiles
+from vitcls.data.dataset import Split
 from vitcls.metrics import robustness as rates
 from vitcls.metrics.resampling import estimate
 from vitcls.report import robustness_plots
@@ -88,6 +90,12 @@ def test_against_itself_nothing_differs_and_the_mce_is_one(measured, trained, ca
     assert "\nshift: " in out and "as they are, +0.00% [+0.00%, +0.00%] more are right" in out
 
 
+def test_a_corruption_for_validation_has_its_line_and_levels_their_unit(measured, capsys):
+    assert cli.run(robustness.main, [f"--workdir={measured}", "--only=gaussian_blur,rotation"]) == 0
+    out = capsys.readouterr().out
+    assert "\ngaussian_blur: " in out and ", the worst rotation [degrees].\n" in out and "The mean error" not in out
+
+
 def test_one_image_has_no_interval_of_means(measured):
     """Its bootstrap would say nothing; its pages are drawn all the same."""
     assert cli.run(robustness.main, [f"--workdir={measured}", "--only=contrast,shift", "--images=1"]) == 0
@@ -119,6 +127,12 @@ def test_published_files_take_the_place_of_corruptions(measured, published):
     assert any(frost["accuracy"][0]["value"] == pytest.approx(share) for share in shares)  # one class for all
 
 
+def test_files_go_with_images_that_are_read_from_disk(published, trained):
+    test = open_with_data(trained, splits=("test",)).dataset.test
+    streamed = CorruptedFiles(published, Split(None, test.labels), np.arange(len(test.labels)), test.images.shape[1:])
+    np.testing.assert_array_equal(streamed.split("fog", 3).images, test.images)
+
+
 def test_files_of_other_images_are_refused(measured, published, tmp_path, capsys):
     before = read(measured)
     copy = shutil.copytree(published, tmp_path / "copy")
@@ -126,6 +140,8 @@ def test_files_of_other_images_are_refused(measured, published, tmp_path, capsys
     assert "fog.npy holds uint8" in refused([f"--workdir={measured}", f"--data_dir={copy}"], capsys)
     (copy / "fog.npy").write_bytes(b"no array")
     assert "is no file of numbers" in refused([f"--workdir={measured}", f"--data_dir={copy}"], capsys)
+    (copy / "fog.npy").write_bytes(b"")
+    assert "fog.npy is no file of numbers" in refused([f"--workdir={measured}", f"--data_dir={copy}"], capsys)
     np.save(copy / "labels.npy", np.load(copy / "labels.npy")[::-1])
     assert "has not the labels" in refused([f"--workdir={measured}", f"--data_dir={copy}"], capsys)
     assert "has no file" in refused([f"--workdir={measured}", f"--data_dir={published}", "--only=snow"], capsys)

@@ -15,8 +15,8 @@ def strangers(tmp_path_factory):
     """Coloured noise and stripes, as a folder of files without classes and of another size."""
     path, rng = tmp_path_factory.mktemp("strangers"), np.random.default_rng(0)
     (path / "below").mkdir()
-    for i in range(12):
-        pixels = rng.integers(0, 256, (10, 12, 3), np.uint8) if i % 2 else np.full((10, 12, 3), 20 * i, np.uint8)
+    for i in range(24):
+        pixels = rng.integers(0, 256, (10, 12, 3), np.uint8) if i % 2 else np.full((10, 12, 3), 10 * i, np.uint8)
         Image.fromarray(pixels).save(path / "below" / f"{i}.png")
     return path
 
@@ -42,7 +42,7 @@ def test_four_scores_are_measured_for_each_set(measured, strangers):
         assert set(figures["scores"]) == {"msp", "energy", "mahalanobis", "knn"}
         for row in figures["scores"].values():
             assert all(0 <= row[key]["low"] <= row[key]["value"] <= row[key]["high"] <= 1 for key in ("auroc", "fpr95"))
-    assert found["sets"][str(strangers)]["num_examples"] == 6  # the other half chose the score
+    assert found["sets"][str(strangers)]["num_examples"] == 12  # the other half chose the score
     assert (measured / "unknown" / "scores.png").exists() and (measured / "unknown" / "scores_digits.csv").exists()
 
 
@@ -68,9 +68,27 @@ def test_every_score_is_kept_and_read_back(measured, strangers, score, tmp_path,
     files = sorted(str(path) for path in (strangers / "below").iterdir())
     code, out, _ = call(predict, [f"--workdir={copy}", "--json", *files], capsys)
     called = [json.loads(line)["unknown"] for line in out.splitlines()]
-    half = np.random.default_rng(0).permutation(12) % 2 != 0
+    half = np.random.default_rng(0).permutation(24) % 2 != 0
     assert code == 0 and found["score"] == score
-    assert np.mean(np.array(called)[half]) == pytest.approx(found["sets"][str(strangers)]["found"])
+    assert np.mean(np.array(called)[half]) == pytest.approx(found["sets"][str(strangers)]["found"]["value"])
+
+
+def test_sets_of_one_name_have_a_table_each_and_few_images_no_interval(trained, strangers, tmp_path, capsys):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    few = [tmp_path / name / "few" for name in "ab"]
+    for i, folder in enumerate(few):
+        folder.mkdir(parents=True)
+        for name in ("0.png", "1.png")[: 2 - i]:
+            shutil.copy(strangers / "below" / name, folder)
+    code, _, err = call(unknown, [f"--workdir={copy}", *(f"--ood={folder}" for folder in few)], capsys)
+    assert code == 2 and f"--ood={few[1]} has one image" in err.splitlines()[-1] and not (copy / "unknown").exists()
+    shutil.copy(strangers / "below" / "1.png", few[1])
+    shutil.copy(strangers / "below" / "2.png", few[1])
+    assert call(unknown, [f"--workdir={copy}", *(f"--ood={folder}" for folder in few)], capsys)[0] == 0
+    assert (copy / "unknown" / "scores_few_1.csv").read_text() != (copy / "unknown" / "scores_few_2.csv").read_text()
+    for figures in json.loads((copy / "unknown" / "metrics.json").read_text())["sets"].values():
+        assert {row["auroc"]["low"] for row in figures["scores"].values()} == {None}
+        assert figures["found"]["low"] < figures["found"]["high"]
 
 
 def test_a_threshold_of_another_checkpoint_is_not_used(measured, tmp_path, capsys):
@@ -87,6 +105,7 @@ def test_a_threshold_of_another_checkpoint_is_not_used(measured, tmp_path, capsy
         (["--ood=nowhere.npz"], "is not a file"),
         (["--ood=/nowhere/at/all"], "is neither a folder of images, nor an .npz file, nor the name of a data set"),
         (["--ood=synthetic"], "is what the run was trained on"),
+        (["--ood=synthetic", "--ood_data_dir=elsewhere"], "is what the run was trained on"),
         (["--ood={empty}"], "has no images"),
         ([], "--ood"),
         (["--ood=digits", "--score=magic"], "--score"),

@@ -10,6 +10,7 @@ fail on this model, no robust accuracy is given, and the exit code is 1. Of a ne
 
 import dataclasses
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from vitcls.core.progress import show_progress
 from vitcls.core.sharding import AXIS
 from vitcls.metrics.promises import proportion
 from vitcls.report import findings
-from vitcls.report.findings import Plot, Table, Text, interval
+from vitcls.report.findings import Plot, Table, Text, ends, ends_of, interval
 from vitcls.report.part import Part
 from vitcls.training import places
 from vitcls.training.opened import Opened, open_with_data
@@ -82,7 +83,8 @@ def attack(
     opened = open_with_data(path, splits=("test",), checkpoint=checkpoint, data_dir=data_dir)
     where = opened.trained.path
     with Part(where / PART) as made:
-        eps_tried = sorted(set(curve) or {eps * multiple for multiple in _MULTIPLES})
+        most = 1.0 if budget.norm == "linf" else math.inf  # values are in [0, 1]
+        eps_tried = sorted(set(curve) or {min(eps * multiple, most) for multiple in _MULTIPLES})
         images, labels, which = _test_images(opened, num_images)
         runner = _runner(opened)
         right = runner.logits(images).argmax(axis=1) == labels
@@ -224,12 +226,8 @@ def _curve_table(metrics: dict[str, Any]) -> Table:
         ]
         for point in metrics["curve"]
     ]
-    ends = ("value", "low", "high")
-    columns = ["eps", *(f"{name}_{end}" for name in ("worst", *metrics["steps"]) for end in ends)]
-    values = [
-        [point["eps"], *(found[end] for found in (point["worst"], *point["attacks"].values()) for end in ends)]
-        for point in metrics["curve"]
-    ]
+    columns = ["eps", *ends_of("worst", *metrics["steps"])]
+    values = [[point["eps"], *ends(point["worst"], *point["attacks"].values())] for point in metrics["curve"]]
     head = ["eps", "Worst of all [95 % interval]", *(f"{_LABELS[name]}, {n:,}" for name, n in metrics["steps"].items())]
     return Table("Accuracy under attack, and the steps of each", head, rows, "accuracy", [columns, *values])
 
@@ -237,9 +235,7 @@ def _curve_table(metrics: dict[str, Any]) -> Table:
 def _certified_table(metrics: dict[str, Any]) -> list[Table]:
     """Where bounds show anything."""
     rows = [[f"{each['eps']:.4g}", interval(each["accuracy"], "{:.2%}")] for each in metrics["certified"]]
-    values = [
-        [each["eps"], *(each["accuracy"][end] for end in ("value", "low", "high"))] for each in metrics["certified"]
-    ]
+    values = [[each["eps"], *ends(each["accuracy"])] for each in metrics["certified"]]
     head = ["eps", "certified", "certified_low", "certified_high"]
     title = "What no attack can take: certified by bounds of the logits over all images within eps"
     return [Table(title, ["eps", "Certified [95 % interval]"], rows, "certified", [head, *values])] if rows else []
@@ -272,6 +268,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data_dir", default="", help="where the data are now, if they have moved")
     flags = parser.parse_args(argv)
     names, tried = _names(flags.attack), _numbers(flags.eps)
+    if flags.norm == "linf" and tried[-1] > 1:
+        raise UserError(f"--eps={flags.eps} is further than values in [0, 1] can move; of 255 levels write E/255")
     for flag, least in (("images", 0), ("steps", 1), ("queries", 1)):
         if getattr(flags, flag) < least:
             raise UserError(f"--{flag}={getattr(flags, flag)} must be at least {least}")

@@ -19,9 +19,10 @@ from vitcls import cli
 from vitcls.core.errors import UserError
 from vitcls.metrics import promises, scaling
 from vitcls.metrics.calibration_scores import MEANINGS, calibration_scores
-from vitcls.metrics.promises import Regularization, TooFew
+from vitcls.metrics.promises import Regularization, TooFew, percent
+from vitcls.metrics.resampling import estimate
 from vitcls.report import findings
-from vitcls.report.findings import Plot, Table, Text, interval
+from vitcls.report.findings import Plot, Table, Text, ends, ends_of, interval
 from vitcls.report.part import Part
 from vitcls.training import calibration, places
 from vitcls.training.calibration import AnswerPromise, Calibration, SetPromise
@@ -76,14 +77,13 @@ def calibrate(
             "fitted_on": len(fitting[0]),
             "held_out": len(held[0]),
             "num_examples": len(labels),
-            "before": calibration_scores(labels, before) | {"aurc": _area(labels, before)},
-            "after": calibration_scores(*test) | {"aurc": _area(*test)},
+            "before": calibration_scores(labels, before),
+            "after": calibration_scores(*test),
             "sets": [_checked_sets(promise, *test, grouping) for promise in holding],
             "refused_sets": refused_sets,
             "answers": [_checked_answers(promise, *test) for promise in answers],
             "refused_answers": refused_answers,
-            "units": MEANINGS
-            | {"coverage": "fraction of images", "aurc": "mean share of wrong answers over coverages"},
+            "units": MEANINGS | {"coverage": "fraction of images"},
         }
         _write(made, metrics, before, test, opened.trained.info.class_names)
         calibration.write(where, fitted)
@@ -126,25 +126,21 @@ def _surest(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, 
     return probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
 
 
-def _area(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-    return {"value": promises.risk_coverage(*_surest(labels, probabilities)).area}
-
-
 def _checked_sets(
     promise: SetPromise, labels: np.ndarray, probabilities: np.ndarray, grouping: np.ndarray | None
 ) -> dict[str, Any]:
     """What the sets of a promise are worth on the test images, over all, by class, and by group if there are any."""
     sets = promise.sets(probabilities)
     covered = sets[np.arange(len(labels)), labels]
-    found = promises.proportion(covered)
+    found, sizes = promises.proportion(covered), sets.sum(axis=1)
     names = [] if grouping is None else sorted(set(grouping.tolist()))
     return {
         "coverage": promise.coverage,
         "method": "raps" if promise.penalty else "aps",
         "test_coverage": found,
         "kept": found["high"] >= promise.coverage,
-        "mean_size": float(sets.sum(axis=1).mean()),
-        "single": float((sets.sum(axis=1) == 1).mean()),
+        "mean_size": estimate({"size": sizes}, lambda means: means["size"]),
+        "single": promises.proportion(sizes == 1),
         "per_class": [promises.proportion(covered[labels == k]) for k in range(probabilities.shape[1])],
         "per_group": {name: promises.proportion(covered[grouping == name]) for name in names},
     }
@@ -193,12 +189,7 @@ def _write(
                 lambda: calibration_plots.reliability(labels, before, after),
             ),
             _sets_table(metrics),
-            Plot(
-                "coverage",
-                "Coverage by class",
-                "How many images of each class have a set that holds the truth; the promise is over all images.",
-                lambda: calibration_plots.coverage(metrics["sets"], class_names),
-            ),
+            *([_coverage_plot(metrics, class_names)] if metrics["sets"] else []),
             *([_groups_table(metrics)] if any(row["per_group"] for row in metrics["sets"]) else []),
             _answers_table(metrics),
             Plot(
@@ -211,54 +202,68 @@ def _write(
     )
 
 
+def _coverage_plot(metrics: dict[str, Any], class_names: Sequence[str]) -> Plot:
+    from vitcls.report import calibration_plots
+
+    return Plot(
+        "coverage",
+        "Coverage by class",
+        "How many images of each class have a set that holds the truth; the promise is over all images.",
+        lambda: calibration_plots.coverage(metrics["sets"], class_names),
+    )
+
+
 def _scores_table(metrics: dict[str, Any]) -> Table:
     rows = [
         [name, *(interval(metrics[when][name], "{:.4f}") for when in ("before", "after")), meaning]
         for name, meaning in metrics["units"].items()
         if name in metrics["before"]
     ]
-    keys = ("value", "low", "high")
-    values = [
-        [name, *(metrics[when][name].get(key) for when in ("before", "after") for key in keys)]
-        for name in metrics["before"]
-    ]
+    when = ("before", "after")
+    values = [[name, *ends(*(metrics[each][name] for each in when))] for name in metrics["before"]]
     head = ["Score", "Before [95 % interval]", "After [95 % interval]", "What it is"]
-    columns = ["score", *(f"{when}_{key}" for when in ("before", "after") for key in keys)]
-    return Table("Before and after", head, rows, "scores", [columns, *values])
+    return Table("Before and after", head, rows, "scores", [["score", *ends_of(*when)], *values])
 
 
 def _sets_table(metrics: dict[str, Any]) -> Table:
     rows = [
         [
-            f"{row['coverage']:.0%}",
+            percent(row["coverage"]),
             row["method"],
             interval(row["test_coverage"], "{:.2%}"),
             "yes" if row["kept"] else "no",
-            f"{row['mean_size']:.2f}",
-            f"{row['single']:.1%}",
+            interval(row["mean_size"], "{:.2f}"),
+            interval(row["single"], "{:.1%}"),
         ]
         for row in metrics["sets"]
     ]
     rows += [
-        [f"{float(coverage):.0%}", "refused", why, "", "", ""] for coverage, why in metrics["refused_sets"].items()
+        [percent(float(coverage)), "refused", why, "", "", ""] for coverage, why in metrics["refused_sets"].items()
     ]
     head = ["Sets that hold the truth of", "Method", "Test images [95 % interval]", "Kept", "Mean size", "One class"]
-    return Table("Sets", head, rows, "sets")
+    columns = ["coverage", "method", "kept", *ends_of("test_coverage", "mean_size", "single"), "refused"]
+    values = [
+        [row["coverage"], row["method"], row["kept"], *ends(row["test_coverage"], row["mean_size"], row["single"]), ""]
+        for row in metrics["sets"]
+    ]
+    values += [[coverage, *[""] * 11, why] for coverage, why in metrics["refused_sets"].items()]
+    return Table("Sets", head, rows, "sets", [columns, *values])
 
 
 def _groups_table(metrics: dict[str, Any]) -> Table:
-    head = ["Group", *(f"Sets for {row['coverage']:.0%} [95 % interval]" for row in metrics["sets"])]
-    rows = [
-        [name, *(interval(row["per_group"][name], "{:.2%}") for row in metrics["sets"])]
-        for name in metrics["sets"][0]["per_group"]
-    ]
-    return Table("Coverage by group", head, rows, "groups")
+    sets = metrics["sets"]
+    names = list(sets[0]["per_group"])
+    head = ["Group", *(f"Sets for {percent(row['coverage'])} [95 % interval]" for row in sets)]
+    rows = [[name, *(interval(row["per_group"][name], "{:.2%}") for row in sets)] for name in names]
+    columns = ["group", *ends_of(*(f"sets_{row['coverage']:g}" for row in sets))]
+    values = [[name, *ends(*(row["per_group"][name] for row in sets))] for name in names]
+    return Table("Coverage by group", head, rows, "groups", [columns, *values])
 
 
 def _answers_table(metrics: dict[str, Any]) -> Table:
     rows = [
         [
-            f"{row['accuracy']:.0%}",
+            percent(row["accuracy"]),
             f"{row['threshold']:.4f}",
             interval(row["answered"], "{:.1%}"),
             interval(row["test_accuracy"], "{:.2%}"),
@@ -266,9 +271,16 @@ def _answers_table(metrics: dict[str, Any]) -> Table:
         ]
         for row in metrics["answers"]
     ]
-    rows += [[f"{float(a):.0%}", "refused", why, "", ""] for a, why in metrics["refused_answers"].items()]
+    rows += [[percent(float(a)), "refused", why, "", ""] for a, why in metrics["refused_answers"].items()]
     head = ["Answers that are right", "From confidence", "Test images answered", "Of them right", "Kept"]
-    return Table(f"Answers or none, with a certainty of {promises.CERTAINTY:.0%}", head, rows, "answers")
+    columns = ["accuracy", "threshold", "kept", *ends_of("answered", "test_accuracy"), "refused"]
+    values = [
+        [row["accuracy"], row["threshold"], row["kept"], *ends(row["answered"], row["test_accuracy"]), ""]
+        for row in metrics["answers"]
+    ]
+    values += [[accuracy, *[""] * 8, why] for accuracy, why in metrics["refused_answers"].items()]
+    title = f"Answers or none, with a certainty of {promises.CERTAINTY:.0%}"
+    return Table(title, head, rows, "answers", [columns, *values])
 
 
 def main(argv: list[str]) -> None:
@@ -308,7 +320,7 @@ def _shares(text: str, flag: str) -> tuple[float, ...]:
         shares = (0.0,)
     if not all(0.5 <= share < 1 for share in shares):
         raise UserError(f"--{flag}={text} must be numbers from 0.5 to below 1, such as 0.9,0.95")
-    return shares
+    return tuple(dict.fromkeys(shares))
 
 
 def _lines(metrics: dict[str, Any]) -> list[str]:
@@ -321,17 +333,17 @@ def _lines(metrics: dict[str, Any]) -> list[str]:
     for row in metrics["sets"]:
         kept = "" if row["kept"] else ", NOT KEPT"
         lines.append(
-            f"sets for {row['coverage']:.0%}: hold the truth of {interval(row['test_coverage'], '{:.2%}')}, "
-            f"{row['mean_size']:.2f} classes in the mean{kept}"
+            f"sets for {percent(row['coverage'])}: hold the truth of {interval(row['test_coverage'], '{:.2%}')}, "
+            f"{row['mean_size']['value']:.2f} classes in the mean{kept}"
         )
     for row in metrics["answers"]:
         kept = "" if row["kept"] else ", NOT KEPT"
         lines.append(
-            f"answers for {row['accuracy']:.0%}: {interval(row['answered'], '{:.1%}')} of the images, of them right "
-            f"{interval(row['test_accuracy'], '{:.2%}')}{kept}"
+            f"answers for {percent(row['accuracy'])}: {interval(row['answered'], '{:.1%}')} of the images, of them "
+            f"right {interval(row['test_accuracy'], '{:.2%}')}{kept}"
         )
-    refused = metrics["refused_sets"] | metrics["refused_answers"]
-    return lines + [f"refused: {why}" for why in refused.values()]
+    refused = [*metrics["refused_sets"].values(), *metrics["refused_answers"].values()]
+    return lines + [f"refused: {why}" for why in refused]
 
 
 if __name__ == "__main__":

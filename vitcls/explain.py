@@ -27,7 +27,7 @@ from vitcls.metrics.promises import proportion
 from vitcls.metrics.resampling import estimate
 from vitcls.models.variables import variable_shapes
 from vitcls.report import findings, overlays
-from vitcls.report.findings import Picture, Table, Text, interval
+from vitcls.report.findings import Picture, Table, Text, ends, ends_of, interval
 from vitcls.report.overlays import Drawn
 from vitcls.report.part import Part
 from vitcls.training import places
@@ -116,7 +116,9 @@ _UNITS = {
 
 
 def _of_files(opened: Opened, files: Sequence[pathlib.Path]) -> Shown:
-    return Shown([file.name for file in files], predict.read_all(list(files), opened.trained), None)
+    names = [file.name for file in files]
+    names = [name if names.count(name) == 1 else str(file) for name, file in zip(names, files, strict=True)]
+    return Shown(names, predict.read_all(list(files), opened.trained), None)
 
 
 def _sample(opened: Opened) -> Shown:
@@ -181,10 +183,17 @@ def _tests(explainer: Explainer, method: str, sample: Shown, tested: Shown) -> d
     hits, shares = _pointing(explainer, method, sample)
     return {
         "randomisation": stages,
-        "depends_on_weights": max(abs(last[end] or 0) for end in ("value", "low", "high")) < _STAYS,
+        "depends_on_weights": _depends(last),
         "pointing": proportion(np.array(hits, bool)),
         "pointing_mass": mean_and_interval(shares),
     }
+
+
+def _depends(correlation: dict[str, float | None]) -> bool | None:
+    """Whether maps change with the weights; None where one image says it."""
+    if correlation["low"] is None:
+        return None
+    return max(map(abs, correlation.values())) < _STAYS
 
 
 def _pointing(explainer: Explainer, method: str, sample: Shown) -> tuple[list[bool], list[float]]:
@@ -255,21 +264,26 @@ def _methods_table(methods: dict[str, Any]) -> Table:
             name,
             *(interval(found[key], "{:.1%}") for key in keys),
             *(interval(found["randomisation"][stage], "{:.2f}") for stage in evidence.STAGES[:-1]),
-            interval(found["randomisation"]["all"], "{:.2f}") + ("" if found["depends_on_weights"] else ", FAILS"),
+            interval(found["randomisation"]["all"], "{:.2f}")
+            + (", FAILS" if found["depends_on_weights"] is False else ""),
             _completeness(found),
         ]
         for name, found in methods.items()
     ]
-    ends = ("value", "low", "high")
-    columns = [f"{key}_{end}" for key in (*keys, "pointing_mass") for end in ends]
-    columns += [f"randomised_{stage.replace(' ', '_')}_{end}" for stage in evidence.STAGES for end in ends]
+    shown, stages = (*keys, "pointing_mass"), evidence.STAGES
+    columns = ends_of(*shown, *(f"randomised_{stage.replace(' ', '_')}" for stage in stages))
     values = [
-        [name]
-        + [found[key][end] for key in (*keys, "pointing_mass") for end in ends]
-        + [found["randomisation"][stage][end] for stage in evidence.STAGES for end in ends]
+        [name, *ends(*(found[key] for key in shown), *(found["randomisation"][stage] for stage in stages))]
         for name, found in methods.items()
     ]
     return Table("Which methods are true here", head, rows, "methods", [["method", *columns], *values])
+
+
+def _correlation(found: dict[str, Any]) -> str:
+    """With the maps of the network without any of its weights, and the verdict."""
+    return interval(found["randomisation"]["all"], "{:.2f}") + (
+        ", FAILS" if found["depends_on_weights"] is False else ""
+    )
 
 
 def _completeness(found: dict[str, Any]) -> str:
@@ -323,9 +337,9 @@ def _overlays_table(rows: Sequence[dict[str, Any]]) -> Table:
         for row in rows
     ]
     plain = ("image", "true_class", "method", "class", "probability", "p_value", "better_than_random", "file")
-    ends = [(f"random_{kind}", end) for kind in _KINDS for end in ("value", "low", "high")]
-    values = [[*plain, *_KINDS, *(f"{key}_{end}" for key, end in ends)]]
-    values += [[row[key] for key in (*plain, *_KINDS)] + [row[key][end] for key, end in ends] for row in rows]
+    beside = [f"random_{kind}" for kind in _KINDS]
+    values = [[*plain, *_KINDS, *ends_of(*beside)]]
+    values += [[*(row[key] for key in (*plain, *_KINDS)), *ends(*(row[key] for key in beside))] for row in rows]
     return Table("All maps", head, cells, "overlays", values)
 
 
@@ -363,7 +377,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data_dir", default="", help="where the data of the run are now, if they have moved")
     parser.add_argument("--table", action="store_true", help="alone: which models can do which methods")
     parser.add_argument(
-        "files", nargs="*", type=pathlib.Path, metavar="FILE", help="images; default: some of the test split"
+        "files",
+        nargs="*",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="images, or a directory of them; default: of the test split",
     )
     flags = parser.parse_args(argv)
     if flags.table:
@@ -374,7 +392,7 @@ def main(argv: list[str]) -> None:
     cli.start_jax()
     metrics = explain(
         flags.workdir,
-        flags.files,
+        predict.files_of(flags.files),
         methods=[name for name in flags.method.split(",") if name],
         classes=flags.classes,
         images=flags.images,
@@ -391,8 +409,7 @@ def _said(name: str, found: dict[str, Any]) -> str:
     return (
         f"{name}: better than random in {interval(found['better'], '{:.0%}')} of the images, points at the class in "
         f"{interval(found['pointing'], '{:.0%}')} (chance 25 %), correlation without the weights "
-        f"{interval(found['randomisation']['all'], '{:.2f}')}"
-        f"{'' if found['depends_on_weights'] else ', FAILS'}{f', complete within {complete}' if complete else ''}"
+        f"{_correlation(found)}{f', complete within {complete}' if complete else ''}"
     )
 
 

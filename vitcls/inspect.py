@@ -42,6 +42,7 @@ _FOLDER_SIZE = 64  # pixels to which photos of a folder are resized, where nothi
 _MOST_BY_FEATURES = 200_000  # images, of which all are compared with all
 _SHOWN = 24  # pictures of a kind
 _LISTED = 100_000  # lines of duplicates.csv
+_MANY = 0.1  # pairs nearly equal for each image, which are too many for copies
 _JUDGES = 0.8  # of the labels, on which a classifier that doubts others should agree
 
 
@@ -226,13 +227,14 @@ def _duplicates(images: Images, found: Found) -> dict[str, Any]:
     differ = images.labels[pairs.first] != images.labels[pairs.second]
     result = {"pairs": between, "with_different_labels": int(differ.sum())}
     if "test" in images.names:
-        result["test_seen_in_training"] = proportion(_leaked(images, found))
+        result["test_equal_in_training"] = proportion(_leaked(images, found, exact))
+        result["test_seen_in_training"] = proportion(_leaked(images, found, np.ones(len(exact), bool)))
     return result
 
 
-def _leaked(images: Images, found: Found) -> np.ndarray:
-    """Which test images have a twin, equal or nearly so, in another split: bool [T]."""
-    rows, pairs = _rows(images, "test"), found.pairs
+def _leaked(images: Images, found: Found, which: np.ndarray) -> np.ndarray:
+    """Which test images have a twin in another split, by these of the pairs: bool [T]."""
+    rows, pairs = _rows(images, "test"), Pairs(*(part[which] for part in found.pairs))
     elsewhere = np.ones(len(images.labels), bool)
     elsewhere[rows] = False
     twin = np.zeros(len(images.labels), bool)
@@ -298,7 +300,15 @@ def _lines(metrics: dict[str, Any]) -> list[str]:
         "different labels"
     )
     if "test_seen_in_training" in found:
-        lines.append(f"test images that are in another split too: {interval(found['test_seen_in_training'], '{:.2%}')}")
+        lines.append(
+            f"test images that another split has too: {interval(found['test_equal_in_training'], '{:.2%}')}; with "
+            f"those that look nearly equal: {interval(found['test_seen_in_training'], '{:.2%}')}"
+        )
+    if near > _MANY * sum(split["num_examples"] for split in metrics["splits"].values()):
+        lines.append(
+            "so many pairs that look nearly equal are rather images of one kind, as digits are, than copies: see "
+            "duplicates.png"
+        )
     if "label_errors" in metrics:
         errors = metrics["label_errors"]
         lines.append(

@@ -228,7 +228,7 @@ def _lines(words: dict[str, Any]) -> list[str]:
     return [*strange, *rows]
 
 
-def _files(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
+def files_of(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
     """The paths, each directory as the files below it by their names; raises UserError for one without files."""
     files = []
     for path in paths:
@@ -255,7 +255,7 @@ def main(argv: list[str]) -> None:
     if processes and processes.process_id:  # the first of them does it all
         return
     cli.use_cache()
-    trained, files = run_dir.open_workdir(flags.workdir), _files(flags.files)
+    trained, files = run_dir.open_workdir(flags.workdir), files_of(flags.files)
     promise = _promise(trained, flags)
     unreadable = 0
     for file, outcome in predict(trained, files, checkpoint=flags.checkpoint):

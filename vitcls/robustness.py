@@ -26,7 +26,7 @@ from vitcls.metrics import robustness as rates
 from vitcls.metrics.promises import proportion
 from vitcls.metrics.resampling import estimate
 from vitcls.report import findings
-from vitcls.report.findings import Plot, Table, Text, interval
+from vitcls.report.findings import Plot, Table, Text, ends, interval
 from vitcls.report.part import Part
 from vitcls.training import places
 from vitcls.training.opened import Opened, open_with_data
@@ -72,7 +72,8 @@ def robustness(
         raise UserError("--data_dir is given once for the data of the run and once for a directory of CIFAR-10-C")
     data_dir = places_of_data[0] if places_of_data else ""
     opened, rows = _open(path, images, checkpoint, data_dir)
-    files = CorruptedFiles(kept[0], opened.dataset.test, rows) if kept else None
+    shape = opened.trained.info.image_shape
+    files = CorruptedFiles(kept[0], opened.dataset.test, rows, shape) if kept else None
     names = _names(opened, only, files)
     other = _open(against, images, "", data_dir)[0] if against else None
     if other is not None:
@@ -272,13 +273,16 @@ def _lines(metrics: dict[str, Any]) -> list[str]:
         names = [name for name in metrics["corruptions"] if name not in VALIDATION]
         of = f"{len(names)} corruptions" if len(names) > 1 else names[0]
         lines[0] += f" The mean error over {of} and five severities is {interval(metrics['mean_error'], '{:.2%}')}."
-        hardest = max(metrics["corruptions"], key=lambda name: metrics["corruptions"][name]["mean_error"]["value"])
-        worst = metrics["corruptions"][hardest]["mean_error"]
-        lines.append(f"{hardest} is the hardest: {interval(worst, '{:.2%}')} of its images are wrong.")
+    errors = {name: found["mean_error"] for name, found in metrics["corruptions"].items()}
+    if errors:
+        hardest = max(errors, key=lambda name: errors[name]["value"])
+        is_it = f"{hardest} is the hardest: " if len(errors) > 1 else f"{hardest}: "
+        lines.append(f"{is_it}{interval(errors[hardest], '{:.2%}')} of its images are wrong.")
     for name, points in metrics["curves"].items():
         worst = min(points, key=lambda point: point["accuracy"]["value"])
         lines.append(
-            f"{name}: {interval(worst['accuracy'], '{:.2%}')} are right at {worst['level']:g}, the worst level."
+            f"{name}: {interval(worst['accuracy'], '{:.2%}')} are right at {worst['level']:g}, the worst "
+            f"{CURVES[name].meaning}."
         )
     against = metrics.get("against")
     if against:
@@ -309,7 +313,7 @@ def _corruption_table(metrics: dict[str, Any]) -> Table:
         columns = [found["accuracy"], found["consistency"]]
         columns += [against["corruptions"][name]["accuracy"], against["difference"][name]] if against else []
         for severity, figures in zip(SEVERITIES, zip(*columns, strict=True), strict=True):
-            values.append([name, severity, *(end for row in figures for end in _ends(row))])
+            values.append([name, severity, *ends(*figures)])
     values.insert(0, ["corruption", "severity", *_columns(against)])
     return Table("Accuracy under corruptions", head, rows, "corruptions", values)
 
@@ -324,17 +328,13 @@ def _curve_table(metrics: dict[str, Any]) -> Table:
             if against:
                 found += [against["curves"][name][i]["accuracy"], against["difference"][name][i]]
             rows.append([name, f"{point['level']:g}", *(interval(row, "{:.1%}") for row in found)])
-            values.append([name, point["level"], *(end for row in found for end in _ends(row))])
+            values.append([name, point["level"], *ends(*found)])
     return Table("By degrees", head, rows, "curves", [["change", "level", *_columns(against)], *values])
 
 
 def _columns(against: dict[str, Any] | None) -> list[str]:
     names = ["accuracy", "consistency", *(["accuracy_there", "difference"] if against else [])]
     return [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
-
-
-def _ends(found: dict[str, float | None]) -> tuple:
-    return found["value"], found["low"], found["high"]
 
 
 def main(argv: list[str]) -> None:

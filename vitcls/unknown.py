@@ -19,9 +19,10 @@ from vitcls import cli, data, predict
 from vitcls.core import buckets
 from vitcls.core.errors import UserError
 from vitcls.data.images import LUMA
+from vitcls.metrics.promises import proportion
 from vitcls.metrics.unknown import SCORES, auroc, separation, threshold
 from vitcls.report import findings
-from vitcls.report.findings import Plot, Table, Text, interval
+from vitcls.report.findings import Plot, Table, Text, ends, ends_of, interval
 from vitcls.report.part import Part
 from vitcls.training import novelty, places
 from vitcls.training.files import UNKNOWN_ARRAYS, UNKNOWN_FILE
@@ -56,6 +57,9 @@ def unknown(
     """
     opened = open_with_data(path, splits=("train", "validation", "test"), checkpoint=checkpoint, data_dir=data_dir)
     strangers = {name: _strangers(opened, name, ood_data_dir) for name in ood}
+    for name, split in strangers.items():
+        if len(split.labels) < 2:
+            raise UserError(f"--ood={name} has one image, which cannot both choose the score and measure it; give more")
     where = opened.trained.path
     with Part(where / PART) as made:
         fitted = _fit(opened)
@@ -75,13 +79,13 @@ def unknown(
             "num_examples": len(opened.dataset.test.labels),
             "score": chosen,
             "threshold": limit,
-            "kept_on_test": float(np.mean(known[chosen] >= limit)),
+            "kept_on_test": proportion(known[chosen] >= limit),
             "ood_data_dir": place if buckets.is_url(place := ood_data_dir) else place and os.path.abspath(place),
             "sets": {
                 o: {
                     "place": _place(o),
                     "num_examples": int((~halves[o]).sum()),
-                    "found": float(np.mean(others[o][chosen][~halves[o]] < limit)),
+                    "found": proportion(others[o][chosen][~halves[o]] < limit),
                     "scores": {s: separation(known[s], others[o][s][~halves[o]]) for s in names},
                 }
                 for o in others
@@ -116,7 +120,7 @@ def _strangers(opened: Opened, name: str, data_dir: str) -> data.Split:
     if place.is_dir() or name.endswith(".npz"):
         is_own = os.path.abspath(name) == own.data_dir
     else:
-        is_own = (name, data_dir or own.data_dir) == (own.name, own.data_dir)
+        is_own = name == own.name and (name not in ("folder", "npz") or data_dir in ("", own.data_dir))
     if is_own:
         raise UserError(f"--ood={name} is what the run was trained on; give images of something else")
     if place.is_dir():
@@ -173,25 +177,27 @@ def _write(made: Part, metrics: dict[str, Any], pooled: dict[str, tuple[np.ndarr
         blocks=[
             Text(
                 f"'{metrics['score']}' is kept: from {metrics['threshold']:.6g} on an image is known, which "
-                f"{KEPT:.0%} of the validation images are and {metrics['kept_on_test']:.2%} of the test images."
+                f"{KEPT:.0%} of the validation images are and of the test images "
+                f"{interval(metrics['kept_on_test'], '{:.2%}')}."
             ),
-            *(_table(name, found) for name, found in metrics["sets"].items()),
+            *(_table(i, name, metrics["sets"]) for i, name in enumerate(metrics["sets"])),
             Plot("scores", "Scores", "Known and unknown images by each score.", drawn),
         ],
     )
 
 
-def _table(name: str, found: dict[str, Any]) -> Table:
-    shown = pathlib.Path(name).name
+def _table(place: int, name: str, sets: dict[str, Any]) -> Table:
+    """Of the set at a place: called by the last part of its path where no other is called so."""
+    found, stems = sets[name], [pathlib.Path(each).stem for each in sets]
+    alone = stems.count(stems[place]) == 1
+    shown, file = (pathlib.Path(name).name, stems[place]) if alone else (name, f"{stems[place]}_{place + 1}")
     rows = [
         [score, *(interval(figures[key], "{:.2%}") for key in _LABELS)] for score, figures in found["scores"].items()
     ]
-    title = f"{shown}: {found['found']:.1%} of {found['num_examples']:,} images are called unknown"
-    values = [["score", *(f"{key}_{end}" for key in _LABELS for end in ("value", "low", "high"))]]
-    values += [
-        [s, *(found["scores"][s][key][end] for key in _LABELS for end in ("value", "low", "high"))] for s in SCORES
-    ]
-    return Table(title, ["Score", *_LABELS.values()], rows, f"scores_{pathlib.Path(shown).stem}", values)
+    title = f"{shown}: {interval(found['found'], '{:.1%}')} of {found['num_examples']:,} images are called unknown"
+    values = [["score", *ends_of(*_LABELS)]]
+    values += [[s, *ends(*(found["scores"][s][key] for key in _LABELS))] for s in SCORES]
+    return Table(title, ["Score", *_LABELS.values()], rows, f"scores_{file}", values)
 
 
 def main(argv: list[str]) -> None:
@@ -217,8 +223,8 @@ def main(argv: list[str]) -> None:
         best = found["scores"][metrics["score"]]
         print(
             f"{name}: {metrics['score']} AUROC {interval(best['auroc'], '{:.2%}')}, FPR at 95 % TPR "
-            f"{interval(best['fpr95'], '{:.2%}')}; {found['found']:.1%} of {found['num_examples']:,} images are called "
-            f"unknown, and {1 - metrics['kept_on_test']:.1%} of the test images"
+            f"{interval(best['fpr95'], '{:.2%}')}; {interval(found['found'], '{:.1%}')} of {found['num_examples']:,} "
+            f"images are called unknown, and {1 - metrics['kept_on_test']['value']:.1%} of the test images"
         )
     print(f"report: {os.path.join(flags.workdir, PART, 'index.html')}")
 

@@ -40,3 +40,17 @@ def test_the_coarse_classes_are_those_of_cifar100():
 def test_coarse_classes_are_of_cifar100_alone():
     with pytest.raises(UserError, match="--groups=coarse is for CIFAR-100"):
         groups.coarse([0], ["cat", "dog"])
+
+
+def test_places_that_are_not_there_are_said_with_those_that_are(tmp_path):
+    file = tmp_path / "groups.csv"
+    file.write_text("index,group\n0,a \n1, a\n")
+    assert groups.read(file, 2, None) == ["a", "a"]  # spaces make no other group
+    for text, words in (
+        ("index,group\n0,a\n2,b\n", "the index '2' is none of this split's, which are 0 to 1"),
+        ("index,group\n0.0,a\n", "the index '0.0' is none of this split's"),
+        ("index,group\n0, \n1,b\n", "a row without a group"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=words):
+            groups.read(file, 2, None)

@@ -73,8 +73,11 @@ def test_answers_are_right_as_often_as_promised():
 
 
 def test_answers_are_refused_where_nothing_is_sure_enough():
-    with pytest.raises(TooFew, match="no confidence of 30 held-out examples promises that 95% are right"):
+    with pytest.raises(TooFew, match="95% of the answers are right; that takes 117 of them without"):
         promises.answer_threshold(np.linspace(0, 1, 30), np.ones(30, bool), 0.95)
+    with pytest.raises(TooFew):
+        promises.answer_threshold(np.linspace(0, 1, 116), np.ones(116, bool), 0.95)
+    assert promises.answer_threshold(np.linspace(0, 1, 117), np.ones(117, bool), 0.95).answered == 1
     everything = promises.answer_threshold(np.linspace(0, 1, 300), np.ones(300, bool), 0.95)
     assert everything == (0.0, 1.0, 1.0)
     ties = promises.answer_threshold(np.full(300, 0.7), np.arange(300) < 299, 0.95)

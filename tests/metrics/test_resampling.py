@@ -2,13 +2,15 @@
 
 import numpy as np
 import pytest
+import scipy.sparse
 
 from vitcls.metrics import evidence_of, resampling, summarize
 from vitcls.metrics.resampling import (
     METRICS_OF_PREDICTIONS,
-    basic_interval,
     bootstrap,
     bootstrap_interval,
+    gap_interval,
+    gaps,
     weighted_metrics,
 )
 
@@ -54,7 +56,7 @@ def test_every_model_is_resampled_with_the_same_images(monkeypatch):
     whole = bootstrap(labels, probabilities, 20)
     monkeypatch.setattr(resampling, "_BLOCK", 3 * 50)  # a few resamples at a time, as of large sets
     parts = bootstrap(labels, probabilities, 20)
-    assert set(whole) == set(METRICS_OF_PREDICTIONS)
+    assert set(whole) == {*METRICS_OF_PREDICTIONS, "ece_luck"}
     for name, values in whole.items():
         np.testing.assert_allclose(parts[name], values, rtol=0, atol=1e-12)
     again = bootstrap(labels, np.roll(probabilities, 1, axis=1), 20)
@@ -97,8 +99,17 @@ def test_the_interval_of_calibration_is_around_what_was_measured():
     """The percentile interval is not: a resample has more calibration error than the images that it is drawn from."""
     labels, probabilities = predictions(100, 3)
     ece = summarize(evidence_of(labels, probabilities), ["ece"])["ece"]
-    resampled = bootstrap(labels, probabilities, 200)["ece"]
-    assert resampled.mean() > ece
-    low, high = basic_interval(ece, resampled)
-    assert 0 <= low < ece < high
-    assert low + high == pytest.approx(2 * ece - (np.quantile(resampled, [0.025, 0.975]).sum() - 2 * ece))
+    found = bootstrap(labels, probabilities, 200)
+    assert found["ece"].mean() > ece
+    low, high = gap_interval(ece, found["ece"], found["ece_luck"])
+    assert 0 <= low < ece < high == pytest.approx(np.quantile(found["ece"], 0.975))
+    assert gap_interval(0.1, np.full(9, 0.2), np.full(9, 0.3)) == (0, pytest.approx(0.2))  # luck may have been all
+
+
+def test_luck_lowers_what_is_far_from_0_and_only_raises_what_is_not():
+    """A bin that is 30 too high in every image alike, and one whose two images balance."""
+    differences = scipy.sparse.csr_array(np.array([[10.0, 10, 10, 0, 0], [0, 0, 0, 1, -1]]))
+    weights = np.array([[1, 1, 1, 1, 1], [0, 1, 1, 3, 0], [2, 2, 1, 0, 0]], np.float32).T
+    sums, luck = gaps(differences, weights)
+    np.testing.assert_allclose(sums, [30, 20 + 3, 50])
+    np.testing.assert_allclose(luck, [0, -10 + 3, 20])

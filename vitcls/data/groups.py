@@ -56,11 +56,14 @@ def read(file: os.PathLike | str, count: int, name: Callable[[int], str] | None)
     groups: list[str] = [""] * count
     for row in rows:
         place = places.get(row[key].strip().removeprefix("./"))
+        if place is None and key == "index":
+            raise UserError(f"{file}: the index {row[key]!r} is none of this split's, which are 0 to {count - 1}")
         if place is None:
             raise errors.unknown(f"{file}: the {key}", row[key], list(places))
-        if groups[place] not in ("", row["group"]):
-            raise UserError(f"{file}: the {key} {row[key]} is in two groups, {groups[place]} and {row['group']}")
-        groups[place] = row["group"]
+        group = row["group"].strip()
+        if groups[place] not in ("", group):
+            raise UserError(f"{file}: the {key} {row[key]} is in two groups, {groups[place]} and {group}")
+        groups[place] = group
     missing = [i for i, group in enumerate(groups) if not group]
     if missing:
         first = next(place for place, i in places.items() if i == missing[0])
@@ -82,6 +85,6 @@ def _rows(file: os.PathLike | str) -> list[dict[str, str]]:
     columns = set(rows[0]) if rows else set()
     if "group" not in columns or not columns & {"file", "index"}:
         raise UserError(f"--groups={file} must have a head with file (or index) and group, and a row for each image")
-    if any(not row.get("group") or None in row.values() for row in rows):
+    if any(not (row.get("group") or "").strip() or None in row.values() for row in rows):
         raise UserError(f"--groups={file} has a row without a group, or with too few cells")
     return rows

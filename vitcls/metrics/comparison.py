@@ -13,9 +13,9 @@ import numpy as np
 from vitcls.metrics.resampling import (
     METRICS_OF_PREDICTIONS,
     RESAMPLES,
-    basic_interval,
     bootstrap,
     bootstrap_interval,
+    gap_interval,
     weighted_metrics,
 )
 from vitcls.metrics.significance import (
@@ -96,7 +96,9 @@ def _intervals(runs: Sequence[Scores]) -> dict[str, dict[str, float | None]]:
     rows = {}
     for name in METRICS_OF_PREDICTIONS:
         value, resampled = _mean(runs, name), _resampled(runs, name)
-        low, high = basic_interval(value, resampled) if name == "ece" else bootstrap_interval(resampled)
+        low, high = bootstrap_interval(resampled)
+        if name == "ece":
+            low, high = gap_interval(value, resampled, _resampled(runs, "ece_luck"))
         deviation = float(np.std([run.metrics[name] for run in runs], ddof=1)) if len(runs) > 1 else None
         rows[name] = {"value": value, "low": low, "high": high, "deviation": deviation}
     return rows

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from vitcls.metrics.calibration import bins_of
-from vitcls.metrics.calibration_scores import gap
+from vitcls.metrics.calibration_scores import calibration_gaps
 from vitcls.metrics.promises import proportion
-from vitcls.metrics.resampling import basic_interval, draw_weights
+from vitcls.metrics.resampling import draw_weights, estimate, gap_interval
 from vitcls.metrics.significance import holm
 
 SMALL = 30  # images below which a group is shown, but not ranked or tested
@@ -39,7 +38,7 @@ def by_group(labels: np.ndarray, probabilities: np.ndarray, groups: Sequence[str
                 "num_examples": int(inside.sum()),
                 "small": bool(inside.sum() < SMALL),
                 "accuracy": proportion(right[inside]),
-                "mean_confidence": float(probabilities[inside].max(axis=1).mean()),
+                "mean_confidence": estimate({"p": probabilities[inside].max(axis=1)}, lambda means: means["p"]),
                 "ece": _ece(labels[inside], probabilities[inside]),
             }
         )
@@ -61,10 +60,10 @@ def by_group(labels: np.ndarray, probabilities: np.ndarray, groups: Sequence[str
 
 def _ece(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
     confidence, right = probabilities.max(axis=1).astype(np.float64), probabilities.argmax(axis=1) == labels
-    bins, count = bins_of(confidence), len(labels)
-    value = float(gap(confidence, right, bins, np.ones((count, 1), np.float32))[0] / count)
-    replicates = [gap(confidence, right, bins, weights) / count for weights in draw_weights(count, _RESAMPLES, 0)]
-    low, high = basic_interval(value, np.concatenate(replicates))
+    count = len(labels)
+    value = float(calibration_gaps(confidence, right, np.ones((count, 1), np.float32))[0][0] / count)
+    drawn = [calibration_gaps(confidence, right, weights) for weights in draw_weights(count, _RESAMPLES, 0)]
+    low, high = gap_interval(value, *(np.concatenate(parts) / count for parts in zip(*drawn, strict=True)))
     return {"value": value, "low": low, "high": high}
 
 
@@ -81,17 +80,19 @@ def _differences(
 ) -> dict[str, Any]:
     """The largest differences between groups: of accuracy, and by class of parity and odds, with 95 % intervals.
 
-    The bootstrap draws the images of each group anew. A largest difference of noise is above 0, so intervals are basic
-    ones, and p is how often labels of groups that are dealt anew make as large a difference, over all classes.
+    The bootstrap draws the images of each group anew. A largest difference of noise is above 0: from the lower end of
+    an interval the most is taken off by which luck moves the rates of any groups and class, and p is how often labels
+    of groups that are dealt anew make as large a difference, over all classes.
     """
     found = _rates(labels, predicted, place, len(names), num_classes)
     rng = np.random.default_rng(0)
     inside = [np.flatnonzero(place == g) for g in range(len(names))]
-    drawn, dealt = [], []
+    drawn, luck, dealt = [], [], []
     for _ in range(_RESAMPLES):
         again = np.concatenate([rng.choice(rows, len(rows)) for rows in inside])
         rates = _rates(labels[again], predicted[again], place[again], len(names), num_classes, least=0)
         drawn.append(_spreads({name: np.where(np.isnan(found[name]), np.nan, rates[name]) for name in found}))
+        luck.append(_spreads({name: rates[name] - found[name] for name in found}))
         shuffled = rng.permutation(place)
         dealt.append(_spreads(_rates(labels, predicted, shuffled, len(names), num_classes)))
     values, result = _spreads(found), {}
@@ -100,7 +101,8 @@ def _differences(
             result[name] = None
             continue
         k = int(np.nanargmax(spread))
-        low, high = basic_interval(float(spread[k]), np.nan_to_num(np.array([each[name][k] for each in drawn])))
+        largest, moved = (np.array([np.nanmax(each[name]) for each in many]) for many in (drawn, luck))
+        low, high = gap_interval(float(spread[k]), largest, moved)
         noise = np.array([np.nanmax(each[name][~np.isnan(spread)], initial=0.0) for each in dealt])
         rates = found[name][:, k]
         result[name] = {

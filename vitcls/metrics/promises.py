@@ -55,7 +55,7 @@ def set_threshold(scores: np.ndarray, coverage: float) -> float:
     enough = beta.ppf(1 - CERTAINTY, k, count + 1 - k) >= coverage
     if not enough.any():
         needed = math.ceil(math.log(1 - CERTAINTY) / math.log(coverage))
-        raise TooFew(f"{count} held-out examples cannot promise sets for {coverage:.0%}; that takes {needed}")
+        raise TooFew(f"{count} held-out examples cannot promise sets for {percent(coverage)}; that takes {needed:,}")
     return float(np.sort(scores)[enough.argmax()])
 
 
@@ -108,7 +108,16 @@ def answer_threshold(confidence: np.ndarray, correct: np.ndarray, accuracy: floa
         bound = beta.ppf((1 - CERTAINTY) / _TESTS, hits, answered - hits + 1) if hits else 0.0
         if bound >= accuracy:
             return Answers(float(least_sure), answered / len(ordered), hits / answered)
-    raise TooFew(f"no confidence of {len(ordered)} held-out examples promises that {accuracy:.0%} are right")
+    needed = math.ceil(math.log((1 - CERTAINTY) / _TESTS) / math.log(accuracy))
+    raise TooFew(
+        f"no confidence of {len(ordered):,} held-out examples promises that {percent(accuracy)} of the answers are "
+        f"right; that takes {needed:,} of them without a mistake, and more with"
+    )
+
+
+def percent(share: float) -> str:
+    """Of a promise, in as many digits as it has: 0.995 is '99.5%'."""
+    return f"{100 * share:.10g}%"
 
 
 def proportion(happened: np.ndarray) -> dict[str, float | None]:

@@ -32,13 +32,15 @@ def bootstrap(
 ) -> dict[str, np.ndarray]:
     """The metrics of a classifier on images drawn with replacement: name -> float64 [resamples].
 
+    And 'ece_luck', which `gap_interval` takes.
+
     The same seed draws the same images, so that two classifiers can be compared resample by resample.
 
     Args:
       labels: int [N]; probabilities: float32 [N, K].
     """
     parts = [weighted_metrics(labels, probabilities, weights) for weights in draw_weights(len(labels), resamples, seed)]
-    return {name: np.concatenate([part[name] for part in parts]) for name in METRICS_OF_PREDICTIONS}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def draw_weights(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -86,14 +88,37 @@ def estimate(
     return {"value": float(value), "low": low, "high": high}
 
 
-def basic_interval(estimate: float, replicates: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """The basic interval of a number that is not below 0 (Davison & Hinkley 1997, section 2.4).
+def gap_interval(value: float, replicates: np.ndarray, luck: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """The interval of what noise alone makes larger, such as the calibration error; it holds the value.
 
-    For the calibration error: drawing anew adds noise to the gaps of all bins, so that most resamples have more of it
-    than the images themselves, and the percentile interval lies too high.
+    Drawing anew adds noise to the gap of every bin, so that most resamples have more of it than the images themselves,
+    which have more than the truth. So only the upper end is that of the percentile interval; the lower one takes off
+    what luck may have added, and is 0 where that may be all.
+
+    Args:
+      replicates, luck: the value and the most that luck may have added, in each resample, such as of `gaps`.
     """
-    low, high = bootstrap_interval(replicates, level)
-    return max(2 * estimate - high, 0.0), max(2 * estimate - low, 0.0)
+    _, high = bootstrap_interval(replicates, level)
+    return max(value - bootstrap_interval(luck, level)[1], 0.0), max(value, high)
+
+
+def gaps(differences, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the sum over bins of |gap|, the most that luck may have added to it) under weights [N, R]: [R] each.
+
+    Luck moves the gap of a bin as resamples move it from that of the images. What is far from 0 it may raise or lower;
+    what is within sqrt(ln N) standard deviations counts as 0 (as Andrews & Soares 2010 select moments, section 4.2),
+    from where luck only raises.
+
+    Args:
+      differences: sparse [bins, N], what happened less what was predicted of each image, in its bin.
+    """
+    count = differences.shape[1]
+    own = np.asarray(differences.sum(axis=1), np.float64)[:, None]
+    deviation = np.sqrt(np.maximum(np.asarray((differences**2).sum(axis=1))[:, None] - own**2 / count, 0))
+    drawn = differences @ weights
+    moved = drawn - own
+    luck = np.where(np.abs(own) > np.sqrt(np.log(count)) * deviation, np.sign(own) * moved, np.abs(moved))
+    return np.abs(drawn).sum(axis=0), luck.sum(axis=0)
 
 
 def weighted_metrics(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -104,9 +129,10 @@ def weighted_metrics(labels: np.ndarray, probabilities: np.ndarray, weights: np.
     """
     num_classes = probabilities.shape[1]
     total = weights.sum(axis=0, dtype=np.float64)
-    sums = _linear_statistics(labels, probabilities) @ weights
+    statistics = _linear_statistics(labels, probabilities)
+    sums = statistics @ weights
     correct, top5, loss = sums[:3] / total
-    gaps = sums[3 : 3 + BINS]
+    ece, ece_luck = gaps(statistics[3 : 3 + BINS], weights)
     support, guesses, hits = sums[3 + BINS :].reshape(3, num_classes, -1)
     occurs = support > 0
     recall, precision = hits / np.maximum(support, 1), hits / np.maximum(guesses, 1)
@@ -117,7 +143,8 @@ def weighted_metrics(labels: np.ndarray, probabilities: np.ndarray, weights: np.
         "top5_accuracy": top5,
         "f1_macro": _macro(2 * hits / np.maximum(guesses + support, 1), occurs),
         "auc_ovr_macro": _macro(_aucs(labels, probabilities, weights), ranked, otherwise=0.5),
-        "ece": np.abs(gaps).sum(axis=0) / total,
+        "ece": ece / total,
+        "ece_luck": ece_luck / total,
         "loss": loss,
         "precision_macro": _macro(precision, occurs),
         "recall_macro": _macro(recall, occurs),

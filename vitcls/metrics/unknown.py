@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vitcls.metrics.promises import proportion
 from vitcls.metrics.resampling import bootstrap_interval
 
 _MOST = 10_000  # training images that neighbours are looked for among
 _NEIGHBORS = 50  # Sun et al. 2022, section 4.1, for CIFAR
 _TPR = 0.95
 _RESAMPLES = 200
+_FEWEST = 10  # images of which a resample says something
 
 
 class Outputs(NamedTuple):
@@ -106,11 +108,12 @@ def _normalized(features: np.ndarray) -> np.ndarray:
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
-def separation(known: np.ndarray, unknown: np.ndarray) -> dict[str, dict[str, float]]:
+def separation(known: np.ndarray, unknown: np.ndarray) -> dict[str, dict[str, float | None]]:
     """How well scores [n] and [m] separate what is known from what is not, with 95 % bootstrap intervals.
 
     auroc; aupr_known and aupr_unknown, of average precision with the one or the other as the positives; fpr95, the
-    share of unknown images above the threshold that 95 % of the known ones pass.
+    share of unknown images above the threshold that 95 % of the known ones pass. Its interval is no shorter than the
+    exact one of a share of [m]; of fewer than ten images on a side there are no intervals.
     """
     rng = np.random.default_rng(0)
     scores, places = np.unique(np.concatenate([known, unknown]), return_inverse=True)
@@ -125,6 +128,10 @@ def separation(known: np.ndarray, unknown: np.ndarray) -> dict[str, dict[str, fl
     for name, value in found.items():
         low, high = bootstrap_interval(np.array([each[name] for each in drawn]))
         result[name] = {"value": value, "low": low, "high": high}
+    exact, rate = proportion(np.arange(len(unknown)) < round(found["fpr95"] * len(unknown))), result["fpr95"]
+    rate |= {"low": min(rate["low"], exact["low"]), "high": max(rate["high"], exact["high"])}
+    if min(len(known), len(unknown)) < _FEWEST:
+        result = {name: number | {"low": None, "high": None} for name, number in result.items()}
     return result
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vitcls import metrics
+from vitcls.metrics.promises import percent
 from vitcls.metrics.promises import risk_coverage as curve_of
 from vitcls.report.plots import BLUE, GRAY, ORANGE, SKY, shorten
 
@@ -57,7 +58,8 @@ def coverage(sets: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> F
     axes.invert_yaxis()
     which = f", the {len(rows)} worst of {len(found):,}" if len(found) > len(rows) else ""
     axes.set(
-        title=f"Sets for {promise['coverage']:.0%}: coverage by class{which}", xlabel="sets that hold the truth [%]"
+        title=f"Sets for {percent(promise['coverage'])}: coverage by class{which}",
+        xlabel="sets that hold the truth [%]",
     )
     axes.grid(axis="y", visible=False)
     return figure

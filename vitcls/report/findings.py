@@ -106,6 +106,19 @@ def _csv(table: Table) -> str:
     return file.getvalue()
 
 
+ENDS = ("value", "low", "high")
+
+
+def ends_of(*names: str) -> list[str]:
+    """The columns of a CSV for numbers with intervals, that `ends` fills."""
+    return [f"{name}_{end}" for name in names for end in ENDS]
+
+
+def ends(*found: Mapping[str, Any]) -> list[Any]:
+    """The cells of numbers with intervals."""
+    return [number.get(end) for number in found for end in ENDS]
+
+
 def interval(found: Mapping[str, Any], form: str) -> str:
     """'value [low, high]', each in a format such as '{:.2%}'; 'none' where there is no value."""
     if found["value"] is None:

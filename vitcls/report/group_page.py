@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vitcls.metrics.groups import SMALL
-from vitcls.report.findings import Block, Plot, Table, Text, interval
+from vitcls.report.findings import ENDS, Block, Plot, Table, Text, ends, ends_of, interval
 
 _WORDS = {
     "accuracy": "accuracy",
@@ -16,6 +16,7 @@ _WORDS = {
 
 def blocks(found: dict[str, Any], class_names: Sequence[str]) -> list[Block]:
     """Tables and plot of what `metrics.groups.by_group` found."""
+    differences = found["differences"] or {}
     rows = sorted(found["groups"], key=lambda row: (row["small"], row["accuracy"]["value"]))
     return [
         Table(
@@ -34,7 +35,7 @@ def blocks(found: dict[str, Any], class_names: Sequence[str]) -> list[Block]:
                     f"{row['num_examples']:,}",
                     interval(row["accuracy"], "{:.2%}"),
                     interval(row["ece"], "{:.2%}"),
-                    f"{row['mean_confidence']:.2%}",
+                    interval(row["mean_confidence"], "{:.2%}"),
                     "" if row["small"] else f"{row['p_holm']:.4f}",
                 ]
                 for row in rows
@@ -51,8 +52,12 @@ def blocks(found: dict[str, Any], class_names: Sequence[str]) -> list[Block]:
         Table(
             "Largest differences between groups",
             ["Difference", "Value [95 % interval]", "p", "Highest in", "Lowest in"],
-            [_difference(name, row, class_names) for name, row in (found["differences"] or {}).items()],
+            [_difference(name, row, class_names) for name, row in differences.items()],
             "differences",
+            [
+                ["difference", "class", *ENDS, "p", "highest", "lowest"],
+                *(_difference_cells(name, row, class_names) for name, row in differences.items() if row),
+            ],
         ),
         Text(
             "p against the rest is of Fisher's exact test, adjusted for all groups (Holm). p of a difference is how "
@@ -63,12 +68,10 @@ def blocks(found: dict[str, Any], class_names: Sequence[str]) -> list[Block]:
 
 def _numbers(rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
     """The CSV of the groups."""
-    ends = [(name, end) for name in ("accuracy", "ece") for end in ("value", "low", "high")]
-    head = ["group", "num_examples", "small", *(f"{name}_{end}" for name, end in ends), "mean_confidence", "p_holm"]
+    numbers = ("accuracy", "ece", "mean_confidence")
+    head = ["group", "num_examples", "small", *ends_of(*numbers), "p_holm"]
     return [head] + [
-        [row["group"], row["num_examples"], row["small"]]
-        + [row[name][end] for name, end in ends]
-        + [row["mean_confidence"], row.get("p_holm")]
+        [row["group"], row["num_examples"], row["small"], *ends(*(row[name] for name in numbers)), row.get("p_holm")]
         for row in rows
     ]
 
@@ -78,6 +81,12 @@ def _difference(name: str, row: dict[str, Any] | None, class_names: Sequence[str
         return [_WORDS[name].format("of any kind"), f"no class has {SMALL} images in two groups", "", "", ""]
     words = _WORDS[name].format("" if row["class"] is None else f"'{class_names[row['class']]}'")
     return [words, interval(row, "{:.2%}"), f"{row['p']:.4f}", row["highest"], row["lowest"]]
+
+
+def _difference_cells(name: str, row: dict[str, Any], class_names: Sequence[str]) -> list[Any]:
+    """The same for the CSV."""
+    of = "" if row["class"] is None else class_names[row["class"]]
+    return [name, of, *ends(row), row["p"], row["highest"], row["lowest"]]
 
 
 def _drawn(rows: Sequence[dict[str, Any]]):

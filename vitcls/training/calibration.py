@@ -60,10 +60,14 @@ def _find(promised: Sequence[Any], field: str, wanted: float) -> Any:
     for promise in promised:
         if abs(getattr(promise, field) - wanted) < 1e-9:
             return promise
-    there = ", ".join(f"{getattr(promise, field):g}" for promise in promised) or "nothing"
+    shares = [getattr(promise, field) for promise in promised]
+    there = ", ".join(f"{share:g}" for share in shares) or "nothing"
+    line = f"{CALIBRATION_FILE} does not promise --{field}={wanted:g}; it promises {there}"
+    if not 0.5 <= wanted < 1:
+        raise UserError(f"{line}. A promise is from 0.5 to below 1")
+    asked = ",".join(f"{share:g}" for share in sorted([*shares, wanted]))
     raise UserError(
-        f"{CALIBRATION_FILE} does not promise --{field}={wanted:g}; it promises {there}. For another, run vitcls "
-        f"calibrate with --{field}={wanted:g}"
+        f"{line}. To have it too, run vitcls calibrate with --{field}={asked}; it says how many images that takes"
     )
 
 

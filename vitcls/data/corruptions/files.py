@@ -20,12 +20,13 @@ def is_corrupted(directory: os.PathLike | str) -> bool:
 class CorruptedFiles:
     """The corrupted test images in a directory, severity after severity, each in the order of the test split."""
 
-    def __init__(self, directory: os.PathLike | str, test: Split, rows: np.ndarray):
+    def __init__(self, directory: os.PathLike | str, test: Split, rows: np.ndarray, image_shape: tuple[int, int, int]):
         """`test` are the images of the test split that are looked at, `rows` their places in it.
 
         Raises UserError where a file cannot be read or is of other images.
         """
         self._directory, self._test, self._rows = pathlib.Path(directory), test, rows
+        self._image_shape = image_shape
         labels = _read(self._directory / _LABELS)
         self._count = len(labels) // len(SEVERITIES)
         inside = labels.ndim == 1 and self._count > rows.max(initial=-1)
@@ -40,8 +41,7 @@ class CorruptedFiles:
 
     def _open(self, name: str) -> np.ndarray:
         path = self._directory / f"{name}.npy"
-        images, shape = _read(path), self._test.images.shape[1:]
-        expected = (self._count * len(SEVERITIES), *shape)
+        images, expected = _read(path), (self._count * len(SEVERITIES), *self._image_shape)
         if images.dtype != np.uint8 or images.shape != expected:
             raise UserError(f"{path} holds {images.dtype} {list(images.shape)}, not uint8 {list(expected)}")
         return images
@@ -55,5 +55,5 @@ class CorruptedFiles:
 def _read(path: pathlib.Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (EOFError, OSError, ValueError) as error:
         raise UserError(f"{path} is no file of numbers: {error}") from None
