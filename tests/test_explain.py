@@ -10,7 +10,7 @@ from PIL import Image
 
 from vitcls import cli, explain
 from vitcls.attribution.explainer import METHODS
-from vitcls.report import overlays
+from vitcls.report import fonts, overlays
 from vitcls.training.opened import open_with_data
 
 CHEAP = "--method=gradcam,rollout"
@@ -95,6 +95,8 @@ def test_pictures_have_the_letters_of_names():
     pixels, row = np.zeros((8, 8, 3), np.uint8), [overlays.Drawn(np.eye(8), ["gradcam"], True)]
     drawn = {np.asarray(overlays.sheet(pixels, name, [(name, row)])).tobytes() for name in "\u00e9\u00ea\u0436\u03b1"}
     assert len(drawn) == 4
+    drawn = {np.asarray(overlays.sheet(pixels, name, [(name, row)])).tobytes() for name in "\u732b\u72ac"}
+    assert len(drawn) == (2 if fonts.can_draw("\u732b") else 1)
 
 
 @pytest.mark.by_turns

@@ -43,6 +43,7 @@ HEAVY_ALLOWED = {
             "calibration_plots",
             "comparison_plots",
             "data_plots",
+            "fonts",
             "group_plots",
             "learning_curves",
             "plots",

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from vitcls.core.errors import UserError
-from vitcls.report import findings
+from vitcls.report import findings, fonts, plots
 from vitcls.report.findings import Table, Text, interval
 from vitcls.report.part import Part
 
@@ -38,3 +38,13 @@ def test_a_directory_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written: Not a directory"):
         written(tmp_path / "file", Text("x"))
+
+
+def test_letters_come_from_the_fonts_that_the_machine_has(monkeypatch):
+    """Of letters that no font has there are boxes, since matplotlib would warn of them."""
+    name = "caf\u00e9 \u732b \U0010fffd"
+    has = fonts.can_draw("\u732b")
+    assert plots.shorten(name) == ("caf\u00e9 \u732b \u25a1" if has else "caf\u00e9 \u25a1 \u25a1")
+    monkeypatch.setattr(fonts, "families", lambda: (fonts.OWN,))
+    assert plots.shorten(name) == "caf\u00e9 \u25a1 \u25a1"
+    assert fonts.file_for("\u732b") == fonts.file_for("a")  # of those that there are

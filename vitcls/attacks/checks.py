@@ -86,7 +86,8 @@ def _slopes(slopes: np.ndarray) -> Check:
 
 def _everything_falls(accuracy: float, eps: float) -> Check:
     words = (
-        f"with eps {eps:.4g}, which reaches any image, PGD leaves {accuracy:.1%} of the images, and 0 % are expected"
+        f"with eps {eps:.4g}, which reaches any image, PGD leaves {accuracy:.1%} of the images, of which {SLACK:.0%} "
+        "may be left"
     )
     return Check("large_eps", accuracy <= SLACK, {"accuracy": accuracy}, words)
 

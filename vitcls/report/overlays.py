@@ -76,11 +76,19 @@ def overlay(pixels: np.ndarray, drawn: Drawn) -> Image.Image:
     return picture
 
 
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
     """That of the plots, which has the letters of most languages; Pillow's own knows no accents."""
-    (matplotlib,) = importlib.util.find_spec("matplotlib").submodule_search_locations
-    return ImageFont.truetype(pathlib.Path(matplotlib, "mpl-data", "fonts", "ttf", "DejaVuSans.ttf"), size)
+    if max(text, default="") < "\u1100":  # where the alphabets end that it has
+        (matplotlib,) = importlib.util.find_spec("matplotlib").submodule_search_locations
+        return _opened(str(pathlib.Path(matplotlib, "mpl-data", "fonts", "ttf", "DejaVuSans.ttf")), size)
+    from vitcls.report import fonts
+
+    return _opened(fonts.file_for(text), size)
+
+
+@functools.cache
+def _opened(file: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(file, size)
 
 
 def beside(pixels: np.ndarray, title: str, drawn: Drawn) -> Image.Image:
@@ -99,10 +107,10 @@ def sheet(pixels: np.ndarray, title: str, rows: Sequence[tuple[str, Sequence[Dra
     columns = 1 + max(len(row) for _, row in rows)
     whole = Image.new("RGB", (columns * column + _GAP, _LINE + 2 * _GAP + len(rows) * row_height), "white")
     draw, font = ImageDraw.Draw(whole), _font(_FONT)
-    draw.text((_GAP, _GAP), title, fill=_INK, font=_font(_FONT + 2))
+    draw.text((_GAP, _GAP), title, fill=_INK, font=_font(_FONT + 2, title))
     for i, (name, row) in enumerate(rows):
         top = 2 * _GAP + _LINE + i * row_height
-        draw.text((_GAP + column, top), name, fill=_INK, font=font)
+        draw.text((_GAP + column, top), name, fill=_INK, font=_font(_FONT, name))
         if not i:
             whole.paste(first, (_GAP, top + _LINE))
         for j, drawn in enumerate(row, start=1):

@@ -1,12 +1,10 @@
 """The plots of a report; each function draws on a new matplotlib figure and returns it."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -16,6 +14,7 @@ from vitcls import metrics
 from vitcls.core.terminal import printable
 from vitcls.metrics import METRICS
 from vitcls.metrics.classification import confusion_of
+from vitcls.report import fonts
 
 # Okabe & Ito's colours, which people with any colour vision can tell apart; lines differ in their dashes besides.
 BLUE, ORANGE, RED, SKY = "#0072B2", "#E69F00", "#D55E00", "#56B4E9"
@@ -24,7 +23,6 @@ _INK, _FAINT = "#1F2937", "#E5E7EB"
 _STYLE = {
     "figure.facecolor": "white",
     "figure.dpi": 130,
-    "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": _INK,
     "axes.labelcolor": _INK,
@@ -51,7 +49,7 @@ History = list[dict[str, Any]]
 
 def styled(draw: Callable[[], Figure | None]) -> Figure | None:
     """Draws in the style of the report and leaves the style of the process alone."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context({**_STYLE, "font.family": fonts.families()}):
         return draw()
 
 
@@ -262,16 +260,10 @@ def mistakes(
 
 
 def shorten(name: str, length: int = 24) -> str:
-    """A class name that fits on an axis: one line, no formula, and a box for what the font cannot draw."""
+    """A class name that fits on an axis: one line, no formula, and a box for what no font here can draw."""
     name = " ".join(printable(name).split())
     name = name if len(name) <= length else f"{name[: length - 1]}…"
-    return "".join(c if ord(c) in _drawable() else "□" for c in name).replace("$", r"\$")
-
-
-@functools.cache
-def _drawable() -> frozenset[int]:
-    """Code points of the font that comes with matplotlib; for any other it would warn."""
-    return frozenset(font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap())
+    return "".join(c if fonts.can_draw(c) else "□" for c in name).replace("$", r"\$")
 
 
 def _marker(steps: np.ndarray) -> str | None:

@@ -72,20 +72,23 @@ def curves(metrics: Mapping[str, Any]) -> Figure:
     panels = figure.subplots(rows, 2, squeeze=False).ravel()
     for axes, name in zip(panels, names, strict=False):
         points = metrics["curves"][name]
-        levels = np.arange(len(points))
+        levels = [point["level"] for point in points]
         _band(axes, levels, [point["accuracy"] for point in points], BLUE, "accuracy", "-")
         _band(axes, levels, [point["consistency"] for point in points], SKY, "same answer", "--")
         if "against" in metrics:
             others = metrics["against"]["curves"][name]
             _band(axes, levels, [point["accuracy"] for point in others], ORANGE, "accuracy of the other", "-.")
         axes.axhline(100 * metrics["clean"]["value"], color=GRAY, lw=1, ls=":", label="accuracy, unchanged")
-        axes.set_xticks(levels, [f"{point['level']:g}" for point in points])
+        axes.set_xticks(levels, [f"{level:g}" for level in levels])
+        if levels[0] > levels[-1]:  # the weakest on the left
+            axes.invert_xaxis()
         axes.set(title=CURVES[name].title, xlabel=CURVES[name].meaning, ylim=(0, 101))
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     for axes in panels[::2]:
         axes.set_ylabel("images [%]")
-    panels[0].legend(loc="lower left")
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside upper center", ncols=len(lines))
     return figure
 
 
