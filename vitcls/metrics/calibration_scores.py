@@ -14,6 +14,7 @@ MEANINGS = {
     "ece_classwise": f"mean over classes of the gap of p and frequency, {BINS} bins of equal width (Kull et al. 2019)",
     "aurc": "mean share of wrong answers over coverages (Geifman et al. 2019)",
 }
+_COLUMNS = 50  # of resamples, that are summed up at a time
 
 
 def calibration_scores(
@@ -73,7 +74,11 @@ def calibration_gaps(
 def _area(confidence: np.ndarray, right: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The mean share of wrong answers over the coverages, [R]."""
     order = np.argsort(-confidence, kind="stable")
-    counts = weights[order]
-    wrong = np.cumsum(counts * ~right[order, None], axis=0, dtype=np.float64)
-    answered = np.cumsum(counts, axis=0, dtype=np.float64)
-    return np.sum(counts * wrong / np.maximum(answered, 1), axis=0) / answered[-1]
+    wrong = ~right[order, None]
+    areas = []
+    for start in range(0, weights.shape[1], _COLUMNS):
+        counts = weights[order, start : start + _COLUMNS].astype(np.float64)
+        answered = np.cumsum(counts, axis=0)
+        risk = np.cumsum(counts * wrong, axis=0) / np.maximum(answered, 1)
+        areas.append(np.sum(counts * risk, axis=0) / answered[-1])
+    return np.concatenate(areas)
