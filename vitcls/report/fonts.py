@@ -1,6 +1,7 @@
 """Fonts of plots and pictures: matplotlib's own, and for what it cannot draw those that the machine has."""
 
 import functools
+import logging
 
 from matplotlib import font_manager
 
@@ -17,6 +18,8 @@ _OTHERS = (
 def families() -> tuple[str, ...]:
     """The families to look for a letter in, in this order."""
     there = {font.name for font in font_manager.fontManager.ttflist}
+    # Few of them are bold, which matplotlib says of each.
+    logging.getLogger(font_manager.__name__).addFilter(lambda record: "find font weight" not in record.getMessage())
     return (OWN, *(name for name in _OTHERS if name in there))
 
 
