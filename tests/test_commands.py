@@ -498,7 +498,7 @@ def test_groups_are_read_from_a_csv_file_by_place(trained, tmp_path, capsys):
         ("", "must have a head with file (or index) and group"),
         ("index,kind\n0,a\n", "must have a head with file (or index) and group"),
         ("index,group\n0,a\n", "has no group for 23 of 24 images, the first is 1; add them"),
-        ("index,group\n0,a\n99,b\n", "the index '99' is not known"),
+        ("index,group\n0,a\n99,b\n", "the index '99' is none of this split's, which are 0 to 23"),
         ("index,group\n0,a\n0,b\n", "the index 0 is in two groups, a and b"),
         ("index,group\n0,\n", "has a row without a group"),
         ("file,group\na.png,a\n", "names files, but the images of this data set are none"),
