@@ -88,6 +88,8 @@ def test_predict_gives_no_answer_where_none_is_promised(calibrated, photo, capsy
         file.write_text(json.dumps(made))
         code, out, _ = call(predict, [f"--workdir={calibrated}", "--accuracy=0.9", "--json", photo], capsys)
         assert code == 0 and json.loads(out)["answered"] is answered
+    code, _, err = call(predict, [f"--workdir={calibrated}", "--accuracy=0.95", photo], capsys)
+    assert code == 2 and "run vitcls calibrate --coverage=0.5 --accuracy=0.9,0.95; it says how many images" in err
     _, out, _ = call(predict, [f"--workdir={calibrated}", "--accuracy=0.9", photo], capsys)
     assert "  no answer: 0.9 right is not promised of an image like this" in out.splitlines()
 
@@ -103,8 +105,8 @@ def test_predict_gives_no_answer_where_none_is_promised(calibrated, photo, capsy
         (
             predict,
             ["--coverage=0.97", "x.png"],
-            "does not promise --coverage=0.97; it promises 0.5. To have it too, run vitcls calibrate with "
-            "--coverage=0.5,0.97; it says how many images that takes",
+            "does not promise --coverage=0.97; it promises 0.5. To have it too, run vitcls calibrate "
+            "--coverage=0.5,0.97",
         ),
         (predict, ["--coverage=1", "x.png"], "it promises 0.5. A promise is from 0.5 to below 1"),
         (predict, ["--coverage=0.5", "--accuracy=0.9", "x.png"], "are two promises"),
@@ -118,17 +120,21 @@ def test_mistakes_are_one_line(calibrated, command, flags, words, capsys):
 
 def test_each_promise_that_is_refused_has_its_line_and_each_asked_for_one_row(calibrated, tmp_path, capsys):
     copy = shutil.copytree(calibrated, tmp_path / "copy")
-    flags = [f"--workdir={copy}", "--coverage=0.5,0.995,0.5", "--accuracy=0.995"]
-    code, out, _ = call(calibrate, flags, capsys)
+    before = (copy / "calibration.json").read_text()
+    for flag, needed in (("--coverage=0.995", "takes 598"), ("--accuracy=0.995,0.9", "takes 1,196 of them")):
+        code, _, err = call(calibrate, [f"--workdir={copy}", flag], capsys)
+        assert code == 2 and needed in err and err.endswith("; nothing is replaced\n") and len(err.splitlines()) == 1
+    assert (copy / "calibration.json").read_text() == before
+    code, out, _ = call(calibrate, [f"--workdir={copy}", "--coverage=0.5,0.995,0.5"], capsys)
     refused = [line for line in out.splitlines() if line.startswith("refused: ")]
-    assert code == 0 and len(refused) == 2 and out.count("sets for 50%") == 1
+    assert code == 0 and len(refused) == 5 and out.count("sets for 50%") == 1
     assert "cannot promise sets for 99.5%; that takes 598" in refused[0]
-    assert "99.5% of the answers are right; that takes 1,196 of them" in refused[1]
+    assert "99% of the answers are right; that takes 597 of them" in refused[4]
     with open(copy / "calibrate" / "sets.csv", encoding="utf-8") as file:
         kept, no = csv.DictReader(file)
     assert 0 <= float(kept["test_coverage_low"]) <= float(kept["mean_size_value"]) <= float(kept["mean_size_high"]) <= 3
     assert no["coverage"] == "0.995" and "takes 598" in no["refused"]
-    assert call(calibrate, [f"--workdir={copy}", "--coverage=0.995"], capsys)[0] == 0
+    assert call(calibrate, [f"--workdir={copy}"], capsys)[0] == 0  # of which none can be promised
     assert "Coverage by class" not in (copy / "calibrate" / "index.html").read_text()
 
 

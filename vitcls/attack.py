@@ -81,10 +81,15 @@ def attack(
       RunError: after the checks are written, where one fails; robust accuracies are then not even measured.
     """
     opened = open_with_data(path, splits=("test",), checkpoint=checkpoint, data_dir=data_dir)
+    furthest = 1.0 if budget.norm == "linf" else math.sqrt(math.prod(opened.trained.info.image_shape))
+    if (largest := max([eps, *curve])) > furthest:
+        raise UserError(
+            f"eps {largest:g} is further than images in [0, 1] are from each other, {furthest:.4g} by {budget.norm}; "
+            "of 255 levels write --eps=E/255"
+        )
     where = opened.trained.path
     with Part(where / PART) as made:
-        most = 1.0 if budget.norm == "linf" else math.inf  # values are in [0, 1]
-        eps_tried = sorted(set(curve) or {min(eps * multiple, most) for multiple in _MULTIPLES})
+        eps_tried = sorted(set(curve) or {min(eps * multiple, furthest) for multiple in _MULTIPLES})
         images, labels, which = _test_images(opened, num_images)
         runner = _runner(opened)
         right = runner.logits(images).argmax(axis=1) == labels
@@ -268,8 +273,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data_dir", default="", help="where the data are now, if they have moved")
     flags = parser.parse_args(argv)
     names, tried = _names(flags.attack), _numbers(flags.eps)
-    if flags.norm == "linf" and tried[-1] > 1:
-        raise UserError(f"--eps={flags.eps} is further than values in [0, 1] can move; of 255 levels write E/255")
     for flag, least in (("images", 0), ("steps", 1), ("queries", 1)):
         if getattr(flags, flag) < least:
             raise UserError(f"--{flag}={getattr(flags, flag)} must be at least {least}")

@@ -39,8 +39,8 @@ def calibrate(
     path: os.PathLike | str,
     *,
     method: str = "auto",
-    coverages: Sequence[float] = COVERAGES,
-    accuracies: Sequence[float] = ACCURACIES,
+    coverages: Sequence[float] = (),
+    accuracies: Sequence[float] = (),
     sets: str = "raps",
     groups: str = "",
     checkpoint: str = "",
@@ -48,7 +48,12 @@ def calibrate(
 ) -> dict[str, Any]:
     """Fits, promises and checks; writes calibration.json and calibrate/ in the workdir, and returns its metrics.json.
 
-    Raises UserError where there is no such workdir, checkpoint or validation split, before anything is written.
+    Args:
+      coverages: of the sets; COVERAGES where left out, and then what cannot be promised is left out.
+      accuracies: of the answers; ACCURACIES likewise.
+
+    Raises UserError where there is no such workdir, checkpoint or validation split, or none of what is asked for can be
+    promised, before anything is written.
     """
     opened = open_with_data(path, splits=("validation", "test"), checkpoint=checkpoint, data_dir=data_dir)
     grouping = np.array(opened.groups(groups, "test")) if groups else None
@@ -63,8 +68,11 @@ def calibrate(
         chosen = best if method == "auto" else method
         scale = scaling.METHODS[chosen].fit(*fitting)
         fitting, held = ((labels, scale(p)) for labels, p in (fitting, held))
-        holding, refused_sets = _promise_sets(fitting, held, coverages, plain=sets == "aps")
-        answers, refused_answers = _promise_answers(held, accuracies)
+        holding, refused_sets = _promise_sets(fitting, held, coverages or COVERAGES, plain=sets == "aps")
+        answers, refused_answers = _promise_answers(held, accuracies or ACCURACIES)
+        for asked, promised, refused in ((coverages, holding, refused_sets), (accuracies, answers, refused_answers)):
+            if asked and not promised:
+                raise UserError(f"{'; '.join(refused.values())}; nothing is replaced")
         fitted = Calibration(opened.step, scale, tuple(holding), tuple(answers), len(held[0]))
 
         labels, before = opened.predictions("test")
@@ -298,8 +306,8 @@ def main(argv: list[str]) -> None:
     metrics = calibrate(
         flags.workdir,
         method=flags.method,
-        coverages=coverages or COVERAGES,
-        accuracies=accuracies or ACCURACIES,
+        coverages=coverages,
+        accuracies=accuracies,
         sets=flags.sets,
         groups=flags.groups,
         checkpoint=flags.checkpoint,
@@ -327,14 +335,15 @@ def _lines(metrics: dict[str, Any]) -> list[str]:
     """What it came to, a line each."""
     before, after = metrics["before"], metrics["after"]
     lines = [
-        f"{metrics['method']}: ECE {before['ece']['value']:.2%} -> {after['ece']['value']:.2%}, loss "
-        f"{before['loss']['value']:.4f} -> {after['loss']['value']:.4f} on {metrics['num_examples']:,} test images"
+        f"{metrics['method']}: ECE {interval(before['ece'], '{:.2%}')} -> {interval(after['ece'], '{:.2%}')}, loss "
+        f"{interval(before['loss'], '{:.4f}')} -> {interval(after['loss'], '{:.4f}')} on {metrics['num_examples']:,} "
+        "test images"
     ]
     for row in metrics["sets"]:
         kept = "" if row["kept"] else ", NOT KEPT"
         lines.append(
             f"sets for {percent(row['coverage'])}: hold the truth of {interval(row['test_coverage'], '{:.2%}')}, "
-            f"{row['mean_size']['value']:.2f} classes in the mean{kept}"
+            f"{interval(row['mean_size'], '{:.2f}')} classes in the mean{kept}"
         )
     for row in metrics["answers"]:
         kept = "" if row["kept"] else ", NOT KEPT"

@@ -20,7 +20,7 @@ from vitcls.core import buckets
 from vitcls.core.errors import UserError
 from vitcls.data.images import LUMA
 from vitcls.metrics.promises import proportion
-from vitcls.metrics.unknown import SCORES, auroc, separation, threshold
+from vitcls.metrics.unknown import FEWEST, SCORES, auroc, separation, threshold
 from vitcls.report import findings
 from vitcls.report.findings import Plot, Table, Text, ends, ends_of, interval
 from vitcls.report.part import Part
@@ -181,15 +181,23 @@ def _write(made: Part, metrics: dict[str, Any], pooled: dict[str, tuple[np.ndarr
                 f"{interval(metrics['kept_on_test'], '{:.2%}')}."
             ),
             *(_table(i, name, metrics["sets"]) for i, name in enumerate(metrics["sets"])),
+            *([Text(f"{_FEW}.")] if any(map(_has_few, metrics["sets"].values())) else []),
             Plot("scores", "Scores", "Known and unknown images by each score.", drawn),
         ],
     )
 
 
+_FEW = f"of fewer than {FEWEST} images AUROC and AUPR have no intervals"
+
+
+def _has_few(found: dict[str, Any]) -> bool:
+    return found["num_examples"] < FEWEST
+
+
 def _table(place: int, name: str, sets: dict[str, Any]) -> Table:
-    """Of the set at a place: called by the last part of its path where no other is called so."""
+    """Of the set at a place: called by the last part of its path, unless two are called so."""
     found, stems = sets[name], [pathlib.Path(each).stem for each in sets]
-    alone = stems.count(stems[place]) == 1
+    alone = len(set(stems)) == len(stems)
     shown, file = (pathlib.Path(name).name, stems[place]) if alone else (name, f"{stems[place]}_{place + 1}")
     rows = [
         [score, *(interval(figures[key], "{:.2%}") for key in _LABELS)] for score, figures in found["scores"].items()
@@ -221,10 +229,11 @@ def main(argv: list[str]) -> None:
     )
     for name, found in metrics["sets"].items():
         best = found["scores"][metrics["score"]]
+        strange = 1 - metrics["kept_on_test"]["value"]
         print(
             f"{name}: {metrics['score']} AUROC {interval(best['auroc'], '{:.2%}')}, FPR at 95 % TPR "
             f"{interval(best['fpr95'], '{:.2%}')}; {interval(found['found'], '{:.1%}')} of {found['num_examples']:,} "
-            f"images are called unknown, and {1 - metrics['kept_on_test']['value']:.1%} of the test images"
+            f"images are called unknown, and {strange:.1%} of the test images{f'; {_FEW}' if _has_few(found) else ''}"
         )
     print(f"report: {os.path.join(flags.workdir, PART, 'index.html')}")
 

@@ -44,11 +44,11 @@ def test_coarse_classes_are_of_cifar100_alone():
 
 def test_places_that_are_not_there_are_said_with_those_that_are(tmp_path):
     file = tmp_path / "groups.csv"
-    file.write_text("index,group\n0,a \n1, a\n")
+    file.write_text("index,group\n0.0,a \n 001, a\n")
     assert groups.read(file, 2, None) == ["a", "a"]  # spaces make no other group
     for text, words in (
         ("index,group\n0,a\n2,b\n", "the index '2' is none of this split's, which are 0 to 1"),
-        ("index,group\n0.0,a\n", "the index '0.0' is none of this split's"),
+        ("index,group\n0.5,a\n", "the index '0.5' is none of this split's"),
         ("index,group\n0, \n1,b\n", "a row without a group"),
     ):
         file.write_text(text)

@@ -107,9 +107,11 @@ def test_the_interval_of_calibration_is_around_what_was_measured():
 
 
 def test_luck_lowers_what_is_far_from_0_and_only_raises_what_is_not():
-    """A bin that is 30 too high in every image alike, and one whose two images balance."""
-    differences = scipy.sparse.csr_array(np.array([[10.0, 10, 10, 0, 0], [0, 0, 0, 1, -1]]))
-    weights = np.array([[1, 1, 1, 1, 1], [0, 1, 1, 3, 0], [2, 2, 1, 0, 0]], np.float32).T
+    """A bin that is 30 too high in every image alike, one whose two images balance, and one of what seldom happens."""
+    rare = [0, 0, 0, 0, 0, -0.1, -0.1]  # twice p = 0.1, and it did not happen
+    differences = scipy.sparse.csr_array(np.array([[10.0, 10, 10, 0, 0, 0, 0], [0, 0, 0, 1, -1, 0, 0], rare]))
+    weights = np.array([[1] * 7, [0, 1, 1, 3, 0, 1, 1], [2, 2, 1, 0, 0, 2, 0], [1, 1, 1, 1, 1, 0, 0]], np.float32).T
     sums, luck = gaps(differences, weights)
-    np.testing.assert_allclose(sums, [30, 20 + 3, 50])
-    np.testing.assert_allclose(luck, [0, -10 + 3, 20])
+    np.testing.assert_allclose(sums, [30.2, 20 + 3 + 0.2, 50.2, 30], rtol=1e-6)
+    wider = np.sqrt(2 * 0.1 * 0.9) / np.sqrt(2 * 0.1**2 - 0.2**2 / 7)  # the deviation of p against that of resamples
+    np.testing.assert_allclose(luck, [0, -10 + 3, 20, 0.2 * wider], rtol=1e-6, atol=1e-6)

@@ -144,6 +144,7 @@ def test_intervals_of_calibration_hold_what_is_true(sharpness):
         found = calibration_scores(*drawn(1_000, seed), resamples=100)
         for name in names:
             held[name] += found[name]["low"] <= truth[name] <= found[name]["high"]
-    assert min(held.values()) >= 33  # 38 are expected
+    assert min(held.values()) >= 35  # 38 are expected
     if sharpness > 1:
         assert all(found[name]["low"] > 0 for name in ("ece", "ece_equal_mass"))
+    assert calibration_scores(*drawn(1, 0), resamples=9)["ece_classwise"]["low"] is None

@@ -55,7 +55,7 @@ def read(file: os.PathLike | str, count: int, name: Callable[[int], str] | None)
     places = {name(i).replace(os.sep, "/") if key == "file" else str(i): i for i in range(count)}
     groups: list[str] = [""] * count
     for row in rows:
-        place = places.get(row[key].strip().removeprefix("./"))
+        place = places.get(_index(row[key]) if key == "index" else row[key].strip().removeprefix("./"))
         if place is None and key == "index":
             raise UserError(f"{file}: the index {row[key]!r} is none of this split's, which are 0 to {count - 1}")
         if place is None:
@@ -69,6 +69,15 @@ def read(file: os.PathLike | str, count: int, name: Callable[[int], str] | None)
         first = next(place for place, i in places.items() if i == missing[0])
         raise UserError(f"{file} has no group for {len(missing):,} of {count:,} images, the first is {first}; add them")
     return groups
+
+
+def _index(text: str) -> str:
+    """A whole number as it is written here: spreadsheets have 7.0 and 007 for it, too."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return str(int(number)) if number.is_integer() else text
 
 
 def _rows(file: os.PathLike | str) -> list[dict[str, str]]:

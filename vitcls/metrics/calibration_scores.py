@@ -19,8 +19,11 @@ _COLUMNS = 50  # of resamples, that are summed up at a time
 
 def calibration_scores(
     labels: np.ndarray, probabilities: np.ndarray, resamples: int = RESAMPLES
-) -> dict[str, dict[str, float]]:
-    """name -> value, low and high, of the 95 % bootstrap interval, for labels int [N] and probabilities [N, K]."""
+) -> dict[str, dict[str, float | None]]:
+    """name -> value, low and high, of the 95 % bootstrap interval, for labels int [N] and probabilities [N, K].
+
+    A single image has no interval: low and high are None.
+    """
     values = weighted_scores(labels, probabilities, np.ones((len(labels), 1), np.float32))
     parts = [weighted_scores(labels, probabilities, weights) for weights in draw_weights(len(labels), resamples, 0)]
     drawn = {name: np.concatenate([part[name] for part in parts]) for name in values}
@@ -31,7 +34,9 @@ def calibration_scores(
             low, high = gap_interval(value, drawn[name], drawn[f"{name}_luck"])
         else:
             low, high = bootstrap_interval(drawn[name])
-        scores[name] = {"value": value, "low": low, "high": high}
+        scores[name] = {"value": value} | (
+            {"low": low, "high": high} if len(labels) > 1 else {"low": None, "high": None}
+        )
     return scores
 
 

@@ -58,10 +58,12 @@ def by_group(labels: np.ndarray, probabilities: np.ndarray, groups: Sequence[str
     }
 
 
-def _ece(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
+def _ece(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float | None]:
     confidence, right = probabilities.max(axis=1).astype(np.float64), probabilities.argmax(axis=1) == labels
     count = len(labels)
     value = float(calibration_gaps(confidence, right, np.ones((count, 1), np.float32))[0][0] / count)
+    if count < 2:
+        return {"value": value, "low": None, "high": None}
     drawn = [calibration_gaps(confidence, right, weights) for weights in draw_weights(count, _RESAMPLES, 0)]
     low, high = gap_interval(value, *(np.concatenate(parts) / count for parts in zip(*drawn, strict=True)))
     return {"value": value, "low": low, "high": high}

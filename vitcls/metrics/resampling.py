@@ -105,7 +105,8 @@ def gap_interval(value: float, replicates: np.ndarray, luck: np.ndarray, level: 
 def gaps(differences, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(the sum over bins of |gap|, the most that luck may have added to it) under weights [N, R]: [R] each.
 
-    Luck moves the gap of a bin as resamples move it from that of the images. What is far from 0 it may raise or lower;
+    Luck moves the gap of a bin as resamples move it from that of the images, and where these have seen too little, as
+    of what seldom happens, as far as it would if the predictions were right. What is far from 0 it may raise or lower;
     what is within sqrt(ln N) standard deviations counts as 0 (as Andrews & Soares 2010 select moments, section 4.2),
     from where luck only raises.
 
@@ -113,11 +114,16 @@ def gaps(differences, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
       differences: sparse [bins, N], what happened less what was predicted of each image, in its bin.
     """
     count = differences.shape[1]
-    own = np.asarray(differences.sum(axis=1), np.float64)[:, None]
-    deviation = np.sqrt(np.maximum(np.asarray((differences**2).sum(axis=1))[:, None] - own**2 / count, 0))
+    own, sizes, squares = (
+        np.asarray(each.sum(axis=1), np.float64)[:, None] for each in (differences, abs(differences), differences**2)
+    )
+    of_resamples = np.sqrt(np.maximum(squares - own**2 / count, 0))
+    # Of a prediction p the difference is -p or 1 - p, whose variance p (1 - p) its size says, whichever it was.
+    deviation = np.maximum(of_resamples, np.sqrt(np.maximum(sizes - squares, 0)))
     drawn = differences @ weights
     moved = drawn - own
-    luck = np.where(np.abs(own) > np.sqrt(np.log(count)) * deviation, np.sign(own) * moved, np.abs(moved))
+    raised = np.abs(moved) * np.divide(deviation, of_resamples, out=np.ones_like(own), where=of_resamples > 0)
+    luck = np.where(np.abs(own) > np.sqrt(np.log(count)) * deviation, np.sign(own) * moved, raised)
     return np.abs(drawn).sum(axis=0), luck.sum(axis=0)
 
 

@@ -16,7 +16,7 @@ _MOST = 10_000  # training images that neighbours are looked for among
 _NEIGHBORS = 50  # Sun et al. 2022, section 4.1, for CIFAR
 _TPR = 0.95
 _RESAMPLES = 200
-_FEWEST = 10  # images of which a resample says something
+FEWEST = 10  # images of which a resample says something
 
 
 class Outputs(NamedTuple):
@@ -113,7 +113,7 @@ def separation(known: np.ndarray, unknown: np.ndarray) -> dict[str, dict[str, fl
 
     auroc; aupr_known and aupr_unknown, of average precision with the one or the other as the positives; fpr95, the
     share of unknown images above the threshold that 95 % of the known ones pass. Its interval is no shorter than the
-    exact one of a share of [m]; of fewer than ten images on a side there are no intervals.
+    exact one of a share of [m]; of fewer than ten images on a side the others have none.
     """
     rng = np.random.default_rng(0)
     scores, places = np.unique(np.concatenate([known, unknown]), return_inverse=True)
@@ -124,14 +124,15 @@ def separation(known: np.ndarray, unknown: np.ndarray) -> dict[str, dict[str, fl
 
     found = separated(sides)
     drawn = [separated([rng.choice(side, len(side)) for side in sides]) for _ in range(_RESAMPLES)]
+    few = min(len(known), len(unknown)) < FEWEST
     result = {}
     for name, value in found.items():
-        low, high = bootstrap_interval(np.array([each[name] for each in drawn]))
+        low, high = (None, None) if few else bootstrap_interval(np.array([each[name] for each in drawn]))
         result[name] = {"value": value, "low": low, "high": high}
-    exact, rate = proportion(np.arange(len(unknown)) < round(found["fpr95"] * len(unknown))), result["fpr95"]
-    rate |= {"low": min(rate["low"], exact["low"]), "high": max(rate["high"], exact["high"])}
-    if min(len(known), len(unknown)) < _FEWEST:
-        result = {name: number | {"low": None, "high": None} for name, number in result.items()}
+    rate = proportion(np.arange(len(unknown)) < round(found["fpr95"] * len(unknown)))
+    if not few:
+        rate |= {"low": min(rate["low"], result["fpr95"]["low"]), "high": max(rate["high"], result["fpr95"]["high"])}
+    result["fpr95"] = rate
     return result
 
 

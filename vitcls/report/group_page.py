@@ -26,7 +26,7 @@ def blocks(found: dict[str, Any], class_names: Sequence[str]) -> list[Block]:
                 "Images",
                 "Accuracy [95 % interval]",
                 "ECE [95 % interval]",
-                "Mean confidence",
+                "Mean confidence [95 % interval]",
                 "p against the rest",
             ],
             [
@@ -49,6 +49,7 @@ def blocks(found: dict[str, Any], class_names: Sequence[str]) -> list[Block]:
             "Accuracy by group with 95 % intervals; the worst is on top, small groups are grey.",
             lambda: _drawn(rows),
         ),
+        *([] if differences else [Text(f"No two groups have {SMALL} images each: no differences are measured.")]),
         Table(
             "Largest differences between groups",
             ["Difference", "Value [95 % interval]", "p", "Highest in", "Lowest in"],

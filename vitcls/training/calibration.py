@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,26 +48,26 @@ class Calibration:
 
     def set_promise(self, coverage: float) -> SetPromise:
         """Raises UserError where there is none of this coverage."""
-        return _find(self.sets, "coverage", coverage)
+        return self._find("coverage", coverage)
 
     def answer_promise(self, accuracy: float) -> AnswerPromise:
         """Raises UserError where there is none of this accuracy."""
-        return _find(self.answers, "accuracy", accuracy)
+        return self._find("accuracy", accuracy)
 
-
-def _find(promised: Sequence[Any], field: str, wanted: float) -> Any:
-    for promise in promised:
-        if abs(getattr(promise, field) - wanted) < 1e-9:
-            return promise
-    shares = [getattr(promise, field) for promise in promised]
-    there = ", ".join(f"{share:g}" for share in shares) or "nothing"
-    line = f"{CALIBRATION_FILE} does not promise --{field}={wanted:g}; it promises {there}"
-    if not 0.5 <= wanted < 1:
-        raise UserError(f"{line}. A promise is from 0.5 to below 1")
-    asked = ",".join(f"{share:g}" for share in sorted([*shares, wanted]))
-    raise UserError(
-        f"{line}. To have it too, run vitcls calibrate with --{field}={asked}; it says how many images that takes"
-    )
+    def _find(self, kind: str, wanted: float) -> Any:
+        """The promise of a share; the line of what is not there has a command that keeps those that are."""
+        promised = {"coverage": self.sets, "accuracy": self.answers}
+        for promise in promised[kind]:
+            if abs(getattr(promise, kind) - wanted) < 1e-9:
+                return promise
+        shares = {name: [getattr(promise, name) for promise in promises] for name, promises in promised.items()}
+        there = ", ".join(f"{share:g}" for share in shares[kind]) or "nothing"
+        line = f"{CALIBRATION_FILE} does not promise --{kind}={wanted:g}; it promises {there}"
+        if not 0.5 <= wanted < 1:
+            raise UserError(f"{line}. A promise is from 0.5 to below 1")
+        shares[kind] = sorted([*shares[kind], wanted])
+        flags = " ".join(f"--{name}={','.join(f'{s:g}' for s in found)}" for name, found in shares.items() if found)
+        raise UserError(f"{line}. To have it too, run vitcls calibrate {flags}; it says how many images that takes")
 
 
 def write(path: pathlib.Path, calibration: Calibration) -> None:
