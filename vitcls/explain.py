@@ -264,8 +264,7 @@ def _methods_table(methods: dict[str, Any]) -> Table:
             name,
             *(interval(found[key], "{:.1%}") for key in keys),
             *(interval(found["randomisation"][stage], "{:.2f}") for stage in evidence.STAGES[:-1]),
-            interval(found["randomisation"]["all"], "{:.2f}")
-            + (", FAILS" if found["depends_on_weights"] is False else ""),
+            _correlation(found),
             _completeness(found),
         ]
         for name, found in methods.items()
@@ -281,9 +280,8 @@ def _methods_table(methods: dict[str, Any]) -> Table:
 
 def _correlation(found: dict[str, Any]) -> str:
     """With the maps of the network without any of its weights, and the verdict."""
-    return interval(found["randomisation"]["all"], "{:.2f}") + (
-        ", FAILS" if found["depends_on_weights"] is False else ""
-    )
+    verdict = ", FAILS" if found["depends_on_weights"] is False else ""
+    return interval(found["randomisation"]["all"], "{:.2f}") + verdict
 
 
 def _completeness(found: dict[str, Any]) -> str:
