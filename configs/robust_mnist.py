@@ -29,10 +29,6 @@ def get_config(preset="pgd"):
     if preset not in PRESETS:
         raise errors.unknown("preset of configs/robust_mnist.py", preset, PRESETS)
     config = default_config("lenet5" if preset == "certified" else "paper_cnn", _TASKS.get(preset, "adversarial"))
-    if preset == "certified":
-        config.model.update(widths=(16, 32, 100), hidden_width=100, pooling="max", activation="relu")
-    else:
-        config.model.update(depths=(2, 2), widths=(16, 32), hidden_width=128)
     config.batch_size = 128
     config.total = "8 epochs"
     config.log_every = "100 steps"
@@ -43,10 +39,13 @@ def get_config(preset="pgd"):
     config.optimizer.name = "adam"
     config.optimizer.learning_rate, config.schedule.warmup = 2e-3, "5%"
     if preset == "certified":
+        config.model.update(widths=(16, 32, 100), hidden_width=100, pooling="max", activation="relu")
         config.total, config.eval_every = "30 epochs", "5 epochs"
         config.schedule.warmup = "2%"
         config.task.eps = 0.4
-    elif preset != "plain":
+        return config
+    config.model.update(depths=(2, 2), widths=(16, 32), hidden_width=128)
+    if preset != "plain":
         config.task.method = preset
         config.task.eps = 0.3
         config.task.steps = 7

@@ -89,6 +89,7 @@ def test_sets_of_one_name_have_a_table_each_and_few_images_no_interval(trained, 
     for figures in json.loads((copy / "unknown" / "metrics.json").read_text())["sets"].values():
         assert {row["auroc"]["low"] for row in figures["scores"].values()} == {None}
         assert figures["found"]["low"] < figures["found"]["high"]
+    assert "fewer than 10 images have no intervals" in (copy / "unknown" / "index.html").read_text()
 
 
 def test_a_threshold_of_another_checkpoint_is_not_used(measured, tmp_path, capsys):

@@ -10,7 +10,6 @@ fail on this model, no robust accuracy is given, and the exit code is 1. Of a ne
 
 import dataclasses
 import logging
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -81,7 +80,7 @@ def attack(
       RunError: after the checks are written, where one fails; robust accuracies are then not even measured.
     """
     opened = open_with_data(path, splits=("test",), checkpoint=checkpoint, data_dir=data_dir)
-    furthest = 1.0 if budget.norm == "linf" else math.sqrt(math.prod(opened.trained.info.image_shape))
+    furthest = attacks.furthest(opened.trained.info.image_shape, budget.norm)
     if (largest := max([eps, *curve])) > furthest:
         raise UserError(
             f"eps {largest:g} is further than images in [0, 1] are from each other, {furthest:.4g} by {budget.norm}; "

@@ -326,7 +326,7 @@ def _shares(text: str, flag: str) -> tuple[float, ...]:
         shares = tuple(float(part) for part in text.split(",")) if text else ()
     except ValueError:
         shares = (0.0,)
-    if not all(0.5 <= share < 1 for share in shares):
+    if not all(map(promises.can_be_asked, shares)):
         raise UserError(f"--{flag}={text} must be numbers from 0.5 to below 1, such as 0.9,0.95")
     return tuple(dict.fromkeys(shares))
 

@@ -168,6 +168,8 @@ def _write(made: Part, metrics: dict[str, Any], pooled: dict[str, tuple[np.ndarr
 
         return unknown_plots.histograms(pooled, metrics["score"], metrics["threshold"])
 
+    scores = [row for found in metrics["sets"].values() for row in found["scores"].values()]
+    few = any(row["auroc"]["low"] is None for row in scores)
     findings.write(
         made,
         title=f"What {metrics['dataset']} is not",
@@ -181,17 +183,10 @@ def _write(made: Part, metrics: dict[str, Any], pooled: dict[str, tuple[np.ndarr
                 f"{interval(metrics['kept_on_test'], '{:.2%}')}."
             ),
             *(_table(i, name, metrics["sets"]) for i, name in enumerate(metrics["sets"])),
-            *([Text(f"{_FEW}.")] if any(map(_has_few, metrics["sets"].values())) else []),
+            *([Text(f"AUROC and AUPR of fewer than {FEWEST} images have no intervals.")] if few else []),
             Plot("scores", "Scores", "Known and unknown images by each score.", drawn),
         ],
     )
-
-
-_FEW = f"of fewer than {FEWEST} images AUROC and AUPR have no intervals"
-
-
-def _has_few(found: dict[str, Any]) -> bool:
-    return found["num_examples"] < FEWEST
 
 
 def _table(place: int, name: str, sets: dict[str, Any]) -> Table:
@@ -229,11 +224,11 @@ def main(argv: list[str]) -> None:
     )
     for name, found in metrics["sets"].items():
         best = found["scores"][metrics["score"]]
-        strange = 1 - metrics["kept_on_test"]["value"]
+        kept = interval(metrics["kept_on_test"], "{:.1%}")
         print(
             f"{name}: {metrics['score']} AUROC {interval(best['auroc'], '{:.2%}')}, FPR at 95 % TPR "
             f"{interval(best['fpr95'], '{:.2%}')}; {interval(found['found'], '{:.1%}')} of {found['num_examples']:,} "
-            f"images are called unknown, and {strange:.1%} of the test images{f'; {_FEW}' if _has_few(found) else ''}"
+            f"images are called unknown, and {kept} of the test images known"
         )
     print(f"report: {os.path.join(flags.workdir, PART, 'index.html')}")
 

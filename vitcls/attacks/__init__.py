@@ -6,9 +6,9 @@ says which images need no more steps. `vitcls.attacks.bounds` is the other side:
 """
 
 from vitcls.attacks.apgd import APGD
-from vitcls.attacks.ball import NORMS, distances
+from vitcls.attacks.ball import NORMS, distances, furthest
 from vitcls.attacks.pgd import PGD, fgsm
 from vitcls.attacks.run import Runner, perturb
 from vitcls.attacks.square import Square
 
-__all__ = ["APGD", "NORMS", "PGD", "Runner", "Square", "distances", "fgsm", "perturb"]
+__all__ = ["APGD", "NORMS", "PGD", "Runner", "Square", "distances", "fgsm", "furthest", "perturb"]

@@ -1,12 +1,18 @@
 """The balls that attacks stay in: all images in [0, 1] at most eps from one's own, by the linf or the l2 norm."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 NORMS = ("linf", "l2")
 Forward = Callable[[jax.Array], jax.Array]  # images float32 [B, H, W, C] in [0, 1] -> logits float32 [B, K]
+
+
+def furthest(image_shape: Sequence[int], norm: str) -> float:
+    """How far two images [H, W, C] in [0, 1] can be from each other: a ball of that radius holds all of them."""
+    return 1.0 if norm == "linf" else math.sqrt(math.prod(image_shape))
 
 
 def lengths(delta: jax.Array, norm: str) -> jax.Array:

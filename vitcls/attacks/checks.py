@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vitcls.attacks.ball import furthest
 from vitcls.attacks.pgd import PGD, fgsm
 from vitcls.attacks.run import Runner
 from vitcls.attacks.square import Square
@@ -43,7 +44,7 @@ def check(
     def accuracy(attack: Any, eps: float) -> float:
         return float(runner.survives(attack, images, labels, places, eps).mean())
 
-    whole = 1.0 if norm == "linf" else float(np.sqrt(images[0].size))  # any image is as near as that
+    whole = furthest(images[0].shape, norm)
     at_pgd = accuracy(PGD(norm, steps), eps)
     more = max(4, steps)
     fewer, at_more = more // 4, at_pgd if more == steps else accuracy(PGD(norm, more), eps)

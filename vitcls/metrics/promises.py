@@ -115,6 +115,11 @@ def answer_threshold(confidence: np.ndarray, correct: np.ndarray, accuracy: floa
     )
 
 
+def can_be_asked(share: float) -> bool:
+    """Whether it is one that may be promised; all or nothing, and less than half, are not."""
+    return 0.5 <= share < 1
+
+
 def percent(share: float) -> str:
     """Of a promise, in as many digits as it has: 0.995 is '99.5%'."""
     return f"{100 * share:.10g}%"

@@ -63,7 +63,7 @@ class Calibration:
         shares = {name: [getattr(promise, name) for promise in promises] for name, promises in promised.items()}
         there = ", ".join(f"{share:g}" for share in shares[kind]) or "nothing"
         line = f"{CALIBRATION_FILE} does not promise --{kind}={wanted:g}; it promises {there}"
-        if not 0.5 <= wanted < 1:
+        if not promises.can_be_asked(wanted):
             raise UserError(f"{line}. A promise is from 0.5 to below 1")
         shares[kind] = sorted([*shares[kind], wanted])
         flags = " ".join(f"--{name}={','.join(f'{s:g}' for s in found)}" for name, found in shares.items() if found)
