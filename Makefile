@@ -15,7 +15,7 @@ serve: demo
 	$(BIN)/python -m vitcls.serve --workdir=runs/digits
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -q -m "not slow" -n 2 --max-worker-restart=0 --dist loadfile --no-loadscope-reorder --durations=10 $(if $(TURN),--turn=$(TURN))
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -m "not slow" -n 2 --max-worker-restart=0 --dist loadfile --no-loadscope-reorder --durations=10 $(if $(TURN),--turn=$(TURN))
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

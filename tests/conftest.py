@@ -23,6 +23,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # The cache of a run holds every program, however small: its workers and the commands they start compile the same ones.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # nobody reads which line each operation comes from
 
 import jax
 import pytest
@@ -54,13 +55,12 @@ def pytest_runtest_setup(item):
 @pytest.fixture(autouse=True, scope="module")
 def what_a_file_leaves(request):
     """Is let go of: the programs of all files together would take more memory than there is."""
-    gc.freeze()  # what is there is not searched for garbage meanwhile, which takes seconds
+    gc.freeze()  # what was there before is never searched for garbage again, which takes a second each time
     yield
     for value in vars(request.module).values():
         if hasattr(value, "cache_clear"):
             value.cache_clear()
     jax.clear_caches()
-    gc.unfreeze()
     gc.collect()
 
 

@@ -313,7 +313,7 @@ def test_the_same_photos_are_right_after_fifty_corrections(served, tmp_path, no_
         def version():
             return requests.get(f"{running.url}/v1/model").json()["checkpoint"]["sha256"]
 
-        load, first = Load(running), version()
+        load, first = Load(running, pause=0.03), version()  # beside a training in this process
         before, ids = answers_over_http(running, photos)
         assert len(photos) == 50 and before.count("4") <= 2
         for photo, id in zip(photos, ids, strict=True):

@@ -72,17 +72,17 @@ def server(*flags, **options):
 
 
 class Load(threading.Thread):
-    """Asks one thing after another until it is stopped."""
+    """Asks one thing after another, `pause` seconds apart, until it is stopped."""
 
-    def __init__(self, running, path="/v1/predict", seed=0):
+    def __init__(self, running, path="/v1/predict", seed=0, pause=0.0):
         super().__init__()
-        self.running, self.path, self.seed = running, path, seed
+        self.running, self.path, self.seed, self.pause = running, path, seed, pause
         self.responses, self.broken, self.stopping = [], [], threading.Event()
         self.start()
 
     def run(self):
         session, i = requests.Session(), 0
-        while not self.stopping.is_set():
+        while not self.stopping.wait(self.pause):
             i += 1
             try:
                 self.ask(session, png(1000 * self.seed + i))
