@@ -156,7 +156,7 @@ def _checked_sets(
 
 def _checked_answers(promise: AnswerPromise, labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
     confidence, right = _surest(labels, probabilities)
-    given = confidence >= promise.threshold
+    given = promises.are_answered(confidence, promise.threshold)
     found = promises.proportion(right[given])
     return {
         "accuracy": promise.accuracy,

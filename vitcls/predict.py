@@ -24,6 +24,7 @@ from vitcls import cli
 from vitcls.core import cluster
 from vitcls.core.errors import RunError, UserError
 from vitcls.data import images as image_files
+from vitcls.metrics.promises import are_answered
 from vitcls.training import build, calibration, novelty, run_dir
 from vitcls.training.calibration import AnswerPromise, SetPromise
 
@@ -214,7 +215,8 @@ def said(
         return {"set": entries(k for k in order if inside[k]), "coverage": promise.coverage}
     top = {"top": entries(order[:TOP])}
     if isinstance(promise, AnswerPromise):
-        top |= {"answered": bool(probabilities.max() >= promise.threshold), "accuracy": promise.accuracy}
+        answered = are_answered(probabilities.max(), promise.threshold)
+        top |= {"answered": bool(answered), "accuracy": promise.accuracy}
     return top
 
 

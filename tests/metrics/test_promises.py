@@ -52,6 +52,30 @@ def test_sets_are_refused_where_too_few_were_held_out():
     assert promises.set_threshold(np.arange(10_000.0), 0.9) == pytest.approx(9_050, abs=3)  # 0.9 and 1.645 deviations
 
 
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_float32_has_the_same_sets_and_answers(num_classes):
+    """As `vitcls predict` gives them; the least probable class has a score of 1, and few levels are many equals."""
+    rng = np.random.default_rng(num_classes)
+    labels, levels = rng.integers(num_classes, size=2_000), rng.integers(1, 8, size=(2_000, num_classes)) / 7
+    levels[np.arange(2_000), labels] += 0.6
+    probabilities = levels / levels.sum(axis=1, keepdims=True)
+    held, shown = slice(0, 1_000), slice(1_000, None)
+    for regularization in (promises.Regularization(), promises.Regularization(0.1, 1)):
+        scores = promises.class_scores(probabilities, regularization)[np.arange(2_000), labels]
+        for coverage in (0.8, 0.9, 0.95):
+            threshold = promises.set_threshold(scores[held], coverage)
+            sets = [promises.label_sets(p[shown], threshold, regularization) for p in both(probabilities)]
+            assert np.array_equal(*sets)
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    threshold = promises.answer_threshold(confidence[held], right[held], 0.93).threshold
+    answered = [promises.are_answered(each[shown], threshold) for each in both(confidence)]
+    assert np.array_equal(*answered) and 0 < answered[0].mean() < 1
+
+
+def both(values):
+    return values, values.astype(np.float32)
+
+
 def test_no_set_is_empty():
     sets = promises.label_sets(np.array([[0.9, 0.1]]), 0.0, Regularization())
     assert sets.tolist() == [[True, False]]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 CERTAINTY = 0.95  # of every promise, over the examples that happened to be held out
+_EQUAL = 1e-6  # scores that differ by less are equal: sums of all probabilities, or where isotonic scaling is flat
 _TESTS = 20  # of thresholds of confidence
 _PENALTIES = (0.001, 0.01, 0.05, 0.1, 0.3, 1.0)  # among which the sets of RAPS are chosen
 _FREE = (1, 2, 5)
@@ -60,8 +61,11 @@ def set_threshold(scores: np.ndarray, coverage: float) -> float:
 
 
 def label_sets(probabilities: np.ndarray, threshold: float, regularization: Regularization) -> np.ndarray:
-    """The classes up to the threshold, and the most probable in any case: bool [N, K]."""
-    sets = class_scores(probabilities, regularization) <= threshold
+    """The classes up to the threshold, and the most probable in any case: bool [N, K].
+
+    The same for probabilities in float32 or float64.
+    """
+    sets = class_scores(probabilities, regularization) <= threshold + _EQUAL
     sets[np.arange(len(sets)), probabilities.argmax(axis=1)] = True
     return sets
 
@@ -103,7 +107,7 @@ def answer_threshold(confidence: np.ndarray, correct: np.ndarray, accuracy: floa
     ordered, right = confidence[order], np.cumsum(correct[order])
     for twentieths in range(_TESTS, 0, -1):
         least_sure = ordered[max(math.ceil(twentieths * len(ordered) / _TESTS), 1) - 1]
-        answered = int(np.searchsorted(-ordered, -least_sure, side="right"))  # equals are answered together
+        answered = int(np.count_nonzero(are_answered(ordered, least_sure)))  # equals are answered together
         hits = int(right[answered - 1])
         bound = beta.ppf((1 - CERTAINTY) / _TESTS, hits, answered - hits + 1) if hits else 0.0
         if bound >= accuracy:
@@ -113,6 +117,11 @@ def answer_threshold(confidence: np.ndarray, correct: np.ndarray, accuracy: floa
         f"no confidence of {len(ordered):,} held-out examples promises that {percent(accuracy)} of the answers are "
         f"right; that takes {needed:,} of them without a mistake, and more with"
     )
+
+
+def are_answered(confidence: np.ndarray, threshold: float) -> np.ndarray:
+    """Whether the confidence of predictions [...], in float32 or float64, is enough for an answer."""
+    return confidence >= threshold - _EQUAL
 
 
 def can_be_asked(share: float) -> bool:
