@@ -1,10 +1,12 @@
 """Every source but TFDS against what was put into it, and every way in which one can be unusable."""
 
+import itertools
 import logging
 import os
 import pathlib
 import shutil
 import struct
+import subprocess
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from vitcls.core.errors import UserError
 from vitcls.data import DatasetInfo, describe, read_image
 from vitcls.data import decode as decode_splits
 from vitcls.data import images as image_files
+from vitcls.data.dataset import SkippedFile
 from vitcls.data.images import examine
 from vitcls.data.loading import load
 from vitcls.data.sources.folder import FileImages
@@ -536,6 +539,18 @@ def test_deep_images_have_one_white_found_in_the_training_images(deep_folder, ca
             np.testing.assert_array_equal(predict.read(path, dataset.image_shape, split.decoding)[..., 0], expected)
 
 
+def test_a_deep_image_that_is_damaged_is_black_and_named(deep_folder, caplog):
+    file = sorted(deep_folder.rglob("*.png"))[1]
+    content = bytearray(file.read_bytes())
+    start = content.index(b"IDAT") + 8
+    content[start : start + 20] = bytes(20)
+    file.write_bytes(content)
+    dataset = load(folder_config(deep_folder))
+    assert dataset.train.decoding.max_value == 4095
+    decode_splits(dataset, ("train", "test"))
+    assert f"{file} cannot be decoded" in caplog.text
+
+
 def test_the_white_of_deep_images_can_be_given_or_kept(deep_folder):
     assert load(folder_config(deep_folder, max_value=1000.0)).test.decoding.max_value == 1000
     for kept in (0.0, 700.0):  # of a run, even one of version 0.1, that is evaluated
@@ -629,6 +644,49 @@ def test_splits_of_a_folder_must_make_sense(tmp_path):
     write_image(tmp_path / "valid" / "a" / "0.png")
     with pytest.raises(UserError, match="are both the validation split"):
         load(folder_config(tmp_path))
+
+
+@pytest.fixture
+def split_folder(tmp_path):
+    """Two classes of three training images and one test image each, and another test split out of the folder."""
+    for place in (tmp_path / "pets" / "train", tmp_path / "pets" / "test", tmp_path / "outside"):
+        for name, number in itertools.product("ab", range(3)):
+            write_image(place / name / f"{number}.png", seed=number)
+    return tmp_path / "pets"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("rm -r test; ln -s ../outside test", "pets/test is a linked directory; copy or move it here"),
+        ("ln -s ../outside val", "pets/val is a linked directory; copy or move it here"),
+        ("rm -r train; ln -s ../outside train", "pets/train is a linked directory; copy or move it here"),
+        ("mv test Test", "pets/Test is no split by its name; call it 'test'"),
+        ("mv test Test; mv train Train", "pets/Test is no split by its name; call it 'test'"),
+        ("mv test/a/* test; rm -r test/a test/b", "pets/test has no directories; put the images of each class in"),
+        ("rm -r train/?; ln -s ../../outside/a train/a", "pets/train/a is a linked directory; copy or move it here"),
+        ("rm -r train/b; ln -s ../../outside/b train/b", "does not have; there it is a link, which is not followed"),
+    ],
+)
+def test_no_split_is_left_out_in_silence(split_folder, change, words):
+    subprocess.run(change, shell=True, cwd=split_folder, check=True)
+    with pytest.raises(UserError) as caught:
+        load(folder_config(split_folder))
+    assert words in str(caught.value)
+
+
+def test_a_linked_class_of_a_split_is_skipped_as_it_is_said(split_folder):
+    shutil.rmtree(split_folder / "test" / "b")
+    (split_folder / "test" / "b").symlink_to("../../outside/b", target_is_directory=True)
+    dataset = load(folder_config(split_folder))
+    assert dataset.skipped == (SkippedFile("test/b", "is a linked directory; copy or move it here"),)
+    assert {path.parent.name for path in paths(dataset.test)} == {"a"}
+
+
+def test_an_empty_split_is_none(split_folder):
+    shutil.rmtree(split_folder / "test")
+    (split_folder / "test").mkdir()
+    assert len(load(folder_config(split_folder, test=0.34)).test.labels) == 2
 
 
 def test_a_file_that_could_not_be_read_is_tried_again(folder, monkeypatch):

@@ -1,5 +1,6 @@
 """Magnitude pruning: the schedule against the formula of its paper, and weights that stay 0, also after a resume."""
 
+import functools
 import shutil
 
 import jax
@@ -9,6 +10,8 @@ import optax
 import pytest
 
 from tests.conftest import make_tiny_config
+from vitcls import optim
+from vitcls.core import durations
 from vitcls.core.errors import UserError
 from vitcls.optim.pruning import keep_pruned, magnitude_masks, prune
 from vitcls.train import train_and_evaluate
@@ -42,6 +45,23 @@ def test_the_share_of_zeros_is_that_of_the_paper():
     steps = [min(max(step - step % 2, 2), 12) for step in range(16)]
     expected = [0.8 * (1 - (1 - (step - 2) / 10) ** 3) for step in steps]
     np.testing.assert_allclose(shares, expected, atol=1e-3)
+
+
+def test_what_is_frozen_is_not_pruned():
+    """By a multiplier of 0; its mask has the shape that checkpoints of before have."""
+    params = {"stem": {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}, "head": {"kernel": jnp.ones((2, 4))}}
+    config = make_tiny_config().optimizer
+    config.update(
+        multipliers=(("stem", 0.0),), prune=0.5, prune_begin="0 steps", prune_end="1 steps", prune_every="1 steps"
+    )
+    to_steps = functools.partial(durations.to_steps, batch_size=1, num_examples=9, total_steps=9)
+    optimizer = optim.make_optimizer(config, params, to_steps=to_steps)
+    state, before = optimizer.init(params), params
+    for _ in range(3):
+        updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        params = keep_pruned(optax.apply_updates(params, updates), state)
+    np.testing.assert_array_equal(params["stem"]["kernel"], before["stem"]["kernel"])
+    assert not params["head"]["kernel"].all() and state.masks["stem"]["kernel"].shape == (2, 4)
 
 
 @pytest.mark.by_turns

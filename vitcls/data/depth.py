@@ -16,7 +16,8 @@ _logger = logging.getLogger("vitcls")
 def find_max_value(images: EncodedImages) -> float:
     """The white of training images of more than 8 bits, by the largest value in any of them; 0.0 if none is met.
 
-    Images of 8 bits cost a look at the headers of a sample, no pass over the files.
+    Images of 8 bits cost a look at the headers of a sample, no pass over the files. What cannot be decoded is passed
+    over; raises UserError for what cannot be read, and where nothing can be decoded.
     """
 
     def largest(index: int, *, decode: bool = True) -> float | None:
@@ -24,16 +25,20 @@ def find_max_value(images: EncodedImages) -> float:
             encoded = images.read(index)
             if image_files.is_deep(encoded):
                 return image_files.largest_value(encoded) if decode else 0.0
-            return None
-        except (BadImage, OSError) as error:
-            raise UserError(f"image {index} of the training split: {error}") from None
+        except BadImage:
+            pass  # decoding warns of it, once
+        except OSError as error:
+            raise UserError(f"{images.name(index)} cannot be read: {error.strerror or error}") from None
+        return None
 
     sample = np.unique(np.linspace(0, len(images) - 1, _DEPTH_SAMPLE).astype(int)).tolist()
     if all(largest(index, decode=False) is None for index in sample):
         return 0.0
     with ThreadPoolExecutor(image_files.reading_threads(images)) as pool:
-        found = max(value for value in pool.map(largest, range(len(images))) if value is not None)
-    return announce_white(found)
+        found = [value for value in pool.map(largest, range(len(images))) if value is not None]
+    if not found:
+        raise UserError(f"no image of more than 8 bits can be decoded; {images.name(0)} is one of {len(images):,}")
+    return announce_white(max(found))
 
 
 def announce_white(largest: float) -> float:

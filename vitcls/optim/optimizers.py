@@ -108,11 +108,16 @@ def make_optimizer(
         scale = optax.stateless(lambda updates, _: jax.tree.map(lambda u, m: m * u, updates, multipliers))
         optimizer = optax.chain(optimizer, scale)
     settings = fill(OptimizerSettings, config, "config.optimizer")
-    return _pruned(optimizer, settings, to_steps) if settings.prune else optimizer
+    if not settings.prune:
+        return optimizer
+    return _pruned(optimizer, settings, to_steps, jax.tree.map(lambda multiplier: multiplier != 0, multipliers))
 
 
 def _pruned(
-    optimizer: optax.GradientTransformation, settings: OptimizerSettings, to_steps: Callable[[str], int]
+    optimizer: optax.GradientTransformation,
+    settings: OptimizerSettings,
+    to_steps: Callable[[str], int],
+    trained: PyTree,
 ) -> optax.GradientTransformation:
     begin, end = to_steps(settings.prune_begin), to_steps(settings.prune_end)
     if not begin <= end < to_steps("100%"):
@@ -120,7 +125,7 @@ def _pruned(
             f"config.optimizer.prune_end='{settings.prune_end}' is impossible; it must be after prune_begin="
             f"'{settings.prune_begin}' and before the end, so that what is left is fine-tuned"
         )
-    return pruning.prune(optimizer, settings.prune, begin, end, max(to_steps(settings.prune_every), 1))
+    return pruning.prune(optimizer, settings.prune, begin, end, max(to_steps(settings.prune_every), 1), trained)
 
 
 @dataclasses.dataclass(frozen=True)

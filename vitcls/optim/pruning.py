@@ -42,17 +42,27 @@ def masked(params: PyTree, masks: PyTree) -> PyTree:
 
 
 def prune(
-    optimizer: optax.GradientTransformation, fraction: float, begin: int, end: int, every: int
+    optimizer: optax.GradientTransformation,
+    fraction: float,
+    begin: int,
+    end: int,
+    every: int,
+    trained: PyTree | None = None,
 ) -> optax.GradientTransformation:
     """`optimizer` of a network whose kernels lose weights from step `begin` to `end`, and train on without them.
 
     At every `every`-th step the smallest s_t = f (1 - (1 - (t - begin) / (end - begin))^3) of each kernel are pruned, f
     being `fraction` (Zhu & Gupta 2017, arXiv 1710.01878, equation 1, from 0). Whoever adds the updates to parameters
-    calls `keep_pruned` then, as an update times a learning rate cannot make a weight exactly 0.
+    calls `keep_pruned` then, as an update times a learning rate cannot make a weight exactly 0. `trained` has a bool
+    for each parameter, False for what is frozen and stays as it is.
     """
 
+    def choose(params: PyTree, share: jax.Array | float) -> PyTree:
+        masks = magnitude_masks(params, share)
+        return masks if trained is None else jax.tree.map(lambda m, t: m if t else jnp.ones_like(m), masks, trained)
+
     def init(params: PyTree) -> PruningState:
-        return PruningState(jnp.zeros((), jnp.int32), magnitude_masks(params, 0.0), optimizer.init(params))
+        return PruningState(jnp.zeros((), jnp.int32), choose(params, 0.0), optimizer.init(params))
 
     def update(gradients: PyTree, state: PruningState, params: PyTree) -> tuple[PyTree, PruningState]:
         updates, inner = optimizer.update(masked(gradients, state.masks), state.inner, params)
@@ -60,7 +70,7 @@ def prune(
         progress = jnp.clip((step - begin) / max(end - begin, 1), 0.0, 1.0)
         share = fraction * (1 - (1 - progress) ** 3)
         due = (step >= begin) & (step <= end) & (((step - begin) % every == 0) | (step == end))
-        masks = jax.lax.cond(due, lambda: magnitude_masks(params, share), lambda: state.masks)
+        masks = jax.lax.cond(due, lambda: choose(params, share), lambda: state.masks)
         return updates, PruningState(step + 1, masks, inner)
 
     return optax.GradientTransformation(init, update)

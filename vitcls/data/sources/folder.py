@@ -23,6 +23,9 @@ SPLIT_FOLDERS = {
 }
 
 
+_LINKED = "is a linked directory; copy or move it here"
+
+
 @dataclasses.dataclass(frozen=True)
 class FileImages:
     """Images in files; see `data.images.EncodedImages`. As bytes, names are small and need not be UTF-8."""
@@ -50,20 +53,19 @@ class Folder:
 
     def load(self, config) -> Source:
         root = pathlib.Path(config.data_dir).expanduser()
-        if not config.data_dir or not root.is_dir():
+        if not config.data_dir or not os.path.isdir(root):
             raise UserError(
                 f"config.dataset.data_dir='{config.data_dir}' is not a directory; give the root of the images"
             )
         roots = _split_roots(root)
         class_names = tuple(path.name for path in _directories(roots["train"]))
         if not class_names:
-            raise UserError(
-                f"{roots['train']} has no directories; put the images of each class in a directory of its own"
-            )
+            raise _without_classes(roots["train"])
 
         for path in itertools.chain(*map(_directories, roots.values())):
             if path.name not in class_names:
-                raise UserError(f"{path} is a class that {roots['train']} does not have")
+                link = "; there it is a link, which is not followed" if (roots["train"] / path.name).is_dir() else ""
+                raise UserError(f"{path} is a class that {roots['train']} does not have{link}")
         listings = _list_classes(root, roots, class_names)
         names, keys, stamps = (
             np.concatenate([getattr(files, part) for files in listings]) for part in ("names", "keys", "stamps")
@@ -88,17 +90,37 @@ class Folder:
 
 
 def _split_roots(root: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The directory of every split; a directory without classes in it is itself a class, whatever its name."""
+    """The directory of every split.
+
+    A directory without classes in it is itself a class, whatever its name, where others beside it are no splits.
+    Raises UserError for what is a split by its name, and cannot be taken as one.
+    """
     roots = {}
+    for path in sorted(root.iterdir()):
+        if path.name in SPLIT_FOLDERS and path.is_symlink() and path.is_dir() and _directories(path):
+            raise UserError(f"{path} {_LINKED}")
     for path in _directories(root):
         split = SPLIT_FOLDERS.get(path.name)
         if split and _directories(path):
             if split in roots:
                 raise UserError(f"{roots[split]} and {path} are both the {split} split; keep one")
             roots[split] = path
+    named = [path for path in _directories(root) if path.name.lower() in SPLIT_FOLDERS]
+    if roots or (len(named) > 1 and len(named) == len(_directories(root))):
+        for path in named:
+            if path.name != path.name.lower():
+                raise UserError(f"{path} is no split by its name; call it '{path.name.lower()}'")
+            if path not in roots.values() and any(not child.name.startswith(".") for child in path.iterdir()):
+                raise _without_classes(path)
     if roots and "train" not in roots:
         raise UserError(f"{root} has a directory '{next(iter(roots.values())).name}' but no 'train'")
     return roots or {"train": root}
+
+
+def _without_classes(path: pathlib.Path) -> UserError:
+    if linked := _linked_directories(path, path):
+        return UserError(f"{path / linked[0].path} {linked[0].reason}")
+    return UserError(f"{path} has no directories; put the images of each class in a directory of its own")
 
 
 def _directories(path: pathlib.Path) -> list[pathlib.Path]:
@@ -109,7 +131,7 @@ def _directories(path: pathlib.Path) -> list[pathlib.Path]:
 
 def _linked_directories(split_root: pathlib.Path, root: pathlib.Path) -> list[SkippedFile]:
     return [
-        SkippedFile(path.relative_to(root).as_posix(), "is a linked directory; copy or move it here")
+        SkippedFile(path.relative_to(root).as_posix(), _LINKED)
         for path in sorted(split_root.iterdir())
         if path.is_symlink() and path.is_dir() and not path.name.startswith(".")
     ]
@@ -136,7 +158,7 @@ def _list_classes(root: pathlib.Path, roots: dict[str, pathlib.Path], class_name
 def _list_files(directory: str, root: str) -> _Listing:
     """Lists a class directory, which may be missing; links that lead out of the root, or to no file, are skipped."""
     real_root, below_root = os.path.realpath(root), len(os.path.join(root, ""))
-    rows, skipped, waiting = [], [], [directory]
+    rows, skipped, waiting = [], [], [] if os.path.islink(directory) else [directory]
     while waiting:
         here = waiting.pop()
         try:
