@@ -146,15 +146,17 @@ def test_a_promoted_model_is_taken_up_and_given_back_without_an_error(trained, c
         promotion.rollback(workdir)
         wait_until(lambda: sha() == first)
         assert running.predict(("a.png", png())).json()["predictions"][0]["id"] == ids
-        shutil.rmtree(challenger / "checkpoints")
+        away = (challenger / "checkpoints").rename(challenger / "away")
         promotion.promote(workdir, challenger)
         time.sleep(4)
         assert sha() == first  # what cannot be opened is not served
+        away.rename(challenger / "checkpoints")  # as a disk that comes back
+        wait_until(lambda: sha() != first)
         for load in loads:
             load.stop()
             assert not load.broken and {response.status_code for response in load.responses} == {200}
         code, log = running.stop()
-    assert code == 0 and log.count("now served: step 12 of") == 2 and log.count("cannot be served") == 1
+    assert code == 0 and log.count("now served: step 12 of") == 3 and log.count("cannot be served") == 1
 
 
 def test_feedback_is_of_an_answer(served):

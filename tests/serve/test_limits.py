@@ -19,6 +19,8 @@ from PIL import Image
 from tests.serve.running import base64_of, png, server
 from vitcls.serve.limits import Limits
 
+JSON = {"Content-Type": "application/json"}
+
 STATUSES = {200, 400, 404, 405, 408, 413, 415, 422, 431, 500, 503}
 
 
@@ -106,6 +108,30 @@ def test_pages_of_other_sites_and_other_names_are_not_answered(served):
     assert requests.post(url, data=png(), headers={"Origin": served.url}).status_code == 200
     response = requests.post(url, data=png(), headers={"Host": "evil.example"})
     assert response.status_code == 403 and "names of its own machine" in response.json()["error"]
+    for name in ("127.0.0.2:8000", "LOCALHOST", "[::1]:80"):
+        assert requests.post(url, data=png(), headers={"Host": name}).status_code == 200
+
+
+def test_words_without_images_are_few(served):
+    """Or a server would read them for seconds, and say nothing meanwhile."""
+    url, kind = f"{served.url}/v1/feedback", {"Content-Type": "application/x-www-form-urlencoded"}
+    response = requests.post(url, data=b"a=1&" * 20_000, headers=kind)
+    assert response.status_code == 413 and "at most 65,536 bytes" in response.json()["error"]
+    response = requests.post(url, data=b"a=1&" * 9, headers=kind)
+    assert response.status_code == 400 and "at most 8 fields" in response.json()["error"]
+
+
+def test_half_characters_are_no_server_error(served):
+    response = requests.post(f"{served.url}/v1/feedback", data=b'{"id": "\\ud800", "right": true}', headers=JSON)
+    assert response.status_code == 404 and response.json()["error"] == "no answer has this id"
+    form = (
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="a\\ud800.png"\r\n\r\n'
+        + png()
+        + b"\r\n--x--\r\n"
+    )
+    kind = {"Content-Type": "multipart/form-data; boundary=x; charset=unicode_escape"}
+    response = requests.post(f"{served.url}/v1/predict", data=form, headers=kind)
+    assert response.status_code in (200, 400), response.text
 
 
 @pytest.mark.by_turns

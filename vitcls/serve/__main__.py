@@ -29,6 +29,7 @@ from vitcls.core import buckets, extras
 from vitcls.core.errors import UserError
 from vitcls.export import artefact
 from vitcls.serve import databases, promotion
+from vitcls.serve.limits import is_loopback
 from vitcls.training import checkpoint, run_dir
 from vitcls.training.files import CHECKPOINTS
 
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--workers={flags.workers} must be at least 1")
     token = _token(flags.token_file)
     _check_proxy(flags.proxy)
-    if not _is_loopback(flags.host) and not token:
+    if not is_loopback(flags.host) and not token:
         raise UserError(f"--host={flags.host} can be reached from other machines: give --token_file=FILE with a token")
     listening = _listening(flags)
     _check_what(flags)
@@ -119,13 +120,6 @@ def _check_what(flags) -> None:
             trained.find_step(which)
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _listening(flags) -> socket.socket:
     """A socket on the address; raises UserError where it is taken or is none of this machine."""
     if flags.listen_fd >= 0:
@@ -164,7 +158,7 @@ async def _serve(flags, listening: socket.socket, database: str, token: str) -> 
 
     sys.setswitchinterval(5e-4)  # the event loop does not wait for threads that decode for Python's 5 ms
     service = open_service(flags, database)
-    app = make_app(service, token=token, loopback=_is_loopback(flags.host))
+    app = make_app(service, token=token, loopback=is_loopback(flags.host))
     config = uvicorn.Config(
         app,
         log_level="error",

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vitcls.core.errors import RunError
 from vitcls.serve import bodies, openapi
-from vitcls.serve.limits import Refused
+from vitcls.serve.limits import Refused, is_loopback
 from vitcls.serve.service import Service
 
 _logger = logging.getLogger("vitcls")
@@ -28,7 +28,6 @@ _PAGE = {
     "/docs": ("docs.html", "text/html; charset=utf-8"),
 }
 _OPEN = {*_PAGE, "/healthz", "/readyz"}  # without a token: nothing of the model or of anybody is there
-_LOOPBACK = {"localhost", "127.0.0.1", "[::1]", "::1"}
 _EXPLANATION = 120.0  # seconds
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
@@ -223,7 +222,7 @@ class _Guard:
         """Why a request is not let in: a page of another site that acts for a user, a wrong name, no token."""
         host = headers.get(b"host", b"").decode("latin-1")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
-        if self._loopback and name not in _LOOPBACK:
+        if self._loopback and not is_loopback(name.strip("[]")):
             return _error(403, "this server answers by the names of its own machine alone, as 127.0.0.1")
         foreign = b"origin" in headers and headers[b"origin"].decode("latin-1").partition("://")[2] != host  # or 'null'
         site = headers.get(b"sec-fetch-site", b"none")

@@ -13,6 +13,9 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from vitcls.serve.limits import Limits, Refused
 
 _FORMS = "multipart/form-data"
+_WORDS = "application/x-www-form-urlencoded"  # words alone, as `curl -d` sends them
+_WORDS_BYTES = 65_536
+_FIELDS = 8  # of a form
 
 
 class Upload(NamedTuple):
@@ -38,8 +41,8 @@ async def read(request: Request, limits: Limits) -> Body:
     data = await _all(request, limits)
     if kind == "application/json":
         return _json(data, limits)
-    if kind == "application/x-www-form-urlencoded":  # words alone, as `curl -d` sends them
-        return Body([], dict(urllib.parse.parse_qsl(data.decode(errors="replace"))))
+    if kind == _WORDS:
+        return _words(data)
     if kind.startswith("image/") or kind in ("", "application/octet-stream"):
         return _bounded(Body([Upload("", data)] if data else [], {}), limits)
     raise Refused(415, f"send images as {_FORMS}, image/*, application/octet-stream or application/json")
@@ -62,12 +65,21 @@ async def _all(request: Request, limits: Limits) -> bytes:
     return b"".join([chunk async for chunk in _chunks(request, limits)])
 
 
+def _words(data: bytes) -> Body:
+    if len(data) > _WORDS_BYTES:
+        raise Refused(413, f"words without images have at most {_WORDS_BYTES:,} bytes; send images as {_FORMS}")
+    try:
+        return Body([], dict(urllib.parse.parse_qsl(data.decode(errors="replace"), max_num_fields=_FIELDS)))
+    except ValueError:
+        raise Refused(400, f"a form has at most {_FIELDS} fields") from None
+
+
 async def _form(request: Request, limits: Limits) -> Body:
     parser = MultiPartParser(
         request.headers,
         _chunks(request, limits),
         max_files=limits.images + 1,  # one too many is told below
-        max_fields=8,
+        max_fields=_FIELDS,
         max_part_size=4096,
     )
     parser.spool_max_size = limits.body_bytes  # in memory: nothing touches the disk
@@ -75,11 +87,12 @@ async def _form(request: Request, limits: Limits) -> Body:
     try:
         form = await parser.parse()
         uploads, fields = [], {}
-        for name, value in form.multi_items():
+        for field, value in form.multi_items():
             if isinstance(value, UploadFile):
-                uploads.append(Upload(value.filename or "", await value.read()))
+                name = (value.filename or "").encode(errors="replace").decode()  # a charset may make half characters
+                uploads.append(Upload(name, await value.read()))
             else:
-                fields[name] = value
+                fields[field] = value
     except MultiPartException as error:
         raise Refused(400, f"the form cannot be read: {error.message}") from None
     except (UnicodeError, ValueError, KeyError, AttributeError, AssertionError):

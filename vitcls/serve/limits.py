@@ -1,6 +1,7 @@
 """What a service refuses, and how it says so."""
 
 import dataclasses
+import ipaddress
 
 
 class Refused(Exception):
@@ -25,3 +26,11 @@ class Limits:
     def body_bytes(self) -> int:
         """All images as base64, and some words."""
         return min(self.images, 4) * self.image_bytes * 4 // 3 + 2**16
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address means this machine alone, whatever a name server says."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

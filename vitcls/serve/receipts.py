@@ -157,7 +157,9 @@ class Receipts:
     def _write(self, rows: list[dict]) -> None:
         with self._store.writing() as connection:
             insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name]
-            connection.execute(insert(_answers).on_conflict_do_nothing(), rows)
+            again = insert(_answers)  # of an answer that was given before, which is new once more
+            newer = {name: again.excluded[name] for name in ("answered_at", "source", "step")}
+            connection.execute(again.on_conflict_do_update(index_elements=_answers.primary_key, set_=newer), rows)
             self._since_pruned += len(rows)
             if self._since_pruned >= self._most // 10:
                 newest = sql.select(_answers.c.answered_at).order_by(_answers.c.answered_at.desc())

@@ -5,7 +5,9 @@ import collections
 import concurrent.futures
 import contextlib
 import logging
+import math
 import os
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +30,7 @@ from vitcls.serve.receipts import Receipt, Receipts
 _RECENT_BYTES = 64 * 2**20  # of files that feedback may name by an id alone
 _SMALL = 2**14  # pixels of an image that is decoded at once, if its file is small too
 _LOOK = 2.0  # seconds between two looks at what is to be served
+_LONGEST_PAUSE = 60.0  # before what could not be loaded is tried again
 _logger = logging.getLogger("vitcls")
 
 
@@ -36,6 +39,10 @@ class Source(NamedTuple):
 
     name: str  # a workdir or a file
     since: str | None = None  # when it was promoted, or what was promoted was withdrawn (ISO 8601, UTC)
+
+
+class _Unfit(errors.UserError):
+    """A model that cannot take the place of the one that is served, however often it is tried."""
 
 
 class Service:
@@ -112,16 +119,21 @@ class Service:
 
     async def _follow(self) -> None:
         """Takes up another model as soon as it is compiled; requests go on meanwhile, each batch with one model."""
-        refused, warned = None, ""
+        failed, pause, again, warned = None, 0.0, 0.0, ""
         while True:
             await asyncio.sleep(_LOOK)
             try:
                 source = await self._aside(self._source_now)
-                if source not in (self._source, refused):
-                    refused = source
-                    await self._take_up(source)
-                    refused, warned = None, ""
+                if source != failed:
+                    failed, pause, again = None, _LOOK, 0.0
+                if source == self._source or time.monotonic() < again:
+                    continue
+                failed, pause, again = source, min(2 * pause, _LONGEST_PAUSE), time.monotonic() + pause
+                await self._take_up(source)
+                failed, warned = None, ""
             except Exception as error:  # what is served goes on
+                if isinstance(error, _Unfit):
+                    again = math.inf
                 warning = " ".join(str(error).split())
                 if warning != warned:
                     _logger.warning("what was promoted cannot be served: %s", warning)
@@ -130,7 +142,7 @@ class Service:
     async def _take_up(self, source: Source) -> None:
         model, before = await self._compiled(source), self.batcher.model
         if (model.image_shape, model.decoding) != (before.image_shape, before.decoding):
-            raise errors.UserError(f"{source.name} wants images of {model.image_shape}, not {before.image_shape}")
+            raise _Unfit(f"{source.name} wants images of {model.image_shape}, not {before.image_shape}")
         self.batcher.model, self._source = model, source
         self.gauges.model(model.version, before.version)
         _logger.info("now served: step %d of %s", model.about["checkpoint"]["step"], source.name)
@@ -226,6 +238,8 @@ class Service:
 
     async def _receipt(self, id: str, uploads: list[Upload]) -> Receipt:
         """That of an answer; one that another process has just given may not be written yet, but can be made again."""
+        if not id.isascii():  # half characters could not be looked up
+            raise Refused(404, "no answer has this id")
         found = await self._aside(self._receipts.find, id)
         if not found and uploads:
             with contextlib.suppress(BadImage, Busy), self.batcher.room(1):
