@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitcls import cli, config, evaluate, main, predict
+from vitcls import cli, config, config_file, evaluate, main, predict, unknown
 from vitcls.core.errors import UserError
 from vitcls.models.variables import variable_shapes
 from vitcls.train import train_and_evaluate
@@ -244,6 +244,9 @@ def test_evaluate_needs_nothing_but_the_workdir(trained, capsys, monkeypatch, tm
         (["--workdir=nowhere"], "is not the workdir of a run"),
         (["--workdir=ftp://bucket/run"], "--workdir=ftp://bucket/run cannot be used; give a directory"),
         (["--workdir={trained}", "--checkpoint=5"], "checkpoint '5' is not there"),
+        (["--workdir={trained}", "--checkpoint=012"], "checkpoint '012' is not there"),
+        (["--workdir={trained}", "--checkpoint=" + 5_000 * "9"], "is not there"),
+        (["--workdir=" + 300 * "w"], "is not the workdir of a run"),
         (["--workdir={trained}", "--split=tset"], "--split"),
         ([], "--workdir"),
         (["--wrkdir={trained}"], "did you mean '--workdir'?"),
@@ -256,12 +259,20 @@ def test_evaluate_says_what_is_wrong(trained, arguments, words, capsys):
     assert words in err
 
 
+def test_a_name_that_is_too_long_is_one_line(capsys, tmp_path):
+    name = tmp_path / (300 * "w")
+    for command, arguments in ((main.main, [DIGITS]), (unknown.main, [f"--workdir={tmp_path}", f"--ood={name}"])):
+        code, _, err = run(command, [*arguments, f"--workdir={name}"], capsys)
+        assert code == 2 and len(err.splitlines()) == 1, err
+    assert not list(tmp_path.iterdir())
+
+
 def test_predict_labels_files_and_names_those_it_cannot_read(trained, capsys, tmp_path):
     good = tmp_path / "good.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(good)
     page = tmp_path / "page.jpg"
     page.write_text("<html>not found</html>")
-    files = [str(good), str(page), str(tmp_path / "missing.png"), str(good)]
+    files = [str(good), str(page), str(tmp_path / "missing.png"), str(tmp_path / (300 * "n")), str(good)]
 
     code, out, err = run(predict.main, [f"--workdir={trained}", "--json", *files], capsys)
     assert code == 2
@@ -271,7 +282,7 @@ def test_predict_labels_files_and_names_those_it_cannot_read(trained, capsys, tm
     assert [row["probability"] for row in rows[0]["top"]] == sorted(
         (r["probability"] for r in rows[0]["top"]), reverse=True
     )
-    assert "page.jpg" in err and "missing.png" in err and "good.png" not in err
+    assert "page.jpg" in err and "missing.png" in err and "good.png" not in err and "n: File name too long" in err
 
     code, out, _ = run(predict.main, [f"--workdir={trained}", str(good)], capsys)
     assert code == 0
@@ -336,6 +347,40 @@ def test_the_first_of_several_processes_predicts_alone(trained, capsys, tmp_path
             monkeypatch.setenv(f"SLURM_{name}", value)
         code, out, _ = run(predict.main, [f"--workdir={trained}", str(tmp_path / "black.png")], capsys)
         assert (code, bool(out)) == (0, process == "0")
+
+
+def test_predict_names_links_that_it_does_not_follow(trained, capsys, tmp_path):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "ok.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "none.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (tmp_path / "linked").symlink_to(trained, target_is_directory=True)
+    code, out, err = run(predict.main, [f"--workdir={trained}", "--json", str(tmp_path)], capsys)
+    assert code == 2 and len(out.splitlines()) == 1 and "3 of 4 files could not be read" in err
+    assert all(f"{tmp_path}/{name}: " in err for name in ("gone.png", "loop.png", "linked"))
+
+
+def test_a_config_file_may_be_called_and_written_as_python_allows(tmp_path):
+    text = """
+from __future__ import annotations
+import dataclasses
+from tests.conftest import make_tiny_config
+
+@dataclasses.dataclass
+class Sizes:
+    batch: int = 4
+
+def get_config(preset=""):
+    config = make_tiny_config()
+    config.batch_size = Sizes().batch + len(preset)
+    return config
+"""
+    for file in (tmp_path / "a:b" / "tiny.py", tmp_path / "tiny", tmp_path / "c:d"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+        assert config_file.load(file).batch_size == 4
+        assert config_file.load(f"{file}:x:y/z.py").batch_size == 4 + len("x:y/z.py")
+    with pytest.raises(UserError, match=f"the config file '{tmp_path}/none.py' is not there"):
+        config_file.load(f"{tmp_path}/none.py:preset")
 
 
 def test_predict_moves_the_weights_to_the_device_once(trained, tmp_path, monkeypatch):

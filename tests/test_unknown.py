@@ -1,5 +1,6 @@
 """vitcls unknown: images of something else, the threshold that predict keeps to, and what is refused."""
 
+import itertools
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.serve.running import png
 from vitcls import cli, predict, train, unknown
 
 
@@ -143,5 +145,26 @@ def test_the_runs_own_file_is_nothing_unknown(tiny_config, no_pictures, tmp_path
     tiny_config.dataset.update(name="npz", data_dir=str(tmp_path / "own.npz"))
     tiny_config.total = "2 steps"
     train.train_and_evaluate(tiny_config, tmp_path / "run")
-    code, _, err = call(unknown, ["--workdir=run", "--ood=own.npz"], capsys)
-    assert code == 2 and "--ood=own.npz is what the run was trained on" in err and len(err.splitlines()) == 1
+    (tmp_path / "alias.npz").symlink_to("own.npz")
+    for name in ("own.npz", "alias.npz"):
+        code, _, err = call(unknown, ["--workdir=run", f"--ood={name}"], capsys)
+        assert code == 2 and f"--ood={name} is what the run was trained on" in err and len(err.splitlines()) == 1
+    shutil.move("own.npz", "moved.npz")
+    code, _, err = call(unknown, ["--workdir=run", "--ood=moved.npz", "--data_dir=moved.npz"], capsys)
+    assert code == 2 and "--ood=moved.npz is what the run was trained on" in err
+
+
+def test_the_runs_own_folder_is_nothing_unknown(tiny_config, no_pictures, tmp_path, capsys):
+    """By its files, however they are reached; what else is in the folder is something else."""
+    root = tmp_path / "photos"
+    for place, number in itertools.product(("train/a", "train/b", "test/a", "test/b", "others"), range(12)):
+        (root / place).mkdir(parents=True, exist_ok=True)
+        (root / place / f"{number}.png").write_bytes(png(number))
+    tiny_config.dataset.update(name="folder", data_dir=str(root))
+    tiny_config.total = "2 steps"
+    train.train_and_evaluate(tiny_config, tmp_path / "run")
+    (tmp_path / "alias").symlink_to(root)
+    for place in (root, root / "test", root / "train" / "a", tmp_path / "alias", tmp_path / "alias" / "test"):
+        code, _, err = call(unknown, [f"--workdir={tmp_path}/run", f"--ood={place}"], capsys)
+        assert code == 2 and f"--ood={place} is what the run was trained on" in err
+    assert call(unknown, [f"--workdir={tmp_path}/run", f"--ood={root}/others"], capsys)[0] == 0

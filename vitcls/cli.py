@@ -193,6 +193,9 @@ def run(command: Callable[[list[str]], int | None], argv: list[str] | None = Non
         if _watch is None and isinstance(error, OSError) and error.errno in _FULL:
             print(f"failed: {one_line(error)}; make room and run it again", file=sys.stderr)
             return 1
+        if _watch is None and isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            print(f"error: a name is too long for the disk: {one_line(error)}", file=sys.stderr)
+            return 2
         if _watch is None:
             raise
         _watch.wait(error)

@@ -2,11 +2,12 @@
 
 import ast
 import difflib
+import importlib.machinery
 import importlib.util
 import inspect
 import os
-import pathlib
 import re
+import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ def load(file: os.PathLike | str, overrides: Mapping[str, Any] | Sequence[tuple[
 
     Raises UserError, one line, for whatever is wrong with the file or an override.
     """
-    config, path = call(file, "get_config"), os.fspath(file).partition(":")[0]
+    config, path = call(file, "get_config"), _parts(file)[0]
     if not isinstance(config, ConfigDict) or not isinstance(config.get("model"), ConfigDict) or "dataset" not in config:
         raise UserError(f"get_config() of {path} does not return what `default_config(model_name)` made")
     pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
@@ -45,7 +46,7 @@ def call(file: os.PathLike | str, function: str) -> Any:
 
     Raises UserError, one line, for whatever is wrong with the file.
     """
-    path, _, preset = os.fspath(file).partition(":")
+    path, preset = _parts(file)
     if not os.path.isfile(path):
         what = (
             "is a directory; name a file in it" if os.path.isdir(path) else "is not there; see the directory configs/"
@@ -59,10 +60,20 @@ def call(file: os.PathLike | str, function: str) -> Any:
         raise UserError(_words(error, path)) from None
 
 
+def _parts(file: os.PathLike | str) -> tuple[str, str]:
+    """The path and the preset, or ''; both may have colons in them."""
+    text = os.fspath(file)
+    ends = [i for i, character in enumerate(text) if character == ":"]
+    end = next((i for i in [len(text), *ends] if os.path.isfile(text[:i])), ends[0] if ends else len(text))
+    return text[:end], text[end + 1 :]
+
+
 def _run(path: str, preset: str, function: str) -> Any:
-    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    name = f"vitcls.config_file:{path}"
+    loader = importlib.machinery.SourceFileLoader(name, path)  # whatever the file's name ends in
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    sys.modules[name] = module  # where dataclasses look for their module
+    loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         raise UserError(f"{path} has no function {function}(), which returns {_RETURNS[function]}")
     parameters = list(inspect.signature(getattr(module, function)).parameters.values())

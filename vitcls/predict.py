@@ -234,10 +234,10 @@ def files_of(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
     """The paths, each directory as the files below it by their names; raises UserError for one without files."""
     files = []
     for path in paths:
-        if not path.is_dir():
+        if not os.path.isdir(path):  # of a name that is too long, too
             files.append(path)
             continue
-        below = sorted(file for file in path.rglob("*") if file.is_file())
+        below = sorted(file for file in path.rglob("*") if file.is_symlink() or file.is_file())  # of links each is read
         shown = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
         if not shown:
             raise UserError(f"{path} holds no files; give image files, or a directory of them")

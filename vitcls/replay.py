@@ -30,13 +30,24 @@ def replay(id: str, databases: Sequence[str], image: pathlib.Path | None = None,
     with extras.needed("vitcls replay", "serve"):
         from vitcls.serve import receipts
 
+    passed_over = ""
     for database in databases:
-        with contextlib.closing(open_store(database, create=False)) as store:
-            if found := receipts.find(store, id):
+        try:
+            with contextlib.closing(open_store(database, create=False)) as store:
+                found = receipts.find(store, id)
+        except (UserError, RunError) as error:
+            if len(databases) == 1:
+                raise
+            passed_over = f"; passed over: {error}"
+            continue
+        if found:
+            with contextlib.closing(open_store(database, create=False)) as store:
                 data = _image(store, found[0], image)
-                return [_again(receipt, data, workdir) for receipt in found]
+            return [_again(receipt, data, workdir) for receipt in found]
     where = databases[0] if len(databases) == 1 else f"{len(databases)} databases, the newest of them {databases[0]}"
-    raise UserError(f"no answer has the id {id} in {where}; they keep the newest; --database=URL names another")
+    raise UserError(
+        f"no answer has the id {id} in {where}; they keep the newest; --database=URL names another{passed_over}"
+    )
 
 
 def _image(store, receipt, image: pathlib.Path | None) -> bytes:

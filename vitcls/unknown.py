@@ -19,12 +19,13 @@ from vitcls import cli, data, predict
 from vitcls.core import buckets
 from vitcls.core.errors import UserError
 from vitcls.data.images import LUMA
+from vitcls.data.sources.folder import FileImages
 from vitcls.metrics.promises import proportion
 from vitcls.metrics.unknown import FEWEST, SCORES, auroc, separation, threshold
 from vitcls.report import findings
 from vitcls.report.findings import Plot, Table, Text, ends, ends_of, interval
 from vitcls.report.part import Part
-from vitcls.training import novelty, places
+from vitcls.training import novelty, places, run_dir
 from vitcls.training.files import UNKNOWN_ARRAYS, UNKNOWN_FILE
 from vitcls.training.novelty import Novelty
 from vitcls.training.opened import Opened, open_with_data
@@ -56,7 +57,8 @@ def unknown(
     UserError, before anything is written, where a workdir or images are not there.
     """
     opened = open_with_data(path, splits=("train", "validation", "test"), checkpoint=checkpoint, data_dir=data_dir)
-    strangers = {name: _strangers(opened, name, ood_data_dir) for name in ood}
+    own_place = run_dir.data_dir(opened.trained.path, opened.trained.config, data_dir)
+    strangers = {name: _strangers(opened, name, ood_data_dir, own_place) for name in ood}
     for name, split in strangers.items():
         if len(split.labels) < 2:
             raise UserError(f"--ood={name} has one image, which cannot both choose the score and measure it; give more")
@@ -114,23 +116,39 @@ def _scores(opened: Opened, fitted: dict[str, Any], split: data.Split | None) ->
     return {name: score(outputs) for name, score in fitted.items()}
 
 
-def _strangers(opened: Opened, name: str, data_dir: str) -> data.Split:
-    """Images of something else, as the model sees images; the labels are not looked at."""
-    place, own = pathlib.Path(name), opened.trained.config.dataset
-    if place.is_dir() or name.endswith(".npz"):
-        is_own = os.path.abspath(name) == own.data_dir
+def _strangers(opened: Opened, name: str, data_dir: str, own_place: str) -> data.Split:
+    """Images of something else, as the model sees images; the labels are not looked at.
+
+    `own_place` is where the data of the run are now.
+    """
+    own, is_folder = opened.trained.config.dataset, os.path.isdir(name)
+    if is_folder or name.endswith(".npz"):
+        is_own = os.path.realpath(name) == os.path.realpath(own_place) if own_place else False
     else:
-        is_own = name == own.name and (name not in ("folder", "npz") or data_dir in ("", own.data_dir))
+        is_own = name == own.name and (name not in ("folder", "npz") or data_dir in ("", own_place))
+    files = []
+    if is_folder and not is_own:
+        files = sorted(p for p in pathlib.Path(name).rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+        own_files = _own_files(opened)
+        is_own = any(os.path.realpath(file) in own_files for file in files)
     if is_own:
         raise UserError(f"--ood={name} is what the run was trained on; give images of something else")
-    if place.is_dir():
-        files = sorted(p for p in place.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    if is_folder:
         if not files:
             raise UserError(f"--ood={name} has no images")
         chosen = np.random.default_rng(0).permutation(len(files))[:_MOST]
         images = predict.read_all([files[i] for i in np.sort(chosen)], opened.trained)
         return data.Split(images, np.zeros(len(images), np.int32))
     return _take(_test_of(opened, name, data_dir), opened.trained.info.image_shape)
+
+
+def _own_files(opened: Opened) -> frozenset[str]:
+    """The files of a run on a folder, by their whole paths."""
+    splits = (opened.files.train, opened.files.validation, opened.files.test)
+    images = [split.images for split in splits if split is not None and isinstance(split.images, FileImages)]
+    return frozenset(
+        os.path.join(os.path.realpath(each.root), os.fsdecode(name)) for each in images for name in each.names
+    )
 
 
 def _place(name: str) -> str:

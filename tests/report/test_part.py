@@ -75,6 +75,17 @@ def test_what_a_killed_one_has_left_is_taken_over(holder, tmp_path):
     assert [path.name for path in (tmp_path / "out" / "report").iterdir()] == ["whole.png"]
 
 
+def test_what_was_there_is_back_where_one_was_killed_between_two_moves(tmp_path):
+    """Also where the next one fails."""
+    old = tmp_path / ".report.old"
+    old.mkdir()
+    (old / "metrics.json").write_text("{}")
+    with pytest.raises(RuntimeError), Part(tmp_path / "report"):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+    assert (tmp_path / "report" / "metrics.json").read_text() == "{}"
+
+
 def test_nothing_is_left_of_work_that_fails(tmp_path):
     with pytest.raises(ZeroDivisionError), Part(tmp_path / "a" / "b" / "report"):
         1 / 0  # noqa: B018

@@ -22,7 +22,7 @@ from vitcls.metrics.significance import mcnemar_exact_one_sided
 from vitcls.retrain.__main__ import main
 from vitcls.retrain.collect import is_held_out
 from vitcls.retrain.verdict import ALPHA, Verdict
-from vitcls.serve.promotion import current
+from vitcls.serve.promotion import current, promote
 from vitcls.train import train_and_evaluate
 from vitcls.training import build, novelty, run_dir
 from vitcls.training.opened import open_with_data
@@ -154,7 +154,14 @@ def test_the_whole_loop(loop, capsys, no_pictures):
     assert third.config.optimizer.learning_rate == second.config.optimizer.learning_rate
     assert not third.config.dataset.corrections.startswith(str(root / "run2"))
 
-    assert cli.run(main, [f"--workdir={root}/run", "--rollback"]) == 0
+    promote(root / "run", root / "run3")
+    capsys.readouterr()
+    assert retrain(root) == 2  # it would be compared with what is served no more
+    assert f"{root}/run3 is served for {root}/run by now" in capsys.readouterr().err
+    for _ in range(2):
+        assert cli.run(main, [f"--workdir={root}/run", "--rollback"]) == 0
+    assert current(root / "run") == root / "run"
+    assert retrain(root) == 2 and "was promoted" in capsys.readouterr().err
     assert current(root / "run") == root / "run"
 
 

@@ -1,5 +1,6 @@
 """A receipt is enough to compute an answer again, to the bit, or to say what is another."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -10,8 +11,9 @@ import requests
 
 from tests.serve.running import png, server
 from vitcls import calibrate, cli, replay
+from vitcls.core.errors import UserError
 from vitcls.feedback.store import open_store
-from vitcls.serve import databases
+from vitcls.serve import databases, receipts
 
 
 def again(capsys, *arguments):
@@ -45,6 +47,14 @@ def test_an_answer_is_computed_again(answered, capsys):
     assert again(capsys, id, f"--database=sqlite:///{workdir}/feedback.db", f"--image={file}")[0] == 0
     assert again(capsys, id, f"--image={file}")[0] == 0
     assert again(capsys, corrected)[0] == 0
+    damaged = file.with_name("other") / "feedback.db"
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"no database")
+    databases.remember(databases.url(damaged))  # as the newest, which no longer hides the others
+    assert again(capsys, id, f"--image={file}")[0] == 0
+    code, said = again(capsys, "1" * 32)
+    assert code == 2 and "passed over: " in said and "other/feedback.db" in said
+    damaged.unlink()
     other = file.with_name("b.png")
     other.write_bytes(png(6))
     for arguments, words in (
@@ -116,6 +126,21 @@ def test_figures_are_those_of_the_checkpoint(trained, tmp_path):
     last, earlier = model.of_workdir(workdir).about, model.of_workdir(workdir, "8").about
     assert last["test"]["num_examples"] == 24 and last["calibrated"]
     assert earlier["checkpoint"]["step"] == 8 and earlier["test"] == {} and not earlier["calibrated"]
+    for damaged in ('{"checkpoint_step": 12, "acc', "[]"):
+        (workdir / "report" / "metrics.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"metrics.json cannot be read .*; run vitcls evaluate again"):
+            model.of_workdir(workdir)
+
+
+def test_the_newest_receipts_are_kept_by_when_they_were_given_last(tmp_path):
+    receipt = receipts.Receipt("", 1, "cpu", 0.0, "m", "{}", "run", 1, "f" * 64, b"", "class 0", 0.5)
+    with contextlib.closing(open_store(f"sqlite:///{tmp_path}/f.db")) as store:
+        kept = receipts.Receipts(store, most=10)
+        for time, id in enumerate([*"abcdefghij", "a", "k"]):
+            kept.add(receipt._replace(id=id, answered_at=float(time), step=time))
+            kept.flush()
+        assert [one.step for one in kept.find("a")] == [10]
+        assert not kept.find("b") and kept.find("k")
 
 
 def test_a_batch_does_not_change_the_bits_of_its_images(trained):

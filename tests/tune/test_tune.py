@@ -109,6 +109,23 @@ def test_no_combination_is_tried_twice(method):
     assert search.combinations(SPACE) == math.inf
 
 
+@pytest.mark.parametrize("method", search.METHODS[:2])
+@pytest.mark.parametrize(
+    ("keys", "count"),
+    [
+        ({"model.depth": Number(1, 7)}, 7),
+        ({"a": Choice((0, 1)), "b": Choice((1, 2, 3), {"a": 1}), "c": Number(0.0, 1.0, only_if={"b": 4})}, 4),
+    ],
+)
+def test_whole_ranges_and_keys_that_depend_on_others_have_an_end(method, keys, count):
+    space, ended = Space(keys), []
+    assert search.combinations(space) == count
+    for number in range(count):
+        values = search.propose(space, method, 0, number, ended, maximize=True)
+        ended.append(Trial(number, values, {"6": 0.5}, "finished"))
+    assert len({json.dumps(trial.values) for trial in ended}) == count
+
+
 @pytest.mark.parametrize("method", ["tpe", "random"])
 def test_a_proposal_depends_on_the_seed_and_what_ended_before_alone(method):
     ended = []

@@ -149,9 +149,16 @@ def test_the_next_is_the_second_of_the_table_also_where_it_ties_with_the_best():
     assert second.endswith("and takes 15 min.")
 
 
-@pytest.mark.parametrize(("right", "words"), [(280, "More images will help"), (319, "will not change much")])
-def test_more_images_are_advised_where_the_last_ones_helped(right, words):
-    cells = [cell("probe", 0.25, 200, 5), cell("probe", 0.5, right, 10), cell("probe", 1.0, 320, 20)]
+@pytest.mark.parametrize(
+    ("right", "draws", "words"),
+    [
+        (280, 0, "More images will help"),
+        (319, 0, "will not change much"),
+        (319, 1, "do not tell whether more images help"),  # as where the two are wrong about other images
+    ],
+)
+def test_more_images_are_advised_where_the_last_ones_helped(right, draws, words):
+    cells = [cell("probe", 0.25, 200, 5), cell("probe", 0.5, right, 10, draws), cell("probe", 1.0, 320, 20)]
     assert words in results.advice(cells)[-1] and "from 250 to 500 images" in results.advice(cells)[-1]
 
 

@@ -32,6 +32,7 @@ class Part(contextlib.AbstractContextManager):
         self._patience = patience
         self.directory = pathlib.Path(os.path.realpath(directory))  # what a link means, which stays
         self.new = self.directory.with_name(f".{self.directory.name}.new")  # to be filled
+        self._old = self.directory.with_name(f".{self.directory.name}.old")  # while the two change places
 
     def __enter__(self) -> "Part":
         self._made = [path for path in self.directory.parents if not path.exists()]
@@ -42,6 +43,8 @@ class Part(contextlib.AbstractContextManager):
         except OSError as error:
             self._remove_parents()
             raise UserError(f"{self.directory} cannot be written: {error.strerror or error}") from None
+        if self._old.exists() and not self.directory.exists():  # of a process that was killed between two moves
+            self._old.rename(self.directory)
         for path in self.new.iterdir():  # of a killed process
             if path.name != _LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -55,14 +58,13 @@ class Part(contextlib.AbstractContextManager):
 
     def replace(self) -> None:
         """Puts what was made in the place of the directory, or where there is none yet; the claim ends."""
-        old = self.directory.with_name(f".{self.directory.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self._old, ignore_errors=True)
         if self.directory.exists():
-            self.directory.rename(old)
+            self.directory.rename(self._old)
         self.new.rename(self.directory)  # still locked, or another could claim it half-way
         (self.directory / _LOCK).unlink()
         self._lock.close()
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self._old, ignore_errors=True)
 
     def _wait_for_it(self) -> IO[str]:
         end, told = time.monotonic() + self._patience, False

@@ -53,6 +53,7 @@ def main(argv: list[str]) -> None:
     found = verdict.judge(pathlib.Path(config.init.weights), out, data_dir=flags.data_dir)
     found.write(out)
     if found.promoted:
+        _check_is_served(workdir, pathlib.Path(config.init.weights), out)  # another may have been promoted meanwhile
         promotion.promote(workdir, out)
     print(found.words())
 
@@ -93,6 +94,7 @@ def retrained(workdir: pathlib.Path, flags: argparse.Namespace, overrides: list)
         if not begun.dataset.corrections or not begun.init.weights:
             raise UserError(f"--out={out} holds a run that retrain has not begun; name another directory")
         champion = run_dir.open_workdir(begun.init.weights)
+        _check_is_served(workdir, champion.path, out)
         config = _config(champion, out, flags, overrides)
         _logger.info("goes on with the feedback that it began with; what has come since is for another --out")
         return config
@@ -102,6 +104,20 @@ def retrained(workdir: pathlib.Path, flags: argparse.Namespace, overrides: list)
         shutil.rmtree(out / CORRECTIONS)
     _collect(flags.feedback, champion, config.dataset.data_dir, out / CORRECTIONS)
     return config
+
+
+def _check_is_served(workdir: pathlib.Path, champion: pathlib.Path, out: pathlib.Path) -> None:
+    """Raises UserError where a run is served by now that `out` is not compared with, or `out` was withdrawn."""
+    try:
+        served = promotion.current(workdir)
+    except UserError:  # that run is gone, and any is better
+        return
+    if served.resolve() not in (champion.resolve(), out.resolve()):
+        raise UserError(
+            f"{served} is served for {workdir} by now, and --out={out} began from {champion}; name another --out"
+        )
+    if served.resolve() != out.resolve() and promotion.was_withdrawn(workdir, out):
+        raise UserError(f"--out={out} was promoted for {workdir} and withdrawn; name another --out")
 
 
 def _config(champion: run_dir.Workdir, out: pathlib.Path, flags: argparse.Namespace, overrides: list):

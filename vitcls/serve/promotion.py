@@ -28,6 +28,12 @@ def since(workdir: pathlib.Path) -> str | None:
     return history[-1]["time"] if history else None
 
 
+def was_withdrawn(workdir: pathlib.Path, run: pathlib.Path) -> bool:
+    """Whether a run was promoted for a workdir once, and given up by `rollback`."""
+    event = f"withdrew {_name(workdir, run)}"
+    return any(isinstance(each, dict) and each.get("event") == event for each in _read(workdir)["history"])
+
+
 def promote(workdir: pathlib.Path, challenger: pathlib.Path) -> None:
     """Has the run `challenger` served for a workdir from now on; nothing changes where it is already.
 
@@ -36,7 +42,7 @@ def promote(workdir: pathlib.Path, challenger: pathlib.Path) -> None:
     ours, theirs = run_dir.open_workdir(workdir).info, run_dir.open_workdir(challenger).info
     if ours.class_names != theirs.class_names:
         raise UserError(f"{challenger} tells other classes apart than {workdir}, and cannot be served in its place")
-    record, name = _read(workdir), os.path.relpath(challenger.resolve(), workdir.resolve())
+    record, name = _read(workdir), _name(workdir, challenger)
     if name != (record["served"] or ["."])[-1]:
         _write(workdir, [*record["served"], name], record["history"], f"promoted {name}")
 
@@ -69,6 +75,10 @@ def _write(workdir: pathlib.Path, served: list[str], history: list[dict], event:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = {"served": served, "history": [*history, {"time": now, "event": event}]}
     run_dir.write_atomically(workdir / SERVED_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def _name(workdir: pathlib.Path, run: pathlib.Path) -> str:
+    return os.path.relpath(run.resolve(), workdir.resolve())
 
 
 def _place(workdir: pathlib.Path, name: str) -> pathlib.Path:

@@ -66,8 +66,13 @@ class Workdir:
     def reported(self, step: int) -> dict[str, Any]:
         """metrics.json of the report, where it is of the checkpoint of this step; else {}."""
         report = self.path / "report" / "metrics.json"
-        metrics = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
-        return metrics if metrics.get("checkpoint_step") == step else {}
+        try:
+            metrics = json.loads(report.read_text(encoding="utf-8"))
+            return metrics if metrics.get("checkpoint_step") == step else {}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{report} cannot be read ({error}); run vitcls evaluate again") from None
 
     def find_step(self, which: str) -> int:
         """The step of the checkpoint 'last', 'best' or a number; it is whole. Raises UserError where there is none."""
@@ -80,7 +85,7 @@ class Workdir:
             step = checkpoint.latest_whole(folder, quarantine=False)
         elif which == "best":
             step = checkpoint.best(folder, self.config.checkpoint.metric)
-        elif which.isdecimal() and int(which) in checkpoint.steps(folder):
+        elif which in map(str, checkpoint.steps(folder)):
             step = int(which)
             if problem := checkpoint.damage(folder / which):
                 raise UserError(f"checkpoint {folder / which} cannot be used: {problem}")

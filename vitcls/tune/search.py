@@ -18,6 +18,7 @@ METHODS = ("tpe", "random", "grid")
 PRUNERS = ("none", "median", "hyperband")
 _GRID_POINTS = 5  # of a range
 _DRAWS = 20  # for values that were not tried yet
+_MANY = 10_000  # combinations, which no search tries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ def propose(
 ) -> dict | None:
     """The values of trial `number`, given those that have ended; None where a grid has no more.
 
-    What has ended is not proposed again where draws, or else the grid, find anything else.
+    What has ended is not proposed again where there is anything else that draws, or else a grid, can find.
     """
     if method == "grid":
         points = grid(space)
@@ -94,7 +95,7 @@ def propose(
         values = _draw(space, method, (seed * 1_000_003 + number + again * 7_919_993) % 2**31, ended, maximize)
         if json.dumps(values) not in tried:
             return values
-    return next((point for point in grid(space) if json.dumps(point) not in tried), values)
+    return next((point for point in _every(space) or grid(space) if json.dumps(point) not in tried), values)
 
 
 def _draw(space: Space, method: str, seed: int, ended: Sequence[Trial], maximize: bool) -> dict[str, Any]:
@@ -140,8 +141,27 @@ def _distribution(library, what: Choice | Number):
 
 
 def combinations(space: Space) -> float:
-    """How many values a trial may have at the most; infinite where a key has a range."""
-    return math.prod(len(what.values) if isinstance(what, Choice) else math.inf for what in space.keys.values())
+    """How many values a trial may have; infinite where a key has a range that is not whole, or there are too many."""
+    points = _every(space)
+    return math.inf if points is None else len(points)
+
+
+def _every(space: Space) -> list[dict[str, Any]] | None:
+    """All that a trial may have; None where that has no end, or is more than any search tries."""
+    points: list[dict[str, Any]] = [{}]
+    for key, what in space.keys.items():
+        applies = [_applies(what, point) for point in points]
+        if not any(applies):
+            continue
+        values = what.values if isinstance(what, Choice) else range(what.low, what.high + 1) if what.whole else None
+        if values is None or sum(applies) * len(values) > _MANY:
+            return None
+        points = [
+            point | chosen
+            for point, here in zip(points, applies, strict=True)
+            for chosen in ([{key: value} for value in values] if here else [{}])
+        ]
+    return points
 
 
 def grid(space: Space) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from vitcls.worth.runs import LEARNED, METHODS
 FILES = ("worth.json", "worth.md", "worth.csv", "curves.png", "index.html")
 
 
+_LITTLE = 0.02  # of accuracy: a gain that is certainly less is not much
 _SOON = 60.0  # seconds below which nobody minds the difference
 
 
@@ -105,7 +106,9 @@ def _more_images(cells: Sequence[Cell], chosen: Cell) -> list[str]:
     step += f"{100 * high:+.1f})"
     if low > 0:
         return [f"More images will help: {step}."]
-    return [f"More images of the same kind will not change much: {step}."]
+    if high < _LITTLE:
+        return [f"More images of the same kind will not change much: {step}."]
+    return [f"These test images do not tell whether more images help: {step}."]
 
 
 def _difference(a: Cell, b: Cell) -> tuple[float, float, float]:
