@@ -10,6 +10,7 @@ import pytest
 import requests
 from flax.traverse_util import flatten_dict
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from scipy.stats import binomtest
 
 from tests.serve.running import Load, server, wait_until
@@ -250,6 +251,33 @@ def test_test_images_neither_train_nor_judge(loop, no_pictures, capsys):
     parts = {path.stem: path.parts[-3] for path in (root / "run2" / "corrections").rglob("*.png")}
     assert all((part == corrections.HELD_OUT) == is_held_out(name) for name, part in parts.items())
     assert "left out (test images)" in capsys.readouterr().err
+
+
+def test_files_of_one_picture_are_one_image(loop, no_pictures):
+    """Held out or not together, and without a label where they differ; what judges leaves the training split."""
+    root, store = loop
+    files = sorted(root.glob("*.png"))
+    correct(store, root, ["9"] * len(files))
+    others = {}
+    for file in files:
+        note = PngInfo()
+        note.add_text("note", "sent once more")
+        buffer = io.BytesIO()
+        Image.open(file).save(buffer, "PNG", pnginfo=note)
+        others[file] = buffer.getvalue()
+        store.add(Correction(others[file], "a", "m", "1", 0.5, "4" if file != files[3] else "9", "eve"))
+    assert retrain(root, "--total=1 steps") == 0
+    record = json.loads((root / "run2" / "corrections" / "corrections.json").read_text())
+    names = {path.stem: path.parts[-3] for path in (root / "run2" / "corrections").rglob("*.png")}
+    assert len(names) == len(files) - 1 and len(record["left_out"]["even votes"]) == 2
+    for file, other in others.items():
+        pair = [hashlib.sha256(content).hexdigest() for content in (file.read_bytes(), other)]
+        if file != files[3]:
+            (kept,) = names.keys() & set(pair)
+            assert (names[kept] == corrections.HELD_OUT) == any(map(is_held_out, pair))
+    before, after = (run_dir.open_workdir(root / name).info.num_examples["train"] for name in ("run", "run2"))
+    replaced = len(record["replaced"]["train"])
+    assert after == before - replaced + 10 * record["images"]["train"]
 
 
 def test_what_is_wrong_is_one_line(loop, capsys):

@@ -30,8 +30,10 @@ def is_held_out(sha256: str) -> bool:
 def collect(store: Store, champion: Workdir, place: str, root: pathlib.Path) -> dict[str, Any]:
     """Writes the folder `root` of corrections (data/corrections.py), whole or not at all, and returns its record.
 
-    An image that is in the training or validation split with another label replaces it there; one that is in the test
-    split is left out, and so is one without a majority, of a class that the run does not have, or that cannot be read.
+    An image that is in the training split with another label, or is held out, replaces it there, and in the validation
+    split any; one that is in the test split is left out, and so is one without a majority, of a class that the run does
+    not have, or that cannot be read. Files of the same pixels are one image: held out where one of them is, and without
+    a majority where they have several labels.
 
     Args:
       champion: the run whose data they are added to, which are in `place`.
@@ -45,10 +47,16 @@ def collect(store: Store, champion: Workdir, place: str, root: pathlib.Path) -> 
     config.corrections = ""
     dataset = data.load(config, data_dir=place, max_value=champion.info.max_value)
     found = {name: _find(dataset, name, set(digests.values())) for name in dataset.num_examples}
-    used = {image: known[image] for image, digest in digests.items() if digest not in found["test"]}
+    pictures: dict[bytes, list[str]] = {}  # the files of each that can be used
+    for image, digest in sorted(digests.items()):
+        if digest not in found["test"]:
+            pictures.setdefault(digest, []).append(image)
+    held_out = {digest for digest, images in pictures.items() if any(map(is_held_out, images))}
+    disputed = {digest for digest, images in pictures.items() if len({known[image] for image in images}) > 1}
+    used = {images[0]: known[images[0]] for digest, images in pictures.items() if digest not in disputed}
     parts = {
-        corrections.TRAIN: {image: label for image, label in used.items() if not is_held_out(image)},
-        corrections.HELD_OUT: {image: label for image, label in used.items() if is_held_out(image)},
+        corrections.TRAIN: {image: label for image, label in used.items() if digests[image] not in held_out},
+        corrections.HELD_OUT: {image: label for image, label in used.items() if digests[image] in held_out},
     }
     for part, images in parts.items():
         if not images:
@@ -60,12 +68,12 @@ def collect(store: Store, champion: Workdir, place: str, root: pathlib.Path) -> 
     record = {
         "database": store.url,
         "images": {part: len(images) for part, images in parts.items()},
-        "replaced": {name: _replaced(dataset, name, found, numbers) for name in corrections.REPLACED},
+        "replaced": {name: _replaced(dataset, name, found, numbers, held_out) for name in corrections.REPLACED},
         "left_out": {
-            "even votes": list(votes.ties),
+            "even votes": [*votes.ties, *(image for digest in disputed for image in pictures[digest])],
             "other classes": sorted(set(votes.labels) - set(known)),
             "unreadable": sorted(set(known) - set(digests)),
-            "test images": sorted(set(digests) - set(used)),
+            "test images": sorted(image for image, digest in digests.items() if digest in found["test"]),
         },
     }
     _write(store, parts, record, root)
@@ -99,11 +107,18 @@ def _find(dataset: data.Dataset, name: str, wanted: set[bytes]) -> dict[bytes, l
     return found
 
 
-def _replaced(dataset: data.Dataset, name: str, found: dict[str, dict], numbers: dict[bytes, int]) -> list[int]:
-    """Places in a split whose label is another; in the validation split all, as nothing may train and steer."""
-    places = [(place, numbers[digest]) for digest in numbers for place in found.get(name, {}).get(digest, ())]
+def _replaced(
+    dataset: data.Dataset, name: str, found: dict[str, dict], numbers: dict[bytes, int], held_out: set[bytes]
+) -> list[int]:
+    """Places in a split whose label is another, or which judge; in the validation split all, as nothing may train and
+    steer.
+    """
+    labels = getattr(dataset, name).labels if name in found else ()
     return sorted(
-        place for place, label in places if name == "validation" or getattr(dataset, name).labels[place] != label
+        place
+        for digest, label in numbers.items()
+        for place in found.get(name, {}).get(digest, ())
+        if name == "validation" or digest in held_out or labels[place] != label
     )
 
 
