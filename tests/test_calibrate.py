@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import vitcls
-from vitcls import calibrate, cli, evaluate, predict
+from vitcls import calibrate, cli, compare, evaluate, predict
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,15 @@ def test_the_figures_are_those_of_the_predictions(calibrated):
     assert {row["score"] for row in scores} >= {"loss", "brier", "ece", "ece_equal_mass", "ece_classwise", "aurc"}
     page = (calibrated / "calibrate" / "index.html").read_text()
     assert page.count("data:image/png;base64") == 3 and "<script" not in page
+
+
+@pytest.mark.by_turns
+def test_a_calibrated_report_says_so_and_is_not_compared_with_another(calibrated, tmp_path, capsys):
+    run, plain = (shutil.copytree(calibrated, tmp_path / name) for name in ("run", "plain"))
+    assert evaluate.evaluate(run, calibrated=True)["calibrated"] and "calibrated" not in evaluate.evaluate(plain)
+    assert cli.run(compare.main, [str(plain), str(run), f"--out={tmp_path}/out"]) == 2
+    assert f"the report of {run} is of calibrated probabilities and that of {plain} is not" in capsys.readouterr().err
+    assert "calibrated" not in evaluate.evaluate(run)
 
 
 @pytest.mark.by_turns

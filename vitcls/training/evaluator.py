@@ -164,6 +164,7 @@ def write_report(
         evidence = metrics.Evidence(sums, examples.labels, probabilities)
         history = metrics_log.read_history(path)
         results = {"dataset": info.name, "split": split, "checkpoint_step": step}
+        results |= {"calibrated": True} if scale else {}
         results |= metrics.classification_report(evidence, info.class_names)
         results |= {
             "parameters": summary.count_parameters(variable_shapes(model, info.image_shape)["params"]),

@@ -74,7 +74,8 @@ def _read_report(workdir: pathlib.Path) -> dict[str, Any]:
     file = workdir / "report" / "metrics.json"
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
-        return {key: report[key] for key in ("dataset", "split", "checkpoint_step", "num_examples")}
+        found = {key: report[key] for key in ("dataset", "split", "checkpoint_step", "num_examples")}
+        return found | {"calibrated": report.get("calibrated", False)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{file} cannot be used ({type(error).__name__}: {error}); run `vitcls evaluate --workdir={workdir}`"
@@ -87,9 +88,15 @@ def _damaged(workdir: pathlib.Path, why: str) -> UserError:
 
 
 def check_same_images(predictions: Sequence[Predictions]) -> None:
-    """Raises UserError where runs were evaluated on different images, as far as their workdirs tell."""
+    """Raises UserError where runs were evaluated otherwise, or on other images, as far as their workdirs tell."""
     first = predictions[0]
     for other in predictions[1:]:
+        if first.report["calibrated"] != other.report["calibrated"]:
+            calibrated, plain = sorted((first, other), key=lambda one: one.report["calibrated"], reverse=True)
+            raise UserError(
+                f"the report of {calibrated.run.path} is of calibrated probabilities and that of {plain.run.path} is "
+                "not; run vitcls evaluate for both, with --calibrated or without"
+            )
         if difference := _difference(first, other):
             raise UserError(
                 f"{first.run.path} and {other.run.path} were evaluated on different test images ({difference}); "
