@@ -32,18 +32,18 @@ def replay(id: str, databases: Sequence[str], image: pathlib.Path | None = None,
 
     passed_over = ""
     for database in databases:
-        try:
-            with contextlib.closing(open_store(database, create=False)) as store:
+        with contextlib.ExitStack() as opened:
+            try:
+                store = opened.enter_context(contextlib.closing(open_store(database, create=False)))
                 found = receipts.find(store, id)
-        except (UserError, RunError) as error:
-            if len(databases) == 1:
-                raise
-            passed_over = f"; passed over: {error}"
-            continue
-        if found:
-            with contextlib.closing(open_store(database, create=False)) as store:
+            except (UserError, RunError) as error:
+                if len(databases) == 1:
+                    raise
+                passed_over = f"; passed over: {error}"
+                continue
+            if found:
                 data = _image(store, found[0], image)
-            return [_again(receipt, data, workdir) for receipt in found]
+                return [_again(receipt, data, workdir) for receipt in found]
     where = databases[0] if len(databases) == 1 else f"{len(databases)} databases, the newest of them {databases[0]}"
     raise UserError(
         f"no answer has the id {id} in {where}; they keep the newest; --database=URL names another{passed_over}"

@@ -123,7 +123,7 @@ def _strangers(opened: Opened, name: str, data_dir: str, own_place: str) -> data
     """
     own, is_folder = opened.trained.config.dataset, os.path.isdir(name)
     if is_folder or name.endswith(".npz"):
-        is_own = os.path.realpath(name) == os.path.realpath(own_place) if own_place else False
+        is_own = bool(own_place) and os.path.realpath(name) == os.path.realpath(own_place)
     else:
         is_own = name == own.name and (name not in ("folder", "npz") or data_dir in ("", own_place))
     files = []

@@ -21,8 +21,6 @@ SPLIT_FOLDERS = {
     "validation": "validation",
     "test": "test",
 }
-
-
 _LINKED = "is a linked directory; copy or move it here"
 
 
@@ -95,18 +93,18 @@ def _split_roots(root: pathlib.Path) -> dict[str, pathlib.Path]:
     A directory without classes in it is itself a class, whatever its name, where others beside it are no splits.
     Raises UserError for what is a split by its name, and cannot be taken as one.
     """
-    roots = {}
-    for path in sorted(root.iterdir()):
-        if path.name in SPLIT_FOLDERS and path.is_symlink() and path.is_dir() and _directories(path):
-            raise UserError(f"{path} {_LINKED}")
-    for path in _directories(root):
+    roots, directories = {}, _directories(root)
+    for linked in _linked_directories(root, root):
+        if linked.path in SPLIT_FOLDERS and _directories(root / linked.path):
+            raise UserError(f"{root / linked.path} {linked.reason}")
+    for path in directories:
         split = SPLIT_FOLDERS.get(path.name)
         if split and _directories(path):
             if split in roots:
                 raise UserError(f"{roots[split]} and {path} are both the {split} split; keep one")
             roots[split] = path
-    named = [path for path in _directories(root) if path.name.lower() in SPLIT_FOLDERS]
-    if roots or (len(named) > 1 and len(named) == len(_directories(root))):
+    named = [path for path in directories if path.name.lower() in SPLIT_FOLDERS]
+    if roots or (len(named) > 1 and len(named) == len(directories)):
         for path in named:
             if path.name != path.name.lower():
                 raise UserError(f"{path} is no split by its name; call it '{path.name.lower()}'")
