@@ -62,6 +62,30 @@ def test_less_of_a_loss_is_better(tmp_path):
     assert checkpoint.best(tmp_path, "eval/loss") == 1
 
 
+@pytest.mark.parametrize("metric", ["eval/accuracy", "eval/loss"])
+@pytest.mark.parametrize("keep", [1, 4])
+def test_of_equals_the_first_is_the_best_however_many_are_kept(tmp_path, metric, keep):
+    for scores in ({1: 0.2, 2: 0.5, 3: 0.5}, {4: 0.5, 5: math.nan}):  # the second time after a resume
+        save(
+            tmp_path,
+            {step: 0.7 - score if metric == "eval/loss" else score for step, score in scores.items()},
+            keep=keep,
+            metric=metric,
+        )
+        assert checkpoint.best(tmp_path, metric) == 2
+
+
+def test_a_resume_keeps_the_best_of_before_unless_it_is_damaged(tmp_path):
+    save(tmp_path, {1: 0.8, 2: 0.9, 3: 0.5}, keep=3)
+    save(tmp_path, {4: 0.5, 5: None}, keep=1)
+    assert checkpoint.steps(tmp_path) == [2, 5]
+    with open(array_file(tmp_path, 2), "r+b") as file:
+        file.write(b"damaged")
+    save(tmp_path, {6: 0.4, 7: 0.3}, keep=1)
+    assert checkpoint.best(tmp_path, METRIC) == 6
+    assert {6, 7} <= set(checkpoint.steps(tmp_path))
+
+
 def test_a_donated_state_does_not_reach_into_a_checkpoint_that_is_still_being_written(tmp_path):
     state = {"x": jnp.zeros((1000, 1000))}
     overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)

@@ -102,6 +102,8 @@ def assert_same_run(actual, expected):
     a, b = arrays(actual), arrays(expected)
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
+    kept, expected_kept = (checkpoint.steps(directory / "checkpoints") for directory in (actual, expected))
+    assert kept == expected_kept
 
 
 @pytest.mark.by_turns

@@ -6,6 +6,7 @@ folder that does not match (a bad disk, a torn copy) is passed over for the next
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -39,6 +40,30 @@ def _score(metrics: dict[str, float], metric: str) -> float:
     return value
 
 
+def _first_best(metrics: dict[int, dict[str, float] | None], metric: str) -> int | None:
+    """Of steps, oldest first, that with the best `metric`, of equals the first; None where no step has metrics."""
+    scores = {step: _score(values, metric) for step, values in metrics.items() if values is not None}
+    return (max if higher_is_better(metric) else min)(scores, key=scores.get, default=None)
+
+
+@dataclasses.dataclass
+class _KeepBest(preservation_policy.PreservationPolicy):
+    """Keeps the checkpoint that `best` finds.
+
+    Orbax's own `BestN` keeps the last of equals, and none that an earlier process wrote: their metrics are in our
+    records, not in its files.
+    """
+
+    metric: str
+    earlier: dict[int, dict[str, float]]  # step -> metrics of the best that was there when this process began
+
+    def should_preserve(self, checkpoints, *, context):
+        best = _first_best(
+            {each.step: each.metrics or self.earlier.get(each.step) for each in checkpoints}, self.metric
+        )
+        return [each.step == best for each in checkpoints]
+
+
 class Checkpoints(contextlib.AbstractContextManager):
     """Writes checkpoints under `directory`: the last `keep`, and the best by `metric`.
 
@@ -53,16 +78,9 @@ class Checkpoints(contextlib.AbstractContextManager):
             return
         self._directory.mkdir(parents=True, exist_ok=True)
         self._saving: int | None = None
+        earlier = {step: _metrics(self._directory / str(step))} if (step := best(directory, metric)) is not None else {}
         policy = preservation_policy.AnyPreservationPolicy(
-            [
-                preservation_policy.LatestN(keep),
-                preservation_policy.BestN(
-                    get_metric_fn=lambda metrics: _score(metrics, metric),
-                    reverse=not higher_is_better(metric),
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
+            [preservation_policy.LatestN(keep), _KeepBest(metric, earlier)]
         )
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -182,16 +200,11 @@ def latest_whole(directory: os.PathLike | str, *, quarantine: bool) -> int | Non
 
 def best(directory: os.PathLike | str, metric: str) -> int | None:
     """The step with the best `metric` among the whole checkpoints saved with one; of equals the first."""
-    scores = {}
-    for step in steps(directory):
-        folder = pathlib.Path(directory) / str(step)
-        if damage(folder) is None:
-            metrics = _record(folder)["metrics"]
-            if metrics is not None:
-                scores[step] = _score(metrics, metric)
-    if not scores:
-        return None
-    return (max if higher_is_better(metric) else min)(scores, key=scores.get)
+    directory = pathlib.Path(directory)
+    metrics = {step: _metrics(directory / str(step)) for step in steps(directory)}
+    while (step := _first_best(metrics, metric)) is not None and damage(directory / str(step)):
+        del metrics[step]
+    return step
 
 
 def restore(directory: os.PathLike | str, step: int, template: PyTree) -> tuple[PyTree, dict]:
@@ -226,6 +239,14 @@ def has(directory: os.PathLike | str, step: int, *path: str) -> bool:
 
 def _record(folder: pathlib.Path) -> dict:
     return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+
+
+def _metrics(folder: pathlib.Path) -> dict[str, float] | None:
+    """Of the evaluation of a checkpoint, if there was one; None also where its record is damaged."""
+    try:
+        return _record(folder)["metrics"]
+    except (OSError, ValueError):
+        return None
 
 
 def _digests(folder: pathlib.Path) -> dict[str, str]:
