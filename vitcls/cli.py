@@ -1,7 +1,7 @@
 """What all commands share: `vitcls COMMAND ...` is `python -m MODULE ...`, and every command ends in the same ways.
 
 Exit codes: 0 done; 1 failure; 2 bad config, flags or input (one line on stderr); 130 Ctrl-C; 143 stopped by SIGTERM
-after saving.
+after saving, or removing what was half done.
 """
 
 import argparse
@@ -13,9 +13,10 @@ import importlib
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import vitcls
@@ -185,10 +186,10 @@ def run(command: Callable[[list[str]], int | None], argv: list[str] | None = Non
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.code
-    except KeyboardInterrupt:  # of commands that leave nothing half done; training saves first
+    except KeyboardInterrupt as interrupt:  # of commands that leave nothing half done; training saves first
         print("interrupted", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(130)  # in order, Python would end under a compilation that goes on, and crash
+        os._exit(exit_code(interrupt))  # in order, Python would end under a compilation that goes on, and crash
     except Exception as error:
         if _watch is None and isinstance(error, OSError) and error.errno in _FULL:
             print(f"failed: {one_line(error)}; make room and run it again", file=sys.stderr)
@@ -201,6 +202,25 @@ def run(command: Callable[[list[str]], int | None], argv: list[str] | None = Non
         _watch.wait(error)
         traceback.print_exc()
         peers.end(f"{type(error).__name__}: {one_line(error)}")  # an orderly end would wait for the others
+
+
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt with its number, as Ctrl-C raises one without: what is half done is removed."""
+
+    def interrupt(number: int, frame) -> None:
+        raise KeyboardInterrupt(number)
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def exit_code(interrupt: KeyboardInterrupt) -> int:
+    """Of a command that a signal has ended, as shells have it."""
+    return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
 def one_line(error: Exception) -> str:

@@ -38,12 +38,11 @@ def prepare(name: str, data_dir: str = "") -> tuple[pathlib.Path, bool]:
         raise RunError(f"{place} is there, but holds no prepared data set; move it away and prepare '{name}' again")
     root = place.parents[builder.info.full_name.count("/")]  # place is root/name[/config]/version
     downloads = root / "downloads" / builder.name  # as TFDS has it
-    with _nothing_half_done([root / builder.name, downloads]), _sigterm_raises():
+    with _nothing_half_done([root / builder.name, downloads]), cli.sigterm_raises():
         try:
             failure = _prepare_in_child(name, data_dir, downloads)
         except KeyboardInterrupt as interrupt:
-            number = interrupt.args[0] if interrupt.args else signal.SIGINT
-            raise Stopped(128 + number, "stopped; nothing half done was left") from None
+            raise Stopped(cli.exit_code(interrupt), "stopped; nothing half done was left") from None
         if failure is not None:
             raise RunError(
                 f"'{name}' could not be prepared in {place}: {failure}. It needs the network, or files that you fetch "
@@ -112,20 +111,6 @@ def _nothing_half_done(folders: list[pathlib.Path]) -> Iterator[None]:
 def _is_partial(path: pathlib.Path) -> bool:
     """Whether TFDS names a file or directory so while it is being written, or writes it before it has any data."""
     return path.name.startswith("incomplete.") or ".tmp." in path.name or path.name == ".config"
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt with its number, as Ctrl-C raises one without."""
-
-    def interrupt(number: int, frame) -> None:
-        raise KeyboardInterrupt(number)
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def main(argv: list[str]) -> None:

@@ -1,8 +1,10 @@
 """vitcls export: what a file answers by itself, what it carries, and that one with other answers is not written."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 
 import jax
@@ -147,6 +149,22 @@ def test_a_file_that_answers_otherwise_is_not_written(resnet, tmp_path, capsys, 
     out = tmp_path / "resnet.safetensors"
     code, _, err = call([f"--workdir={resnet}", "--format=safetensors", f"--out={out}"], capsys)
     assert code == 1 and "answers otherwise than the run, and is not written" in err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_export_leaves_nothing_beside_the_file_of_before(trained, tmp_path, number, code):
+    out = tmp_path / "run.zip"
+    out.write_bytes(b"before")
+    command = [sys.executable, "-m", "vitcls.export", f"--workdir={trained}", "--format=stablehlo", f"--out={out}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) == 1:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and err.endswith("interrupted\n")
+    assert list(tmp_path.iterdir()) == [out] and out.read_bytes() == b"before"
 
 
 def test_what_cannot_be_is_one_line(trained, tmp_path, capsys):

@@ -117,12 +117,13 @@ def main(argv: list[str]) -> None:
         raise UserError("--table has every precision; leave --quantize out")
     given = {"prune": flags.prune, "checkpoint": flags.checkpoint, "data_dir": flags.data_dir}
     cli.start_jax()
-    if flags.table:
-        print(*_table_lines(table(open_source(flags.workdir, **given)), flags.prune > 0), sep="\n")
-        return
-    out = pathlib.Path(flags.out).expanduser()
-    print(_words(export(flags.workdir, flags.format, out, precision=flags.quantize, **given), flags.prune > 0))
-    print(f"written: {out}")
+    with cli.sigterm_raises():
+        if flags.table:
+            print(*_table_lines(table(open_source(flags.workdir, **given)), flags.prune > 0), sep="\n")
+            return
+        out = pathlib.Path(flags.out).expanduser()
+        print(_words(export(flags.workdir, flags.format, out, precision=flags.quantize, **given), flags.prune > 0))
+        print(f"written: {out}")
 
 
 if __name__ == "__main__":
