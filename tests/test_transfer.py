@@ -165,5 +165,8 @@ def test_a_certificate_says_the_accuracies_or_is_refused():
     assert last.strip() == "half and caffe cannot be told apart; more labelled images may do it"
     with pytest.raises(UserError, match=r"better than chance: half is the best with 12.0% of 200 images of 10"):
         adopt.certificate([adopt.Trial("half", 0.12, 0.2)], 200, 10)
+    with pytest.raises(UserError, match=r"better than chance: half is the best with 70.0% of 50 images of 2 classes"):
+        adopt.certificate([adopt.Trial("half", 0.7, 0.7)], 50, 2)
+    assert "100.0%" in adopt.certificate([adopt.Trial("half", 1.0, 1.0)], 50, 2)[0]
     with pytest.raises(UserError, match=r"in another order imagenet has 75.0%"):
         adopt.certificate([adopt.Trial("half", 0.12, 0.2), adopt.Trial("imagenet", 0.1, 0.75)], 200, 10)

@@ -32,7 +32,7 @@ from vitcls.models.weights.preprocessing import KNOWN, Preprocessing
 
 _BATCH = 32
 _SURE = 1.96  # standard deviations: 95 % to both sides
-_BETTER_THAN_CHANCE = 2.0
+_BETTER_THAN_CHANCE = 2.0  # times as often right, or half of the way to always
 
 
 _OF_PYTORCH: dict[str, dict] = {"inception_v3": {"count_padding": True}, "mobilenet_v2": {"padding": "even"}}
@@ -192,7 +192,7 @@ def certificate(trials: list[Trial], count: int, num_classes: int) -> list[str]:
     """What the trials say, in lines; raises UserError where the best is not better than chance."""
     best, chance = trials[0], 1 / num_classes
     spread = _SURE * math.sqrt(best.accuracy * (1 - best.accuracy) / count)
-    if best.accuracy - spread <= _BETTER_THAN_CHANCE * chance:
+    if best.accuracy - spread <= min(_BETTER_THAN_CHANCE * chance, (1 + chance) / 2):
         order = max(trials, key=lambda trial: trial.reordered)
         hint = ""
         if order.reordered > max(0.5, 3 * best.accuracy):

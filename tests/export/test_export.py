@@ -85,13 +85,15 @@ def test_a_program_is_for_all_platforms_and_says_what_it_is(calibrated, exported
         None,
         Temperature(1.7),
         Vector((0.5, 1.5, 1.0), (0.1, -0.2, 0.0)),
+        Vector((0.5, -0.1, 0.0), (0.1, -0.2, 0.0)),
         Isotonic(((0.0, 0.5, 1.0),) * 3, ((0.1, 0.4, 0.9), (0.05, 0.5, 0.8), (0.2, 0.3, 0.7))),
         Isotonic(((0.1, 0.3, 0.3 + 1e-12, 0.8), (0.2,), (0.4, 0.5)), ((0.1, 0.2, 0.6, 0.9), (0.3,), (0.2, 0.7))),
     ],
-    ids=["none", "temperature", "vector", "isotonic", "isotonic with a jump"],
+    ids=["none", "temperature", "vector", "vector that turns", "isotonic", "isotonic with a jump"],
 )
 def test_calibrations_are_those_of_numpy(scale):
     probabilities = np.random.default_rng(0).dirichlet(np.ones(3) * 0.3, 50).astype(np.float32)
+    probabilities[0] = 1, 0, 1e-40
     expected = probabilities if scale is None else scale(probabilities)
     np.testing.assert_allclose(program._calibrate(scale)(probabilities), expected, atol=2e-6)
 

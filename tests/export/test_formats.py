@@ -18,6 +18,7 @@ from vitcls.export import artefact, compress, make, onnx, program, tflite
 from vitcls.export.source import open_source
 from vitcls.metrics.scaling import Isotonic, Temperature, Vector
 from vitcls.models.variables import init_variables
+from vitcls.training.opened import open_with_data
 
 NEEDS = {"tflite": "ai_edge_litert", "onnx": "jax2onnx"}
 # What a user without vitcls writes: images.npy -> answers.npy, in two batches of different sizes.
@@ -185,6 +186,36 @@ def vit(tmp_path_factory):
     made.model.update(depth=2, hidden_dim=16, num_heads=2, mlp_dim=24)
     train.train_and_evaluate(made, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def in_forms_of_its_device(tmp_path_factory):
+    """Of layers in bfloat16, and convolutions in forms that depend on the size of the batch."""
+    path = tmp_path_factory.mktemp("forms") / "run"
+    made = make_tiny_config()
+    made.update(total="4 steps")
+    made.model.update(dtype="bfloat16", grouped_conv="cpu")
+    train.train_and_evaluate(made, path)
+    return path
+
+
+@pytest.mark.by_turns
+@pytest.mark.parametrize("format", ALONE)
+def test_forms_and_types_of_a_device_stay_behind(format, in_forms_of_its_device, tmp_path, capsys):
+    if format in NEEDS:
+        pytest.importorskip(NEEDS[format])
+    out = tmp_path / f"run{make.FORMATS[format].ending}"
+    code, said, err = call([f"--workdir={in_forms_of_its_device}", f"--format={format}", f"--out={out}"], capsys)
+    assert code == 0 and "of the run" in said, err
+    opened = open_with_data(in_forms_of_its_device, splits=("test",))
+    found = artefact.load(str(out)).answer(opened.dataset.test.images)
+    np.testing.assert_allclose(found, opened.predictions("test")[1], atol=0.01)
+    about = about_of(out, format)
+    whole = format in ("tflite", "onnx")
+    assert about["activations"] == ("float32" if whole else "bfloat16")
+    assert about["config"]["model"]["dtype"] == "bfloat16"  # of the run
+    if whole:
+        assert float(said.partition("differ by at most ")[2].partition(",")[0]) > 1e-5  # from the run, not from itself
 
 
 def spoil(path, weights, factor=-3):

@@ -259,11 +259,28 @@ def test_probes_are_compared_with_a_training(trained, tiny_file, tmp_path, capsy
     assert code == 2 and "probe.classifier was 'svm', is 'knn'" in err and len(err.splitlines()) == 1  # no work before
 
 
+def make_scaled_config():
+    """Of a network that multiplies what its head says."""
+    made = make_tiny_config()
+    with made.unlocked():
+        made.model = config.default_config("airbench94").model
+    made.model.widths = (8, 8)
+    return made
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scaled") / "run"
+    train.train_and_evaluate(make_scaled_config(), path)
+    return path
+
+
 @pytest.mark.by_turns
-@pytest.mark.parametrize("classifier", ["linear", "svm"])
-def test_a_probe_of_one_layer_predicts_and_is_trained_on(trained, tiny_file, tmp_path, capsys, classifier):
-    place = tmp_path / "probe"
-    arguments = [f"--features={trained}", f"--classifier={classifier}", f"--config={tiny_file}", f"--workdir={place}"]
+@pytest.mark.parametrize(("classifier", "of"), [("linear", "trained"), ("svm", "trained"), ("linear", "scaled")])
+def test_a_probe_of_one_layer_predicts_and_is_trained_on(request, tiny_file, tmp_path, capsys, classifier, of):
+    place, features = tmp_path / "probe", request.getfixturevalue(of)
+    arguments = [f"--features={features}", f"--classifier={classifier}", f"--config={tiny_file}", f"--workdir={place}"]
+    arguments.append("--config.test_time_augmentation=mirror_shift")  # which features are without
     code, _, err = run(capsys, *arguments)
     assert code == 0, err
     opened = open_with_data(place, splits=("test",))
@@ -279,7 +296,7 @@ def test_a_probe_of_one_layer_predicts_and_is_trained_on(trained, tiny_file, tmp
     assert run(capsys, *arguments)[0] == 0
     again = run_dir.open_workdir(place).restore(opened.model, "best")[1]
     jax.tree.map(np.testing.assert_array_equal, again, dict(opened.variables))
-    started = make_tiny_config()
+    started = make_tiny_config() if of == "trained" else make_scaled_config()
     started.init.update(weights=str(place), head="keep")
     given = train.prepare(started, None, "", range(0)).start.variables
     kept = traverse_util.flatten_dict(dict(opened.variables), sep="/")
@@ -292,6 +309,7 @@ def test_a_probe_of_one_layer_predicts_and_is_trained_on(trained, tiny_file, tmp
     ("features_", "more", "words"),
     [
         ("hog", ["--classifier=svn"], "--classifier 'svn' is not known; did you mean 'svm'?"),
+        ("", [], "--features '' is not known"),
         ("hogg", [], "--features 'hogg' is not known; did you mean 'hog'?"),
         ("hog", ["--shots=1,99"], "--shots=99 is more than the"),
         ("hog", ["--shots=0"], "--shots=0 is impossible"),

@@ -11,7 +11,7 @@ import numpy as np
 
 from vitcls.data.augment import to_float
 from vitcls.export import compress
-from vitcls.training import build, steps
+from vitcls.training import steps
 from vitcls.training.opened import Opened
 
 PyTree = Any
@@ -29,11 +29,10 @@ class Blocks(NamedTuple):
 def make_blocks(opened: Opened, stored: PyTree) -> Blocks:
     """Those of the model of a run, with weights as they are `stored`, without test-time augmentation."""
     info = opened.trained.info
-    model = build.make_model(opened.trained.config, info, device=jax.devices("cpu")[0])
     normalize = steps.make_normalize(info.mean, info.std)
 
     def apply(images: jax.Array, **more: Any) -> None:
-        model.apply(compress.restore(stored), normalize(to_float(images)), train=False, **more)
+        opened.model.apply(compress.restore(stored), normalize(to_float(images)), train=False, **more)
 
     def outputs(images: jax.Array) -> dict[str, jax.Array]:
         with _recorded(kinds) as found:

@@ -22,7 +22,7 @@ class Passport(NamedTuple):
     """How an exported file compares with its run, on the same test images."""
 
     images: int
-    largest_difference: float  # of probabilities, from the run with the weights that were not set to 0
+    largest_difference: float  # of probabilities, from the run, or the network with the weights that were not set to 0
     agreement: float  # the share of images to which both give one class
     accuracy_run: float
     accuracy: float
@@ -36,7 +36,8 @@ class Expected(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
     of_run: np.ndarray
-    of_network: np.ndarray  # others than those of the run where weights were set to 0
+    of_whole: np.ndarray  # of the run, or, where weights were set to 0, of the network without them
+    of_network: np.ndarray  # of these weights, computed in the dtype of the file
     of_rounded: np.ndarray  # the network with rounded weights: see Job.rounding
 
     def accuracy(self, probabilities: np.ndarray) -> float:
@@ -76,8 +77,8 @@ def compare(place: pathlib.Path, expected: Expected, precision: str, by_tools: b
     difference = np.abs(given - ours).max(axis=1)
     passport = Passport(
         images=len(given),
-        largest_difference=float(np.abs(given - expected.of_network).max()),
-        agreement=float(np.mean(given.argmax(axis=1) == expected.of_network.argmax(axis=1))),
+        largest_difference=float(np.abs(given - expected.of_whole).max()),
+        agreement=float(np.mean(given.argmax(axis=1) == expected.of_whole.argmax(axis=1))),
         accuracy_run=expected.accuracy(expected.of_run),
         accuracy=expected.accuracy(given),
         bytes=artefact.size(place),

@@ -56,7 +56,7 @@ class Job(NamedTuple):
     def about(self) -> dict[str, Any]:
         """With the precision of weights and of activations, which only the runtimes' own tools change."""
         whole = self.precision == "int8" and self.by_tools
-        return self.source.about(self.scale, self.precision, "int8" if whole else "float32")
+        return self.source.about(self.scale, self.precision, "int8" if whole else self.source.dtype)
 
     @property
     def tools(self) -> dict[str, Any]:
@@ -71,6 +71,7 @@ class Format(NamedTuple):
     ending: str  # of its name; "" for a directory
     precisions: tuple[str, ...]
     by_tools: tuple[str, ...]  # the precisions that its own tools make, of weights in float32
+    in_float32: bool  # whatever the run computes in
     write: Callable[[Job, Callable, pathlib.Path], None]
 
 
@@ -80,13 +81,13 @@ def make(source: Source, format: str, precision: str, out: pathlib.Path) -> Pass
     Raises UserError, before anything is written, where the run or the file cannot be, RunError where the file in a
     process of its own does not answer as the run does; then nothing is written either.
     """
-    job = Job(source, format, precision)
+    job = Job(source.in_float32 if FORMATS[format].in_float32 else source, format, precision)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             place = pathlib.Path(folder, f"made{FORMATS[format].ending}")
             _logger.info("converting to %s, %s", format, precision)
             _write(job, place)
-            expected = source.expected(job.scale, job.rounding)
+            expected = job.source.expected(job.scale, job.rounding)
             _logger.info("trying it on %s test images in a process of its own", f"{len(expected.labels):,}")
             passport, wrong = check.compare(place, expected, precision, job.by_tools)
             if wrong:
@@ -164,11 +165,11 @@ def _weights(job: Job, _: None, place: pathlib.Path) -> None:
 
 
 FORMATS = {
-    "stablehlo": Format(".zip", PRECISIONS, (), _stablehlo),
-    "saved_model": Format("", PRECISIONS, (), _saved_model),
-    "tflite": Format(".tflite", ("float32", "float16", "int8"), ("float16", "int8"), _tflite),
-    "onnx": Format(".onnx", PRECISIONS, ("int8",), _onnx),
-    "safetensors": Format(".safetensors", ("float32", "float16", "bfloat16"), (), _weights),
+    "stablehlo": Format(".zip", PRECISIONS, (), False, _stablehlo),
+    "saved_model": Format("", PRECISIONS, (), False, _saved_model),
+    "tflite": Format(".tflite", ("float32", "float16", "int8"), ("float16", "int8"), True, _tflite),
+    "onnx": Format(".onnx", PRECISIONS, ("int8",), True, _onnx),
+    "safetensors": Format(".safetensors", ("float32", "float16", "bfloat16"), (), False, _weights),
 }
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +15,7 @@ from vitcls.training import build
 from vitcls.training.opened import Opened
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-_TINY = 1e-38
+_TINY = float(np.finfo(np.float32).tiny)  # as in metrics.scaling
 PyTree = Any
 
 
@@ -24,23 +23,19 @@ def make_answer(opened: Opened, scale: Scaling | None, stored: PyTree) -> Callab
     """answer(images uint8 [B, H, W, C]) -> probabilities float32 [B, K].
 
     Everything is inside: normalisation, the weights as they are `stored` (compress.py), test-time augmentation, and
-    what calibration makes of the probabilities. The model is in its plain forms, which every platform has.
+    what calibration makes of the probabilities.
 
     Raises UserError for a task without a classifier.
     """
     opened.require_classifier()
     config, info = opened.trained.config, opened.trained.info
-    predict, calibrate = build.make_predict(config, _plain(opened), info), _calibrate(scale)
+    predict, calibrate = build.make_predict(config, opened.model, info), _calibrate(scale)
 
     def answer(images: jax.Array) -> jax.Array:
         logits = predict(compress.restore(stored), images)
         return calibrate(jax.nn.softmax(logits.astype(jnp.float32), axis=-1))
 
     return answer
-
-
-def _plain(opened: Opened) -> nn.Module:
-    return build.make_model(opened.trained.config, opened.trained.info, device=jax.devices("cpu")[0])
 
 
 def compiled(answer: Callable, image_shape: tuple[int, int, int]) -> bytes:

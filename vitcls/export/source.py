@@ -15,8 +15,10 @@ from vitcls.core.errors import UserError
 from vitcls.export import compress
 from vitcls.export.check import Expected
 from vitcls.metrics.scaling import Scaling
+from vitcls.models import forms
 from vitcls.models.weights.hub import sha256_of
-from vitcls.training import calibration, checkpoint
+from vitcls.training import build, calibration, checkpoint
+from vitcls.training.evaluator import make_evaluator
 from vitcls.training.files import CALIBRATION_FILE, CHECKPOINTS
 from vitcls.training.opened import Opened, open_with_data
 
@@ -29,8 +31,21 @@ _CALIBRATION = 200  # training images
 class Source:
     """A run with the share of its weights that are set to 0 on the way out."""
 
-    opened: Opened
+    run: Opened
+    opened: Opened  # the same, computed as the file will be
     prune: float
+
+    @property
+    def dtype(self) -> str:
+        """Of what the layers give."""
+        return self.opened.trained.config.model.get("dtype", "float32")
+
+    @functools.cached_property
+    def in_float32(self) -> "Source":
+        """For runtimes that do not compute in bfloat16."""
+        if self.dtype == "float32":
+            return self
+        return dataclasses.replace(self, opened=_computed(self.opened, dtype="float32"))
 
     @functools.cached_property
     def variables(self) -> PyTree:
@@ -55,20 +70,20 @@ class Source:
         rounded = self._of_network
         if precision != "float32":
             rounded = self._probabilities(compress.restore(compress.round_weights(self.variables, precision)))
-        found = (self._of_run, self._of_network, rounded)
+        found = (self._of_run, self._of_network if self.prune else self._of_run, self._of_network, rounded)
         scaled = ((scale(p).astype(np.float32) if scale else p) for p in found)
         return Expected(self._pixels(self._checked), self._checked.labels, *scaled)
 
     @functools.cached_property
     def _of_run(self) -> np.ndarray:
-        return self._probabilities(self.opened.variables)
+        return self.run.probabilities(self.run.batches_of(self._checked), len(self._checked.labels))
 
     @functools.cached_property
     def _of_network(self) -> np.ndarray:
-        return self._probabilities(self.variables) if self.prune else self._of_run
+        return self._probabilities(self.variables) if self.prune or self.opened is not self.run else self._of_run
 
     def _probabilities(self, variables: PyTree) -> np.ndarray:
-        """Of the test images that are checked, float32 [N, K], without calibration."""
+        """Of the test images that are checked, float32 [N, K], without calibration, computed as the file will be."""
         opened = dataclasses.replace(self.opened, variables=self.opened.partition.replicate(variables))
         return opened.probabilities(opened.batches_of(self._checked), len(self._checked.labels))
 
@@ -86,7 +101,7 @@ class Source:
 
     def about(self, scale: Scaling | None, precision: str, activations: str) -> dict[str, Any]:
         """What an exported file says of itself."""
-        trained = self.opened.trained
+        trained = self.run.trained
         metrics = trained.reported(self.opened.step)
         manifest = trained.path / CHECKPOINTS / str(self.opened.step) / checkpoint.MANIFEST
         return {
@@ -110,4 +125,18 @@ def open_source(path: os.PathLike | str, *, prune: float = 0.0, checkpoint: str 
         raise UserError(f"--prune={prune:g} is impossible; it is a share of the weights, at least 0 and below 1")
     opened = open_with_data(path, splits=("train", "test"), checkpoint=checkpoint, data_dir=data_dir)
     opened.require_classifier()
-    return Source(opened, prune)
+    return Source(opened, _computed(opened, **dict.fromkeys(forms.FIELDS, "auto")), prune)
+
+
+def _computed(opened: Opened, **fields: str) -> Opened:
+    """A run whose model has other `fields`, as far as it has them, with the same weights."""
+    model = opened.trained.config.model
+    changed = {key: value for key, value in fields.items() if model.get(key, value) != value}
+    if not changed:
+        return opened
+    config = opened.trained.config.copy_and_resolve_references()
+    config.model.update(changed)
+    trained = dataclasses.replace(opened.trained, config=config)
+    model = build.make_model(config, trained.info)
+    evaluator = make_evaluator(config, model, trained.info, opened.dataset, opened.partition)
+    return dataclasses.replace(opened, trained=trained, model=model, evaluator=evaluator)

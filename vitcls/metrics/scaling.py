@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-_TINY = 1e-38  # below which float32 has no normal number
+_TINY = float(np.finfo(np.float32).tiny)  # the smallest normal number: what is below, XLA takes for 0
 _FOLDS = 5
 _RANGE = (0.02, 50.0)  # of the temperature
 

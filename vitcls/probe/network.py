@@ -26,7 +26,9 @@ def keep(path: pathlib.Path, config, variables: Mapping[str, np.ndarray], head: 
 
     `variables` are those before the classifier, by path; `head` is its kernel [D, K] and its bias [K].
     """
-    flat = {path: np.asarray(leaf) for path, leaf in variables.items()} | dict(zip((_KERNEL, _BIAS), head, strict=True))
+    scale = config.model.get("logit_scale", 1.0)  # by which the model multiplies what its head says
+    kernel, bias = (np.asarray(leaf / scale, np.float32) for leaf in head)
+    flat = {path: np.asarray(leaf) for path, leaf in variables.items()} | {_KERNEL: kernel, _BIAS: bias}
     tree = traverse_util.unflatten_dict(flat, sep="/")
     prefix = "ema_" if config.optimizer.ema_decay else ""
     state = {f"{prefix}{kind}": tree.get(kind, {}) for kind in ("params", "batch_stats")}

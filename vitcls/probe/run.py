@@ -28,15 +28,19 @@ _OF_TRAINING = ("Objective", "Checkpoint", "Test-time augmentation")  # facts th
 def with_features(config: configs.ConfigDict, name: str) -> configs.ConfigDict:
     """The config with the features `name`: one of features.CLASSICAL, a workdir or a file of weights.
 
-    Of a workdir the model is that of its run. Raises UserError for what is none of them.
+    Of a workdir the model is that of its run. Features are of the images as they are, without test-time augmentation.
+    Raises UserError for what is none of them.
     """
     config, name = config.copy_and_resolve_references(), os.path.expanduser(name)
-    config.probe.features = name if name in features.CLASSICAL else "network"
-    config.init.weights = "" if name in features.CLASSICAL else name
-    if os.path.isdir(name) and name not in features.CLASSICAL:
+    classical = name in features.CLASSICAL
+    config.probe.features, config.init.weights = (name, "") if classical else ("network", name)
+    config.test_time_augmentation = "none"
+    if classical:
+        return config
+    if os.path.isdir(name):
         with config.unlocked():
             config.model = run_dir.open_workdir(name).config.model
-    elif config.init.weights and not os.path.exists(name) and not hub.is_name(name):
+    elif not os.path.exists(name) and not hub.is_name(name):
         known = [*features.CLASSICAL, "a workdir", "a file of weights", "timm/MODEL.TAG"]
         raise errors.unknown("--features", name, known)
     return config
