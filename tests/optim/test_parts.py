@@ -15,6 +15,7 @@ SMALL = {
     "resnetv2_50x1_bit": {"depths": (2, 1), "width": 8},
     "convnext_tiny": {"depths": (1, 2), "widths": (8, 16)},
     "efficientnet_lite0": {"width_multiplier": 0.25},
+    "improved_resnext50": {"depths": (1, 1, 2), "width": 8, "groups": 2, "group_width": 2},
 }
 
 
@@ -34,10 +35,12 @@ def flat(tree):
         ("resnetv2_50x1_bit", ("stem/conv/kernel",), "stage_1_block_2/norm_1/scale", 4),
         ("convnext_tiny", ("stem/kernel", "stem_norm/scale"), "downsample_2/kernel", 4),
         ("efficientnet_lite0", ("stem/norm/bias",), "stage_2_block_1/expand/conv/kernel", 17),
+        ("improved_resnext50", ("stem/conv/kernel",), "fusion/logits", 5),
     ],
 )
 def test_learning_rates_fall_by_the_factor_for_each_block(name, first, middle, last):
-    rates = flat(parts.layer_rates(0.5, shapes(name)["params"]))
+    behind = getattr(models.create(name, 3, **SMALL[name]), "behind", {})
+    rates = flat(parts.layer_rates(0.5, shapes(name)["params"], behind))
     assert rates["head/kernel"] == 1 and min(rates.values()) == 0.5**last
     assert all(rates[path] == 0.5**last for path in first)
     assert rates[middle] == 0.5 ** (last - 2)
@@ -66,6 +69,9 @@ def test_the_last_blocks_are_counted_from_the_end_with_what_follows_them():
     places = {path.split("/")[0] for path in paths}
     assert places == {"stage_6_block_4", "stage_7_block_1", "last", "head"}
     assert {path.split("/")[0] for path, moves in statistics.items() if moves} == places - {"head"}
+    behind = models.create("improved_resnext50", 3, **SMALL["improved_resnext50"]).behind
+    paths, _ = trained("improved_resnext50", "last 2 blocks", behind=behind)
+    assert {path.split("/")[0] for path in paths} == {"stage_3_block_1", "stage_3_block_2", "head"}
     assert trained("vit_tiny_patch16", "last 1 block")[0] >= {"norm/scale", "head/bias", "block_2/attention_norm/bias"}
 
 

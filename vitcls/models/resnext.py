@@ -34,6 +34,12 @@ class ResNeXt(resnet.ResNet):
     fusion_stages: tuple[int, ...] = (2, 3, 4)  # of fusion='stages': the stages whose maps are fused
     fusion_width: int = 512  # of fusion='stages': channels of the sum
 
+    @property
+    def behind(self) -> dict[str, str]:
+        """Modules whose names do not say behind which block they stand -> that block."""
+        stage = self.fusion_stage
+        return {"fusion": f"stage_{stage}_block_{self.depths[stage - 1]}"} if self.fusion == "kernels" else {}
+
     def learned_weights(self, params: dict) -> dict[str, jax.Array]:
         """The fusion weights alpha_i by scale, float32 scalars that sum to 1; {} without fusion."""
         if self.fusion == "none":

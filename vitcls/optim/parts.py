@@ -1,6 +1,7 @@
 """Which part of a network is trained, and how fast each layer learns: by the names of parameters."""
 
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -50,17 +51,19 @@ def check_choice(which: str) -> None:
         ) from None
 
 
-def choose(which: str, variables: PyTree, *, freeze_norm: bool, new_head: bool) -> Trained | None:
+def choose(
+    which: str, variables: PyTree, *, freeze_norm: bool, new_head: bool, behind: Mapping[str, str] | None = None
+) -> Trained | None:
     """What `which`, 'all', 'head', 'last N blocks' or a regex of paths, trains of the variables; None for everything.
 
-    Blocks are counted from the end, with all that follows them. A new head is always trained. The statistics of a norm
+    Blocks are counted from the end, with all that follows them; `behind` as in `layer_of_each`. A new head is always trained. The statistics of a norm
     change with its parameters, and with `freeze_norm` never. Raises ValueError for a regex that finds nothing, and for
     blocks of a network without any.
     """
     if which == "all" and not freeze_norm:
         return None
     params, statistics = variables["params"], variables.get("batch_stats", {})
-    test = _test(which, params)
+    test = _test(which, params, behind)
     mask = map_with_path(lambda path, _: test(path) or (new_head and _HEAD.search(path) is not None), params)
     trained = {path[:-1] for path, keep in traverse_util.flatten_dict(mask).items() if keep}
     known = {path[:-1] for path in traverse_util.flatten_dict(mask)}
@@ -72,14 +75,14 @@ def choose(which: str, variables: PyTree, *, freeze_norm: bool, new_head: bool) 
     return Trained(mask, traverse_util.unflatten_dict(kept))
 
 
-def _test(which: str, params: PyTree):
+def _test(which: str, params: PyTree, behind: Mapping[str, str] | None):
     """path -> whether it is trained."""
     if which == "all":
         return lambda path: True
     if which == "head":
         return lambda path: _HEAD.search(path) is not None
     if match := _LAST_BLOCKS.fullmatch(which):
-        depths, deepest = layer_of_each(params)
+        depths, deepest = layer_of_each(params, behind)
         if int(match[1]) > deepest - 1:
             raise ValueError(f"train='{which}' is impossible: the network has {deepest - 1} blocks")
         return lambda path: depths[path] >= deepest - int(match[1])
@@ -89,20 +92,20 @@ def _test(which: str, params: PyTree):
     return lambda path: pattern.search(path) is not None
 
 
-def layer_rates(decay: float, params: PyTree) -> PyTree:
+def layer_rates(decay: float, params: PyTree, behind: Mapping[str, str] | None = None) -> PyTree:
     """The factor of each parameter's learning rate: decay^(L - l) of layer l of 0 .. L, 1 behind the last block.
 
     Layer-wise decay as BEiT has it (Bao et al. 2021, appendix): the stem is layer 0, each block one more. Raises
     ValueError for a network without blocks.
     """
-    depths, deepest = layer_of_each(params)
+    depths, deepest = layer_of_each(params, behind)
     return map_with_path(lambda path, _: decay ** (deepest - depths[path]), params)
 
 
-def layer_of_each(params: PyTree) -> tuple[dict[str, int], int]:
+def layer_of_each(params: PyTree, behind: Mapping[str, str] | None = None) -> tuple[dict[str, int], int]:
     """path -> its layer: 0 for the stem, then one for each block, and the last for all behind them; and the last.
 
-    Raises ValueError for a network without blocks.
+    `behind`: module -> the block that it follows, and counts with, where its name does not say so. Raises ValueError for a network without blocks.
     """
     paths = _paths(params)
     blocks = sorted({(int(match[1] or 0), int(match[2])) for match in map(_BLOCK.search, paths) if match})
@@ -112,6 +115,7 @@ def layer_of_each(params: PyTree) -> tuple[dict[str, int], int]:
     last = len(blocks) + 1
 
     def layer(path: str) -> int:
+        path = next((block for module, block in (behind or {}).items() if f"/{module}/" in f"/{path}"), path)
         if match := _BLOCK.search(path):
             return numbers[int(match[1] or 0), int(match[2])]
         if match := _BETWEEN.search(path):

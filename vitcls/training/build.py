@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -164,7 +164,7 @@ def make_training(config, info: DatasetInfo, plan: Plan, partition: Partition) -
     with TASKS.about(config.task.name):
         frozen = task.frozen()
     shapes = variable_shapes(model, info.image_shape)
-    trained, rates = _parts(config, shapes)
+    trained, rates = _parts(config, shapes, getattr(model, "behind", {}))
     ours, _ = parts.split(shapes["params"], trained and trained.params)
     sizes = {"batch_size": config.batch_size, "num_examples": info.num_examples["train"], "total_steps": plan.total}
     to_steps = functools.partial(durations.to_steps, **sizes)
@@ -207,7 +207,7 @@ def make_training(config, info: DatasetInfo, plan: Plan, partition: Partition) -
     return Training(task, model, step_model, schedule, create, train_step, frozen, trained)
 
 
-def _parts(config, shapes: PyTree) -> tuple[Trained | None, PyTree | None]:
+def _parts(config, shapes: PyTree, behind: Mapping[str, str]) -> tuple[Trained | None, PyTree | None]:
     """What `config.init` trains of variables of these shapes, and the factors of its learning rates."""
     init = config.init
     if init.freeze_norm and not init.weights and shapes.get("batch_stats"):
@@ -216,11 +216,13 @@ def _parts(config, shapes: PyTree) -> tuple[Trained | None, PyTree | None]:
             "it to False"
         )
     with about("config.init", {"train": "", "layer_decay": 1.0}):
-        trained = parts.choose(init.train, shapes, freeze_norm=init.freeze_norm, new_head=init.head == "new")
+        trained = parts.choose(
+            init.train, shapes, freeze_norm=init.freeze_norm, new_head=init.head == "new", behind=behind
+        )
     if init.layer_decay == 1:
         return trained, None
     try:
-        rates = parts.layer_rates(init.layer_decay, shapes["params"])
+        rates = parts.layer_rates(init.layer_decay, shapes["params"], behind)
     except ValueError as error:
         raise UserError(f"config.init.layer_decay={init.layer_decay} is not for {config.model.name}: {error}") from None
     return trained, parts.split(rates, trained and trained.params)[0]
