@@ -1,5 +1,6 @@
 """The whole way of a user with published weights and a folder of photos, in commands."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -83,8 +84,8 @@ def drawn(name, num_classes, image_shape, **fields):
 @pytest.mark.parametrize(
     ("publisher", "words"),
     [
-        ("timm", "mean (0.500, 0.500, 0.500), std (0.500, 0.500, 0.500), 224 pixels, central 90.0%, bicubic"),
-        ("torchvision", "mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225), 224 pixels, central 87.5%, bilinear"),
+        ("timm", "mean (0.500, 0.500, 0.500), std (0.500, 0.500, 0.500), SIZE pixels, central 90.0%, bicubic"),
+        ("torchvision", "mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225), SIZE pixels, central 87.5%, bilinear"),
     ],
 )
 def test_a_vit_is_known_by_the_size_of_its_patches_and_its_publisher_by_the_names(publisher, words, tmp_path):
@@ -94,7 +95,8 @@ def test_a_vit_is_known_by_the_size_of_its_patches_and_its_publisher_by_the_name
         file = load.open_weights(safetensors(tmp_path / f"{size}.safetensors", arrays))
         first, *others = adopt.identify(file)
         lines = adopt.describe(file, first)
-        assert f"architecture   {expected}" in lines[1] and lines[-1].endswith(f"{words} (of its publisher)")
+        words_of_it = words.replace("SIZE", str(2 * size))  # that of its positions
+        assert f"architecture   {expected}" in lines[1] and lines[-1].endswith(f"{words_of_it} (of its publisher)")
         assert not others or size == 10
 
 
@@ -103,6 +105,32 @@ def test_mobilenet_v3_that_pads_as_tensorflow_has_its_colours():
     file = load.WeightsFile("w.safetensors", "safetensors", {}, {})
     means = [load.published("mobilenet_v3_small", file, padding=padding).mean for padding in ("same", "even")]
     assert means == [(0.5, 0.5, 0.5), (0.485, 0.456, 0.406)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "name", "fields", "words"),
+    [
+        ("timm/efficientnet_b0.ra_in1k", "efficientnet_b0", {}, "pads as PyTorch does.*; take timm/tf_efficientnet_b0"),
+        ("timm/mobilenetv3_large_100.ra_in1k", "mobilenet_v3_large", {}, "with config.model.padding='even' only"),
+        ("timm/tf_mobilenetv3_large_100.in1k", "mobilenet_v3_large", {"padding": "even"}, "padding='same' only"),
+        ("timm/tf_efficientnet_b0.in1k", "efficientnet_b0", {}, ""),
+        ("timm/mobilenetv2_100.ra_in1k", "mobilenet_v2", {"padding": "even"}, ""),
+    ],
+)
+def test_a_name_of_the_hub_says_how_its_network_pads(weights, name, fields, words):
+    """Names and shapes of the arrays do not."""
+    expected = pytest.raises(UserError, match=words) if words else contextlib.nullcontext()
+    with expected:
+        load.check_publisher(weights, name, **fields)
+
+
+@pytest.mark.by_turns
+def test_a_mobilenet_v3_of_the_hub_is_known_by_its_name(tmp_path):
+    variables = drawn("mobilenet_v3_small", 5, (32, 32, 3), padding="even")
+    path = safetensors(tmp_path / "w.safetensors", to_torch("mobilenet_v3_small", variables, padding="even"))
+    first, *_ = adopt.identify(load.open_weights(path), "timm/mobilenetv3_small_100.lamb_in1k")
+    lines = adopt.describe(load.open_weights(path), first)
+    assert "mobilenet_v3_small, padding=even, " in lines[1] and "mean (0.485, 0.456, 0.406)" in lines[-1]
 
 
 def test_weights_of_no_model_are_refused(weights, tmp_path):

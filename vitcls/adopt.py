@@ -25,7 +25,7 @@ from vitcls.core.errors import UserError
 from vitcls.data import images as image_files
 from vitcls.data.sources import SOURCES
 from vitcls.models.variables import variable_shapes
-from vitcls.models.weights import hub, load
+from vitcls.models.weights import from_torch, hub, load
 from vitcls.models.weights.adapt import adapt
 from vitcls.models.weights.matching import DoesNotFit
 from vitcls.models.weights.preprocessing import KNOWN, Preprocessing
@@ -33,9 +33,6 @@ from vitcls.models.weights.preprocessing import KNOWN, Preprocessing
 _BATCH = 32
 _SURE = 1.96  # standard deviations: 95 % to both sides
 _BETTER_THAN_CHANCE = 2.0  # times as often right, or half of the way to always
-
-
-_OF_PYTORCH: dict[str, dict] = {"inception_v3": {"count_padding": True}, "mobilenet_v2": {"padding": "even"}}
 
 
 class Adopted(NamedTuple):
@@ -51,14 +48,18 @@ class Adopted(NamedTuple):
         return None if size == models.fields(self.model).get("patch_size") else size
 
 
-def identify(file: load.WeightsFile) -> list[Adopted]:
+def identify(file: load.WeightsFile, weights: str = "") -> list[Adopted]:
     """The models whose weights a file has, by its names and shapes, usually one; no device work.
+
+    `weights` is what the user calls it, which may be a name of the Hub.
 
     Raises UserError where no model has them, with what comes nearest.
     """
     found, failed = [], []
     for name in models.names():
-        fields = _OF_PYTORCH.get(name, {}).copy() if file.source == "safetensors" else {}
+        fields = from_torch.FIELDS.get(name, {}).copy() if file.source == "safetensors" else {}
+        if hub.is_name(weights) and not hub.pads_as_tensorflow(weights) and "padding" in models.fields(name):
+            fields["padding"] = "even"
         if file.source == "keras" and "stride_on" in models.fields(name):
             fields["stride_on"] = "1x1"
         try:
@@ -90,11 +91,12 @@ def describe(file: load.WeightsFile, adopted: Adopted) -> list[str]:
     given = adopted.given
     count = sum(leaf.size for path, leaf in given.variables.items() if path.startswith("params/"))
     types = sorted({array.dtype.name for array in file.arrays.values()})
-    patches = f", patch_size={adopted.patch_size}" if adopted.patch_size else ""
+    usual = models.fields(adopted.model)
+    fields = "".join(f", {key}={value}" for key, value in given.fields.items() if value != usual.get(key))
     classes = f"{given.num_classes:,}" if given.num_classes else "none: it has no classifier"
     return [
         f"layout         {file.source}, {len(file.arrays)} arrays of {', '.join(types)}",
-        f"architecture   {adopted.model}{patches}, {count:,} parameters",
+        f"architecture   {adopted.model}{fields}, {count:,} parameters",
         f"images         {given.channels} channels",
         f"classes        {classes}",
         f"preprocessing  {_words(given.preprocessing)} (of its publisher)",
@@ -216,7 +218,8 @@ def main(argv: list[str]) -> None:
     flags = parser.parse_args(argv)
     cli.use_cache()
     file = load.open_weights(hub.located(os.path.expanduser(flags.file)))
-    found = identify(file)
+    found = identify(file, flags.file)
+    load.check_publisher(flags.file, found[0].model, **found[0].given.fields)
     print(f"{flags.file}")
     print(*describe(file, found[0]), sep="\n")
     if found[1:]:

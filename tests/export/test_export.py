@@ -117,6 +117,7 @@ def test_weights_go_out_by_pytorchs_names_to_the_bit(resnet, tmp_path, capsys):
     out = tmp_path / "resnet.safetensors"
     code, said, err = call([f"--workdir={resnet}", "--format=safetensors", f"--out={out}"], capsys)
     assert code == 0 and "of the run" in said, err
+    assert "weights of resnet18 with depths=(1, 1), stem=small, width=8; build PyTorch's network alike" in err
     arrays, metadata = read_safetensors(str(out))
     assert ("conv1.weight" in arrays and json.loads(metadata["classes"]) == ["0", "1", "2"]) or metadata["classes"]
     opened = open_with_data(resnet, splits=("test",))

@@ -179,6 +179,11 @@ def test_layers_that_keras_numbers_count_from_any_number_and_paths_may_be_longer
     moved = {renamed(path): value for path, value in weights.items()}
     first, second = (from_keras("inception_v3", each, num_classes=CLASSES) for each in (weights, moved))
     jax.tree.map(np.testing.assert_array_equal, first, second)
+    file = load.WeightsFile("moved.weights.h5", "keras", moved, {})
+    found = load.convert("inception_v3", file, head=True)
+    assert (found.num_classes, found.channels) == (CLASSES, 3)
+    for path, leaf in traverse_util.flatten_dict(first, sep="/").items():
+        np.testing.assert_array_equal(found.variables[path], leaf)
 
 
 def without(key):
@@ -236,6 +241,19 @@ def test_what_does_not_fit_is_said_in_one_line(change, fields, message):
 def test_models_that_keras_has_no_names_for(name, message):
     with pytest.raises(ValueError, match=message):
         from_keras(name, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "theirs"),
+    [
+        ("mobilenet_v2", "padding", "even", "'same'"),
+        ("mobilenet_v3_small", "padding", "even", "'same'"),
+        ("inception_v3", "count_padding", True, "False"),
+    ],
+)
+def test_networks_that_compute_something_else_are_refused(name, field, value, theirs):
+    with pytest.raises(ValueError, match=f"{name} can take weights of Keras with {field}={theirs} only"):
+        from_keras(name, {}, **{field: value})
 
 
 def test_every_leaf_is_contiguous_whatever_the_weights_are():

@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from vitcls import models
 from vitcls.core.errors import RunError, UserError
 from vitcls.export import artefact, blocks, check, compress, onnx, program, saved_model, tflite, verify
 from vitcls.export.check import Passport
 from vitcls.export.compress import PRECISIONS
 from vitcls.export.source import Source
 from vitcls.metrics.scaling import Scaling
+from vitcls.models import forms
+from vitcls.models.weights import from_torch
 from vitcls.models.weights.to_torch import to_torch
 
 PyTree = Any
@@ -154,7 +157,12 @@ def _onnx(job: Job, answer: Callable, place: pathlib.Path) -> None:
 def _weights(job: Job, _: None, place: pathlib.Path) -> None:
     trained = job.source.opened.trained
     fields = {key: value for key, value in trained.config.model.items() if key != "name"}
-    arrays = to_torch(trained.config.model.name, job.source.variables, **fields)
+    name = trained.config.model.name
+    arrays = to_torch(name, job.source.variables, **fields)
+    usual = models.fields(name) | from_torch.FIELDS.get(name, {})
+    others = [f"{key}={value}" for key, value in fields.items() if _changes_answers(key) and value != usual.get(key)]
+    if others:
+        _logger.warning("these are weights of %s with %s; build PyTorch's network alike", name, ", ".join(others))
     arrays = compress.round_weights({"params": arrays}, job.precision)["params"]
     # PyTorch's norms count batches, and load_state_dict(strict=True) asks for that.
     norms = [name.removesuffix("running_mean") for name in arrays if name.endswith("running_mean")]
@@ -162,6 +170,11 @@ def _weights(job: Job, _: None, place: pathlib.Path) -> None:
     about = {key: json.dumps(value) for key, value in job.about.items() if key != "config"}
     files = {key: (trained.path / f"{key}.json").read_text(encoding="utf-8") for key in ("config", "dataset")}
     place.write_bytes(artefact.pack_safetensors(arrays, about | files))
+
+
+def _changes_answers(field: str) -> bool:
+    """Whether networks of one name that differ in a field may differ in their answers too."""
+    return "drop" not in field and field not in (*forms.FIELDS, "dtype", "remat")
 
 
 FORMATS = {

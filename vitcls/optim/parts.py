@@ -56,9 +56,10 @@ def choose(
 ) -> Trained | None:
     """What `which`, 'all', 'head', 'last N blocks' or a regex of paths, trains of the variables; None for everything.
 
-    Blocks are counted from the end, with all that follows them; `behind` as in `layer_of_each`. A new head is always trained. The statistics of a norm
-    change with its parameters, and with `freeze_norm` never. Raises ValueError for a regex that finds nothing, and for
-    blocks of a network without any.
+    Blocks are counted from the end, with all that follows them; `behind` as in `layer_of_each`. A new head is always
+    trained. The statistics of a norm change with its parameters, and with `freeze_norm` never.
+
+    Raises ValueError for a regex that finds nothing, and for blocks of a network without any.
     """
     if which == "all" and not freeze_norm:
         return None
@@ -105,7 +106,9 @@ def layer_rates(decay: float, params: PyTree, behind: Mapping[str, str] | None =
 def layer_of_each(params: PyTree, behind: Mapping[str, str] | None = None) -> tuple[dict[str, int], int]:
     """path -> its layer: 0 for the stem, then one for each block, and the last for all behind them; and the last.
 
-    `behind`: module -> the block that it follows, and counts with, where its name does not say so. Raises ValueError for a network without blocks.
+    `behind`: module -> the block that it follows, and counts with, where its name does not say so.
+
+    Raises ValueError for a network without blocks.
     """
     paths = _paths(params)
     blocks = sorted({(int(match[1] or 0), int(match[2])) for match in map(_BLOCK.search, paths) if match})

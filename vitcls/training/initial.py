@@ -66,6 +66,7 @@ def _recorded(path: pathlib.Path | None) -> dict | None:
 def _open(config, weights: str) -> tuple[load.WeightsFile | run_dir.Workdir, str, Preprocessing]:
     """The opened file or run, what identifies it, and how its images were prepared."""
     if not os.path.isdir(weights):
+        load.check_publisher(weights, config.model.name, **_fields(config))
         path = hub.located(weights)
         file = load.open_weights(path)
         return file, hub.sha256_of(path), load.published(config.model.name, file, **_fields(config))

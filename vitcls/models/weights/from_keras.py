@@ -18,6 +18,13 @@ from vitcls.models.weights.matching import Rule, collect, shapes_of
 _NORM_LEAVES = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"}
 _OTHER_LEAVES = {"kernel": "kernel", "bias": "bias", "scale": "variable"}  # 'scale': of a layer scale
 _LEFT_OUT = re.compile(r"normalization(_\d+)?/|seed_generator(_\d+)?/")  # of the images; of dropout
+# Fields by which the networks of Keras differ from others with weights of the same names and shapes.
+_NEEDED = (
+    (resnet.ResNet, "stride_on", "1x1"),
+    (inception.InceptionV3, "count_padding", False),
+    (mobilenet.MobileNetV2, "padding", "same"),
+    (mobilenet.MobileNetV3, "padding", "same"),
+)
 _NUMBERED = re.compile(r"(conv2d|batch_normalization)(?:_(\d+))?/(.+)")
 
 # The path of a module of ours and the name of its layer in Keras, or the path of a weight, the names of the arrays that
@@ -41,12 +48,13 @@ def from_keras(
     any number. What EfficientNet normalises its images with is left out: ours come normalised. `image_shape` [H, W, C],
     by default the model's native one, says how many channels there are. Without `head` the classifier is left out.
 
-    Raises UserError for a model that has no names there, for a ResNet without stride_on='1x1', which is where Keras
-    halves the maps, and, all at once, for weights that are missing, do not fit or are too many.
+    Raises UserError for a model that has no names there, for one whose fields are not those of Keras's network, such as
+    a ResNet without stride_on='1x1', which is where Keras halves the maps, and, all at once, for weights that are
+    missing, do not fit or are too many.
     """
     model = models.create(name, num_classes, **fields)
     rules = names_for(name, model)
-    given = _by_layer(weights)
+    given = by_layer(weights)
     return collect(
         name,
         shapes_of(name, model, image_shape),
@@ -65,12 +73,13 @@ def names_for(name: str, model: nn.Module) -> dict[str, list]:
     """
     if type(model) not in _FAMILIES:
         raise UserError(f"{name} cannot take weights of Keras: no names are known for it")
-    if isinstance(model, resnet.ResNet) and model.stride_on != "1x1":
-        raise UserError(f"{name} can take weights of Keras with stride_on='1x1' only")
+    for family, field, needed in _NEEDED:
+        if isinstance(model, family) and getattr(model, field) != needed:
+            raise UserError(f"{name} can take weights of Keras with {field}={needed!r} only")
     return {path: rule for path, *rule in _FAMILIES[type(model)](model, name)}
 
 
-def _by_layer(weights: Mapping[str, np.ndarray]) -> dict[str, str]:
+def by_layer(weights: Mapping[str, np.ndarray]) -> dict[str, str]:
     """'layer/variable', as in a fresh session of Keras, -> the key in `weights`."""
     short = {key: re.sub(r"/variable_\d+$", "/variable", "/".join(key.split("/")[-2:])) for key in weights}
     numbered = {key: match for key, path in short.items() if (match := _NUMBERED.fullmatch(path))}

@@ -34,6 +34,8 @@ from vitcls.models import (
 from vitcls.models.weights.arrays import Arrays
 from vitcls.models.weights.matching import Rule, collect, shapes_of
 
+# Fields by which the networks of PyTorch differ from ours by default.
+FIELDS: dict[str, dict[str, Any]] = {"inception_v3": {"count_padding": True}, "mobilenet_v2": {"padding": "even"}}
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 TORCHVISION_POSITIONS = "encoder.pos_embedding"  # of a ViT; timm has another name
 _LEFT_OUT = re.compile(r"aux\d\.|AuxLogits\.|.*\.num_batches_tracked$")  # auxiliary classifiers, counts of batches
@@ -59,10 +61,13 @@ def from_torch(
     one, says how many channels there are and, to a ViT, for which size its positions were learned. Without `head` the
     classifier is left out.
 
-    Raises UserError for a model that has no names there, for an Inception v3 without count_padding, whose poolings are
-    others than those of PyTorch, and, all at once, for weights that are missing, do not fit or are too many.
+    Raises UserError for a model that has no names there, for one whose fields are not those of PyTorch's network, such
+    as an Inception v3 without count_padding, whose poolings are others, and, all at once, for weights that are missing,
+    do not fit or are too many.
     """
     model = models.create(name, num_classes, **fields)
+    if isinstance(model, resnet.ResNet) and model.stride_on != "3x3":
+        raise UserError(f"{name} can take weights of PyTorch with stride_on='3x3' only")
     known = names_for(name, model, weights)
     return collect(
         name,

@@ -21,6 +21,11 @@ def is_name(weights: str) -> bool:
     return _NAME.fullmatch(weights) is not None and not os.path.exists(weights)
 
 
+def pads_as_tensorflow(name: str) -> bool:
+    """Whether timm's network of that name does, whose weights are those that TensorFlow's authors published."""
+    return name.startswith("timm/tf_")
+
+
 def located(weights: str) -> str:
     """The file of weights: what a name on the Hub was fetched to, and anything else as it is.
 

@@ -1,5 +1,6 @@
 """A file of published weights -> the variables of a model, whoever has named them."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable
@@ -10,8 +11,8 @@ from flax import traverse_util
 
 from vitcls import models
 from vitcls.core.errors import UserError
-from vitcls.models import mobilenet, vit
-from vitcls.models.weights import from_keras, from_npz, from_torch
+from vitcls.models import efficientnet, mobilenet, vit
+from vitcls.models.weights import from_keras, from_npz, from_torch, hub
 from vitcls.models.weights.arrays import Arrays, unusable
 from vitcls.models.weights.keras_file import read_keras
 from vitcls.models.weights.npz import read_npz
@@ -71,6 +72,22 @@ def open_weights(path: str) -> WeightsFile:
     return WeightsFile(path, source, arrays, metadata)
 
 
+def check_publisher(weights: str, name: str, **fields: Any) -> None:
+    """Raises UserError for a name of the Hub whose network pads otherwise than the model `name` with these `fields`.
+
+    Shapes and names of their weights are the same.
+    """
+    model = models.create(name, 1, **fields)
+    if not hub.is_name(weights) or not isinstance(model, efficientnet.EfficientNet | mobilenet.MobileNetV3):
+        return
+    theirs = "same" if hub.pads_as_tensorflow(weights) else "even"
+    if getattr(model, "padding", "same") == theirs:
+        return
+    if isinstance(model, efficientnet.EfficientNet):
+        raise UserError(f"{weights} pads as PyTorch does, and {name} as its authors do; take timm/tf_{name}...")
+    raise UserError(f"{name} takes {weights} with config.model.padding='{theirs}' only")
+
+
 def convert(name: str, file: WeightsFile, *, head: bool, **fields: Any) -> Given:
     """The variables of the model `name` out of a file, for the images, patches and classes for which they were learned.
 
@@ -98,7 +115,8 @@ def convert(name: str, file: WeightsFile, *, head: bool, **fields: Any) -> Given
     if (file.source, type(model).__name__) in BGR:
         first = next(path for path in flat if path.endswith("kernel") and flat[path].shape[2:3] == (channels,))
         flat[first] = np.ascontiguousarray(flat[first][:, :, ::-1])
-    return Given(flat, channels, num_classes, published(name, file, **fields), fields)
+    found = dataclasses.replace(published(name, file, **fields), size=size[0])
+    return Given(flat, channels, num_classes, found, fields)
 
 
 def published(name: str, file: WeightsFile, **fields: Any) -> Preprocessing:
@@ -118,8 +136,9 @@ def _ends(name: str, model, file: WeightsFile) -> tuple[str, str]:
         return next(iter(rules.values())).keys[0], rules["head/kernel"].keys[0]
     if file.source == "keras":
         known = from_keras.names_for(name, model)
-        keys = next(iter(known.values()))[0], known["head"][0]
-        return tuple(f"{key}/kernel" for key in keys)
+        given = from_keras.by_layer(file.arrays)
+        keys = (f"{key}/kernel" for key in (next(iter(known.values()))[0], known["head"][0]))
+        return tuple(given.get(key, key) for key in keys)
     known = from_torch.names_for(name, model, file.arrays)
     return f"{next(iter(known.values()))[0]}.weight", f"{known['head'][0]}.weight"
 
