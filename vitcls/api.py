@@ -83,7 +83,8 @@ class Run:
     def predict(self, images: np.ndarray | Sequence[os.PathLike | str]) -> np.ndarray:
         """Probabilities float32 [N, K] of images uint8 [N, H, W, C], or of image files by their paths.
 
-        Images of another size are resized and cropped as the run's own test images were. Raises UserError for what is
+        Files, and arrays of another size, are resized and cropped as the run's own test images were; arrays of the
+        model's size are taken as they are. Raises UserError for what is
         not such images, and for files that cannot be read, which it names.
         """
         return self._classify(self._decoded(images))

@@ -13,6 +13,7 @@ from PIL import Image
 
 from vitcls import evaluate, models, predict, train
 from vitcls.models import attention, forms, layers, vit
+from vitcls.models.variables import variable_shapes
 from vitcls.training import run_dir
 
 TINY = {"patch_size": 2, "hidden_dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24}
@@ -535,6 +536,10 @@ def test_tiny_grey_images(patch_size):
     assert logits.shape == (1, 10) and np.isfinite(logits).all()
 
 
+def test_a_whole_number_is_a_fraction_too_where_one_is_asked_for():
+    variable_shapes(plain(dropout=0, layer_scale=0, drop_path=0), (8, 8, 3))
+
+
 @pytest.mark.parametrize(
     ("fields", "shape", "message"),
     [
@@ -544,6 +549,7 @@ def test_tiny_grey_images(patch_size):
         ({"stem": "conv", "patch_size": 3}, (9, 9), "patch_size=3 must be a power of two"),
         ({"hidden_dim": 18, "position_embedding": "sincos2d"}, (8, 8), "hidden_dim=18 must be a multiple of 4"),
         ({"attention": "cudn"}, (8, 8), "attention 'cudn' is not known; did you mean 'cudnn'"),
+        ({"dropout": 1}, (8, 8), r"dropout=1 is impossible; it must be in \[0, 1\)"),
         ({"dropout": 1.0}, (8, 8), r"dropout=1.0 is impossible; it must be in \[0, 1\)"),
         ({"depth": 0}, (8, 8), "depth=0 is impossible; it must be at least 1"),
         ({"layer_scale": -1.0}, (8, 8), "layer_scale=-1.0 is impossible; it must be at least 0"),

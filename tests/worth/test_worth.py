@@ -96,6 +96,8 @@ def test_the_steps_fill_the_time_that_is_there():
         (["--minutes=5", "--steps=9"], "give one of --minutes=M and --steps=N"),
         (["--workers=0"], "--workers=0 is impossible"),
         (["--weights=nothing.safetensors"], "nothing.safetensors is not there"),
+        (["--config.dataset.fraction=0.5"], "config.dataset.fraction=0.5 is not for this command"),
+        (["--config.model.hidden_dim=32"], "does not fit"),
         (["--config.dataset.image_size=16"], "knows images of 8x8x3, and those of 'synthetic' are 16x16x3"),
     ],
 )

@@ -1,6 +1,7 @@
 """Checks that every model makes before its first layer: one clear line for a field or an image that cannot work."""
 
 import math
+import typing
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -23,16 +24,16 @@ _MOST_LAYERS, _MOST = 10_000, 2**24
 def check_fields(model: nn.Module, choices: Mapping[str, tuple] | None = None) -> None:
     """Raises ValueError for a value that cannot work.
 
-    Text must be among its `choices` (those of fields that models share are known here); whole numbers are at least 1
-    and no more than a network can be made of, fractions at least 0, and fields with 'drop' in their name are
-    probabilities below 1.
+    Text must be among its `choices` (those of fields that models share are known here); fields of whole numbers are at
+    least 1 and no more than a network can be made of, those of fractions at least 0, and of these the ones with 'drop'
+    in their name are probabilities below 1.
     """
     for field, valid in (_CHOICES | dict(choices or {})).items():
         value = getattr(model, field, valid[0])
         if value not in valid:
             raise ValueError(errors.not_known(f"{field}", str(value), valid))
-    for field in model.__dataclass_fields__:
-        value = getattr(model, field, None)
+    for field, declared in model.__dataclass_fields__.items():
+        value, fraction = getattr(model, field, None), float in (declared.type, *typing.get_args(declared.type))
         if value == ():
             raise ValueError(f"{field}=() is impossible; it needs an entry for each stage")
         parts = value if isinstance(value, tuple) else (value,)
@@ -40,7 +41,7 @@ def check_fields(model: nn.Module, choices: Mapping[str, tuple] | None = None) -
             if isinstance(part, bool) or not isinstance(part, int | float):
                 continue
             low, high, expected = 0, math.inf, "at least 0"
-            if isinstance(part, int):
+            if isinstance(part, int) and not fraction:
                 most = _MOST_LAYERS if "depth" in field else _MOST
                 low, high, expected = 1, most + 1, f"at least 1, and at most {most:,}"
             elif "drop" in field:

@@ -10,11 +10,12 @@ from ml_collections import ConfigDict
 from vitcls import config as configs
 from vitcls import data
 from vitcls.core import sharding
+from vitcls.core.errors import UserError
 from vitcls.experiment.table import Row, Run
 from vitcls.models.weights import hub
 from vitcls.probe import features, network
 from vitcls.probe.run import check_size, with_features
-from vitcls.training import initial
+from vitcls.training import build, initial
 
 LEARNED = ("from_scratch", "fine_tuned")  # methods that are trained step by step
 METHODS = {"hog_svm": "HOG + SVM", "from_scratch": "From scratch", "probe": "Probe", "fine_tuned": "Fine-tuned"}
@@ -28,6 +29,11 @@ def plan(config: ConfigDict, weights: str, shares: Sequence[float], steps: int, 
     compiled program serves all of a method. Raises UserError for weights and data that cannot be used.
     """
     config = config.copy_and_resolve_references()
+    if config.dataset.fraction != 1:
+        raise UserError(
+            f"config.dataset.fraction={config.dataset.fraction:g} is not for this command, whose shares of the "
+            "training images are those of --shares"
+        )
     config.init.weights = weights if hub.is_name(weights) else os.path.abspath(os.path.expanduser(weights))
     config.report.timing = False
     config.batch_size = min(config.batch_size, _BATCH)
@@ -42,6 +48,8 @@ def plan(config: ConfigDict, weights: str, shares: Sequence[float], steps: int, 
     for name in METHODS.keys() - LEARNED:  # says now what cannot work
         check_size(made[name], dataset)
         features.make_extractor(configs.resolve(made[name]), info, start, partition)
+    tuned = configs.resolve(made["fine_tuned"])
+    initial.read(tuned, info, build.make_model(tuned, info), start)
     names = sorted(METHODS, key=LEARNED.__contains__)
     runs = [_run(name, made[name], share, directory) for name in names for share in sorted(shares)]
     if network.has_head(configs.resolve(made["probe"]), info):
