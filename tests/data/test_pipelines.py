@@ -306,10 +306,21 @@ def test_random_resized_crops_of_images_in_memory_need_them_on_the_devices():
     assert data.choose_pipeline(dataset(), config(pipeline="auto", random_resized_crop=True)) == "resident"
 
 
-@pytest.mark.parametrize(("size", "kept"), [((224, 224), 256), ((64, 64), 74), ((299, 299), 299), ((384, 384), 384)])
-def test_of_image_files_more_is_kept_than_the_model_sees(tmp_path, size, kept):
-    files = dataclasses.replace(dataset(encoded_in=tmp_path), image_shape=(*size, 3))
-    assert kept_shape(files, config(random_resized_crop=True)) == (kept, kept, 3)
+@pytest.mark.parametrize(
+    ("size", "least", "largest", "kept"),
+    [
+        ((224, 224), 0.08, (500, 500), (256, 256)),
+        ((64, 64), 0.08, (500, 500), (227, 227)),  # 64 / sqrt(0.08)
+        ((64, 64), 0.25, (500, 500), (128, 128)),
+        ((64, 64), 0.08, (90, 120), (90, 120)),
+        ((64, 64), 0.08, (40, 40), (64, 64)),
+        ((64, 64), 0.08, None, (227, 227)),
+        ((384, 384), 0.08, (500, 500), (384, 384)),
+    ],
+)
+def test_of_image_files_so_much_is_kept_that_crops_are_not_enlarged(tmp_path, size, least, largest, kept):
+    files = dataclasses.replace(dataset(encoded_in=tmp_path), image_shape=(*size, 3), largest=largest)
+    assert kept_shape(files, config(random_resized_crop=True, crop_area=(least, 1.0))) == (*kept, 3)
     assert kept_shape(files, config()) == (*size, 3)
 
 

@@ -40,6 +40,7 @@ class Dataset:
     test: Split
     image_shape: tuple[int, int, int]  # H, W, C as the model will see them
     skipped: tuple[SkippedFile, ...] = ()
+    largest: tuple[int, int] | None = None  # height and width, at most, of its images as they came, where known
 
     @property
     def num_classes(self) -> int:

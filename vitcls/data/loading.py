@@ -77,6 +77,7 @@ def load(config, *, data_dir: str = "", max_value: float | None = None) -> Datas
         splits["test"],
         image_shape,
         source.skipped,
+        tuple(max(shape[axis] for shape in source.shapes) for axis in (0, 1)) if source.shapes else None,
     )
 
 

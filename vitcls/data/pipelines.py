@@ -1,6 +1,7 @@
 """The two ways of images to the devices, resident and streaming: which one, and batches that do not tell them apart."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from vitcls.data.resident import Cropping, Resident
 from vitcls.data.streaming import Streaming
 
 _RESIDENT_SHARE = 0.25  # of a device's memory that images may take
-_LARGEST_KEPT = 256  # pixels of a side from which random resized crops are taken; 256 for models of 224
+_LARGEST_KEPT = 256  # pixels of a side from which random resized crops are taken
 _HOST_SHARE = 0.5  # of the host's memory that images decoded for the devices may take
 
 
@@ -38,11 +39,18 @@ def choose_pipeline(dataset: Dataset, config) -> str:
 
 
 def kept_shape(dataset: Dataset, config) -> tuple[int, int, int]:
-    """H, W, C of the training images on the devices: more than the model sees where crops of them are resized."""
-    height, width, channels = dataset.image_shape
+    """H, W, C of the training images on the devices: more than the model sees where crops of them are resized.
+
+    So much that the smallest crop is not enlarged, but no more than the images have, nor than `_LARGEST_KEPT`.
+    """
+    *size, channels = dataset.image_shape
     if not config.random_resized_crop or isinstance(dataset.train.images, np.ndarray):
         return dataset.image_shape
-    return *(max(side, min(_LARGEST_KEPT, -(-side * 8 // 7))) for side in (height, width)), channels
+    largest = dataset.largest or (_LARGEST_KEPT, _LARGEST_KEPT)
+    enough = (math.ceil(side / math.sqrt(config.crop_area[0])) for side in size)
+    return *(
+        max(side, min(_LARGEST_KEPT, *limits)) for side, *limits in zip(size, enough, largest, strict=True)
+    ), channels
 
 
 def _fits(dataset: Dataset, kept: tuple[int, int, int]) -> bool:
