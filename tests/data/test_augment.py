@@ -275,7 +275,7 @@ def pillow(name, image, level, sign):
 
 @pytest.fixture(scope="module")
 def apply():
-    ranges = randaugment._RAND | {"translate": 20 * 150 / 331}
+    ranges = randaugment._RAND | {"translate_x": 20 * 150 / 331, "translate_y": 20 * 150 / 331}
     return jax.jit(jax.vmap(lambda *args: randaugment.apply(*args, ranges), (0, None, None, None)))
 
 
@@ -294,8 +294,9 @@ def test_randaugment_values_are_pillows(apply, name, channels):
             assert np.abs(varied - theirs).max() <= (0 if name in ("equalize", "posterize", "solarize") else 1)
 
 
-def test_sharpness_blends_with_pillows_smooth():
-    image = pictures(1, size=12)[0]
+@pytest.mark.parametrize("shape", [(12, 12), (1, 12), (12, 2)])
+def test_sharpness_blends_with_pillows_smooth(shape):
+    image = pictures(1, size=12)[0, : shape[0], : shape[1]]
     smooth = randaugment._smooth(jnp.asarray(image, jnp.float32))
     np.testing.assert_array_equal(smooth, np.asarray(Image.fromarray(image).filter(ImageFilter.SMOOTH)))
 
@@ -337,6 +338,14 @@ def test_randaugment_applies_every_operation_with_both_signs(apply):
             assert_share(nearest == index, 1 / 28)
         elif sign < 0:  # both signs look the same, and the first is found
             assert_share(nearest == index, 1 / 14)
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8)])
+def test_randaugment_moves_by_shares_of_both_sides(shape):
+    config = block(randaugment={"probability": 1.0, "num_ops": 1, "magnitude": 9.0})
+    varied, _ = run(config, np.full((300, *shape, 1), 200, np.uint8))
+    for across in (1, 2):  # most rows, then columns, that are left black
+        assert (varied[..., 0].max(across) == 0).mean(1).max() == pytest.approx(0.9 * 150 / 331, abs=0.1)
 
 
 def test_trivialaugment_draws_its_strength():

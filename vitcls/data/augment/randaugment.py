@@ -29,10 +29,13 @@ OPERATIONS = (
     "color",
     "sharpness",
 )
-# The strongest form of each operation, at level 1, for images of side S: shear as a slope, translation in S (for
-# TrivialAugment in pixels), rotation in degrees, enhancement as |factor - 1|, bits taken away, values solarized.
-_RAND = {"shear": 0.3, "translate": 150 / 331, "rotate": 30.0, "enhance": 0.9, "bits": 4.0, "solarize": 256.0}
-_WIDE = {"shear": 0.99, "translate": 32.0, "rotate": 135.0, "enhance": 0.99, "bits": 6.0, "solarize": 256.0}
+# The strongest form of each operation, at level 1: shear as a slope, translation as a share of the side that it goes
+# along (for TrivialAugment in pixels), rotation in degrees, enhancement as |factor - 1|, bits taken away, values
+# solarized.
+_RAND = {"shear": 0.3, "rotate": 30.0, "enhance": 0.9, "bits": 4.0, "solarize": 256.0}
+_RAND_TRANSLATE = 150 / 331
+_WIDE = {"shear": 0.99, "rotate": 135.0, "enhance": 0.99, "bits": 6.0, "solarize": 256.0}
+_WIDE |= {"translate_x": 32.0, "translate_y": 32.0}
 _BINS = 31  # levels of TrivialAugment
 
 
@@ -49,7 +52,8 @@ class RandAugment:
         require(self, "magnitude", 0 <= self.magnitude <= 10, "in [0, 10]")
 
     def __call__(self, key: jax.Array, image: jax.Array) -> jax.Array:
-        ranges = _RAND | {"translate": _RAND["translate"] * image.shape[1]}
+        height, width, _ = image.shape
+        ranges = _RAND | {"translate_x": _RAND_TRANSLATE * width, "translate_y": _RAND_TRANSLATE * height}
         for op_key in jax.random.split(key, self.num_ops):
             operation_key, sign_key = jax.random.split(op_key)
             operation = jax.random.randint(operation_key, (), 0, len(OPERATIONS))
@@ -104,8 +108,8 @@ def _matrix(operation: jax.Array, level: jax.Array, sign: jax.Array, ranges: dic
 
     moved = jnp.array(
         [
-            [1.0, entry("shear_x", ranges["shear"]), entry("translate_x", ranges["translate"])],
-            [entry("shear_y", ranges["shear"]), 1.0, entry("translate_y", ranges["translate"])],
+            [1.0, entry("shear_x", ranges["shear"]), entry("translate_x", ranges["translate_x"])],
+            [entry("shear_y", ranges["shear"]), 1.0, entry("translate_y", ranges["translate_y"])],
         ]
     )
     return jnp.where(_is(operation, "rotate"), rotation_matrix(amount * ranges["rotate"]), moved)
@@ -181,8 +185,10 @@ def _look_up(tables: jax.Array, image: jax.Array) -> jax.Array:
 
 
 def _smooth(image: jax.Array) -> jax.Array:
-    """PIL.ImageFilter.SMOOTH: a 3x3 mean with weight 5 in the middle; the border stays."""
+    """PIL.ImageFilter.SMOOTH: a 3x3 mean with weight 5 in the middle; the border stays, which may be all there is."""
     height, width, _ = image.shape
+    if min(height, width) < 3:
+        return image
     around = sum(image[row : height - 2 + row, column : width - 2 + column] for row in range(3) for column in range(3))
     inner = jnp.pad(jnp.round((around + 4 * image[1:-1, 1:-1]) / 13), ((1, 1), (1, 1), (0, 0)))
     rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None]
