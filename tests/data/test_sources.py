@@ -105,6 +105,10 @@ def test_eval_crop_is_that_of_every_split_and_of_predict(tmp_path, npz):
         block = npz(x_train=arrays, y_train=LABELS)
         block.update(image_size=image_size, eval_crop=0.5)
         assert (load(block).test.images == 255).mean() > 0.5  # what is white is wider; an edge is soft if enlarged
+        block.random_resized_crop = True  # of whole images
+        dataset = load(block)
+        assert (dataset.test.images == 255).mean() > 0.5
+        assert dataset.train.images.mean() == pytest.approx(255 / 4, rel=0.05)
 
 
 def test_folds_take_the_place_of_the_validation_split_and_leave_test_alone():

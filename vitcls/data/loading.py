@@ -60,13 +60,18 @@ def load(config, *, data_dir: str = "", max_value: float | None = None) -> Datas
         splits["train"] = train.take(kept)
     image_shape = _image_shape(source, config.image_size)
     decoding = Decoding(eval_crop=config.eval_crop, interpolation=config.interpolation)
-    splits = {name: _at_size(split, image_shape, decoding) for name, split in splits.items()}
-    if isinstance(splits["train"].images, np.ndarray):
+    in_memory = isinstance(splits["train"].images, np.ndarray)
+    decodings = dict.fromkeys(splits, decoding)
+    if in_memory and config.random_resized_crop:  # which takes its boxes from whole images
+        decodings["train"] = dataclasses.replace(decoding, eval_crop=1.0)
+    splits = {name: _at_size(split, image_shape, decodings[name]) for name, split in splits.items()}
+    if in_memory:
         max_value = source.max_value
     elif max_value is None:
         max_value = config.max_value or find_max_value(splits["train"].images)
-    decoding = dataclasses.replace(decoding, max_value=max_value)
-    splits = {name: dataclasses.replace(split, decoding=decoding) for name, split in splits.items()}
+    for name, split in splits.items():
+        decoding = dataclasses.replace(decodings[name], max_value=max_value)
+        splits[name] = dataclasses.replace(split, decoding=decoding)
     if config.corrections:
         splits = corrections.apply(splits, config, source.class_names, image_shape)
     return Dataset(
