@@ -23,6 +23,7 @@ from vitcls.core import sharding
 from vitcls.core.errors import RunError, UserError
 from vitcls.data import pipelines, streaming
 from vitcls.data.dataset import Dataset, Split
+from vitcls.data.images import Decoding
 from vitcls.data.memory import host_memory_bytes
 from vitcls.data.order import epoch_order
 from vitcls.data.pipelines import kept_shape
@@ -338,6 +339,16 @@ def test_a_crop_of_everything_is_the_image_whatever_it_was_squeezed_into(tmp_pat
         expected = picture if label == 0 else picture[:, ::-1]
         half = expected.reshape(10, 2, 20, 2, 3).mean(axis=(1, 3))
         np.testing.assert_allclose(image[:, 2:-2], half[:, 2:-2], atol=4)
+
+
+def test_random_resized_crops_on_the_devices_know_their_interpolation():
+    images = np.random.default_rng(0).integers(0, 256, (8, 6, 6, 3), np.uint8)
+    batches = []
+    for interpolation in ("bilinear", "bicubic"):
+        split = Split(images, np.arange(8, dtype=np.int32) % 2, Decoding(interpolation=interpolation))
+        arrays = Dataset("test", ("a", "b"), split, None, split, SHAPE)
+        batches.append(read(arrays, config(random_resized_crop=True), [0], batch_size=8, length=1)["image"])
+    assert not np.array_equal(*batches)
 
 
 @pytest.mark.parametrize("encoded", [False, True])

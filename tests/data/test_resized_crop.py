@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from vitcls.data.augment import resized_crop
 
@@ -36,7 +37,7 @@ def test_a_crop_is_the_resized_box_of_the_image():
     )
     smooth = np.clip(smooth, 0, 255).astype(np.uint8)
     top, left, height, width = (float(x) * 40 for x in resized_crop._box(key, np.float32(1), (0.3, 0.6), RATIO))
-    found = resized_crop.random_resized_crop(key, smooth, np.float32(1), (16, 16), (0.3, 0.6), RATIO)
+    found = resized_crop.random_resized_crop(key, smooth, np.float32(1), (16, 16), (0.3, 0.6), RATIO, "bilinear")
     rows = top + (np.arange(16) + 0.5) * height / 16 - 0.5
     columns = left + (np.arange(16) + 0.5) * width / 16 - 0.5
     expected = jax.scipy.ndimage.map_coordinates(
@@ -44,3 +45,16 @@ def test_a_crop_is_the_resized_box_of_the_image():
     )
     inner = slice(1, -1)
     assert np.abs(np.asarray(found).mean(axis=2)[inner, inner] - np.asarray(expected)[inner, inner]).max() < 12
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(9, 14), (40, 33)])
+def test_crops_are_resized_as_pillow_does(interpolation, size):
+    image = np.random.default_rng(0).integers(90, 160, (24, 24, 3), np.uint8)  # Pillow clips twice
+    key, aspect, area = jax.random.key(1), np.float32(1), (0.3, 0.6)
+    top, left, height, width = (float(x) * 24 for x in resized_crop._box(key, aspect, area, RATIO))
+    found = resized_crop.random_resized_crop(key, image, aspect, size, area, RATIO, interpolation)
+    box, method = (left, top, left + width, top + height), Image.Resampling[interpolation.upper()]
+    expected = np.asarray(Image.fromarray(image).resize(size[::-1], method, box), int)
+    inner = np.s_[2:-2, 2:-2]  # at the border of a box Pillow's kernel takes pixels from the inside alone
+    assert np.abs(np.asarray(found, int)[inner] - expected[inner]).max() <= 2

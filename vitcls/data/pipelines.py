@@ -113,7 +113,7 @@ def train_batches(dataset: Dataset, config, *, partition: Partition, batch_size:
     if choose_pipeline(dataset, config) == "resident":
         if crop:
             images, aspects = _whole_images(dataset, config)
-            cropping = Cropping(crop, dataset.image_shape[:2], aspects)
+            cropping = Cropping(crop, dataset.image_shape[:2], aspects, dataset.train.decoding.interpolation)
             return Resident(partition, images, dataset.train.labels, cropping=cropping, **arguments)
         train = decode(dataset, ("train",)).train
         return Resident(partition, train.images, train.labels, **arguments)

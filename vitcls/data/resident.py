@@ -23,6 +23,7 @@ class Cropping(NamedTuple):
     crop: Crop
     size: tuple[int, int]  # height, width of what the model sees
     aspects: np.ndarray  # float32 [N]: width / height that the images had
+    interpolation: str
 
 
 class Resident:
@@ -97,8 +98,10 @@ class Resident:
     def _crop(self, inputs: dict[str, Any], images: jax.Array, indices: jax.Array, step: jax.Array) -> jax.Array:
         """Random resized crops of a batch, by seed, step and place in the batch alone."""
         key = jax.random.fold_in(step_key(inputs["seed"], step), _CROP_STREAM)
-        crop, size = self._cropping.crop, self._cropping.size
-        one = functools.partial(random_resized_crop, size=size, area=crop.area, ratio=crop.ratio)
+        crop, size, _, interpolation = self._cropping
+        one = functools.partial(
+            random_resized_crop, size=size, area=crop.area, ratio=crop.ratio, interpolation=interpolation
+        )
         return jax.vmap(one)(example_keys(key, len(indices)), images, inputs["aspect"][indices])
 
     def _epoch_order(self, epoch: int) -> jax.Array:

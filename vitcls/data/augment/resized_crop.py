@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 _TRIES = 10
+_METHODS = {"bilinear": "linear", "bicubic": "cubic"}  # as JAX calls them; both kernels are Pillow's
 
 
 def random_resized_crop(
@@ -15,19 +16,21 @@ def random_resized_crop(
     size: tuple[int, int],
     area: tuple[float, float],
     ratio: tuple[float, float],
+    interpolation: str,
 ) -> jax.Array:
     """A random box of an image (Szegedy et al. 2015), uint8 [h, w, C] -> uint8 [*size, C], with antialiasing.
 
     `image` may have been squeezed: `aspect` is the width / height that it had. The box has a share of its area and a
     width / height in the given ranges; where ten tries do not fit, it is the largest in the middle with a ratio in
-    range, as `data.images.random_resized_crop_box` has it.
+    range, as `data.images.random_resized_crop_box` has it. `interpolation` is 'bilinear' or 'bicubic'.
     """
     top, left, height, width = _box(key, aspect, area, ratio)
     rows, columns = image.shape[:2]
     scale = jnp.stack([size[0] / (height * rows), size[1] / (width * columns)])
     shift = -jnp.stack([top * rows, left * columns]) * scale
     shape = (*size, image.shape[2])
-    resized = jax.image.scale_and_translate(image.astype(jnp.float32), shape, (0, 1), scale, shift, "linear")
+    method = _METHODS[interpolation]
+    resized = jax.image.scale_and_translate(image.astype(jnp.float32), shape, (0, 1), scale, shift, method)
     return jnp.clip(jnp.round(resized), 0, 255).astype(jnp.uint8)
 
 
