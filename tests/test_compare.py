@@ -229,6 +229,19 @@ def test_a_test_split_of_its_own_does_not_depend_on_the_seed_of_the_others(runs,
         kept.check_same_images(compared)
 
 
+@pytest.mark.parametrize(
+    "change", [{"fraction": 0.5}, {"interpolation": "bicubic"}, {"corrections": "fixed"}, {"correction_weight": 3}]
+)
+def test_runs_may_differ_in_what_they_were_trained_on(change, runs, tmp_path):
+    """Of which the means are then others."""
+    copy = shutil.copytree(runs / "wide-seed0", tmp_path / "other")
+    of_other_pixels(copy)
+    values = json.loads((copy / "config.json").read_text())
+    values["dataset"] |= change
+    (copy / "config.json").write_text(json.dumps(values))
+    kept.check_same_images([kept.read_predictions(open_workdir(path)) for path in (runs / "flat-seed0", copy)])
+
+
 def test_too_few_workdirs_and_the_same_twice_are_one_line(runs, capsys, tmp_path):
     one = runs / "flat-seed0"
     assert run([one], capsys)[::2] == (2, "error: there is nothing to compare; give at least two workdirs\n")

@@ -17,6 +17,8 @@ from vitcls.training.run_dir import Workdir, data_dir
 
 _OF_CARVED_TEST = ("test", "split_seed")  # keys of config.dataset
 _OF_CARVED_VALIDATION = ("validation", "num_folds", "fold")
+_OF_TRAINING = ("fraction", "corrections", "correction_weight")  # which of the others are trained on
+_OF_PIXELS = ("image_size", "eval_crop", "interpolation", "random_resized_crop", "max_value", "mean", "std")
 _ARRAYS = ("labels", "probabilities", "ids")
 
 
@@ -149,5 +151,5 @@ def _has_own_test(predictions: Predictions) -> bool:
 def _same_training_images(a: Predictions, b: Predictions) -> bool:
     """Whether by their configs both were trained on the same images, of which dataset.json then has the same means."""
     ours, theirs = a.run.config.dataset, b.run.config.dataset
-    keys = (*_OF_CARVED_TEST, *_OF_CARVED_VALIDATION, "image_size", "eval_crop", "max_value", "mean", "std")
+    keys = (*_OF_CARVED_TEST, *_OF_CARVED_VALIDATION, *_OF_TRAINING, *_OF_PIXELS)
     return all(ours[key] == theirs[key] for key in keys)
