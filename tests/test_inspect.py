@@ -148,6 +148,27 @@ def test_a_folder_with_broken_files_and_labels_by_lot(tmp_path, capsys):
     assert found["skipped_files"] == 1 and found["splits"]["train"]["largest_image"] == [20, 30]
 
 
+@pytest.mark.parametrize("image_size", [0, 8])
+def test_oblong_arrays_are_looked_at_whole_and_as_they_came(image_size, tmp_path, capsys):
+    """Alike in the middle, which is what a model of square images sees, and different at the left."""
+    images = np.full((40, 16, 64, 1), 200, np.uint8)
+    images[:, :, :20] = np.random.default_rng(0).integers(0, 256, (40, 16, 20, 1))
+    images[7], images[9] = images[3], 200
+    np.savez(tmp_path / "wide.npz", x_train=images[:30], y_train=np.arange(30) % 2, x_test=images[30:], y_test=[0] * 10)
+    config = f"--config={pathlib.Path(__file__).parents[1] / 'configs' / 'vit_digits.py'}"
+    keys = {"name": "npz", "data_dir": tmp_path / "wide.npz", "image_size": image_size}
+    flags = [config, *(f"--config.dataset.{key}={value}" for key, value in keys.items()), "--features=none"]
+    code, _, err = call([*flags, f"--out={tmp_path / 'out'}"], capsys)
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    train = found["splits"]["train"]
+    assert (train["blank"], train["distinct"], train["largest_image"]) == (1, 29, [16, 64])
+    assert found["duplicates"]["pairs"]["train"] == {"exact": 1, "near": 0}
+    assert found["duplicates"]["test_seen_in_training"]["value"] == 0
+    seen = images[:30] / 255 if not image_size else np.full(30, 200 / 255)
+    assert (train["mean"], train["std"]) == ([round(seen.mean(), 4)], [max(round(seen.std(), 4), 0.001)])
+
+
 @pytest.mark.by_turns
 def test_a_run_looks_by_its_own_features(trained, capsys, tmp_path):
     code, out, err = call([f"--workdir={trained}", f"--out={tmp_path / 'out'}", "--folds=2"], capsys)

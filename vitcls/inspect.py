@@ -97,13 +97,14 @@ def inspect(config: configs.ConfigDict, out: pathlib.Path, *, data_dir: str = ""
     configs.validate(config)
     out = out.absolute()
     check_out(out, FILES, "an inspection")
-    dataset = data.load(config.dataset, data_dir=run_dir.data_dir(None, config, data_dir))
+    place = run_dir.data_dir(None, config, data_dir)
+    dataset, originals = data.load_with_originals(config.dataset, data_dir=place)
     with Part(out) as made:
         compute = None
         if config.probe.features != NO_LABELS:
             _check_folds(dataset, folds)
             compute = _features(config, dataset)
-        images = _all_images(dataset)
+        images = _all_images(dataset, originals)
         rows = np.concatenate([compute(getattr(dataset, name)) for name in images.names]) if compute else None
         found = _find(images, rows, folds, config.probe.features)
         metrics = _metrics(images, found, folds)
@@ -132,9 +133,9 @@ def _check_folds(dataset: data.Dataset, folds: int) -> None:
         )
 
 
-def _all_images(dataset: data.Dataset) -> Images:
+def _all_images(dataset: data.Dataset, originals: dict[str, data.Split]) -> Images:
     names = tuple(dataset.num_examples)
-    splits = [getattr(dataset, name) for name in names]
+    splits = [originals[name] for name in names]
     looks = [duplicates.look(split, dataset.image_shape[-1]) for split in splits]
     starts = np.cumsum([0, *(len(split.labels) for split in splits)])
     labels = np.concatenate([split.labels for split in splits])
@@ -197,7 +198,7 @@ def _rows(images: Images, name: str) -> slice:
 def _split(images: Images, found: Found, name: str) -> dict[str, Any]:
     rows = _rows(images, name)
     names, labels, sizes = images.dataset.class_names, images.labels[rows], images.look.sizes[rows]
-    thumbnails = images.look.thumbnails[rows]
+    mean, std = data.mean_and_std(getattr(images.dataset, name), images.dataset.image_shape)
     counts = np.bincount(labels, minlength=len(names))
     area = sizes.prod(axis=1)
     return {
@@ -207,8 +208,8 @@ def _split(images: Images, found: Found, name: str) -> dict[str, Any]:
         "per_class": {name: int(count) for name, count in zip(names, counts, strict=True)},
         "smallest_image": sizes[area.argmin()].tolist(),
         "largest_image": sizes[area.argmax()].tolist(),
-        "mean": (thumbnails.mean(axis=(0, 1, 2)) / 255).round(4).tolist(),
-        "std": (thumbnails.std(axis=(0, 1, 2)) / 255).round(4).tolist(),
+        "mean": np.round(mean, 4).tolist(),
+        "std": np.round(std, 4).tolist(),
     }
 
 

@@ -5,8 +5,8 @@
 """
 
 from vitcls.data.dataset import Dataset, Split
-from vitcls.data.info import DatasetInfo, describe
-from vitcls.data.loading import load
+from vitcls.data.info import DatasetInfo, describe, mean_and_std
+from vitcls.data.loading import load, load_with_originals
 from vitcls.data.pipelines import (
     EvaluationBatches,
     TrainBatches,
@@ -28,6 +28,8 @@ __all__ = [
     "decode",
     "describe",
     "load",
+    "load_with_originals",
+    "mean_and_std",
     "pixels",
     "read_image",
     "resident_bytes",

@@ -36,11 +36,11 @@ class Pairs(NamedTuple):
 
 
 def look(split: Split, channels: int) -> Look:
-    """Reads each image once. Raises UserError as decoding does."""
+    """Reads each image of a split, as it came, once. Raises UserError as decoding does."""
     if isinstance(split.images, np.ndarray):
         digests = [hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest() for image in split.images]
         sizes = np.tile(np.int32(split.images.shape[1:3]), (len(digests), 1))
-        return Look(_bytes(digests), image_files.resize_all(split.images, (SIDE, SIDE)), sizes)
+        return Look(_bytes(digests), image_files.resize_all(split.images, (SIDE, SIDE), whole=True), sizes)
 
     def one(index: int) -> tuple[bytes, tuple[int, int]]:
         content = split.images.read(index)

@@ -313,12 +313,12 @@ def warn_black(name: str, error: BadImage) -> None:
         _logger.warning("%s %s; it is taken as a black image (%s so far)", name, error, f"{len(_black):,}")
 
 
-def resize_all(images: np.ndarray, size: Size, decoding: Decoding = BY_FORMAT) -> np.ndarray:
-    """Resizes images in memory, uint8 [N, H, W, C], as `decode` does: uint8 [N, *size, C]."""
+def resize_all(images: np.ndarray, size: Size, decoding: Decoding = BY_FORMAT, *, whole: bool = False) -> np.ndarray:
+    """Resizes images in memory, uint8 [N, H, W, C], as `decode_all` does: uint8 [N, *size, C]."""
 
     def one(image: np.ndarray) -> np.ndarray:
         picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-        box = central_box(*picture.size, size, decoding.eval_crop)
+        box = (0, 0, *picture.size) if whole else central_box(*picture.size, size, decoding.eval_crop)
         return _to_array(_fit(picture, size, box, decoding.interpolation))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -8,7 +8,7 @@ import numpy as np
 
 from vitcls.core.errors import UserError
 from vitcls.data import images as image_files
-from vitcls.data.dataset import Dataset, SkippedFile
+from vitcls.data.dataset import Dataset, SkippedFile, Split
 
 _STATISTICS_SAMPLE = 5_000  # encoded images decoded to estimate the mean and std of a split that is streamed
 _BLOCK_BYTES = 2**20  # of images that are counted at a time
@@ -55,7 +55,7 @@ def describe(dataset: Dataset, config) -> DatasetInfo:
         if value and len(value) != channels:
             raise UserError(f"config.dataset.{key} has {len(value)} values, but the images have {channels} channels")
     if not (mean and std):
-        computed_mean, computed_std = _mean_and_std(dataset)
+        computed_mean, computed_std = mean_and_std(dataset.train, dataset.image_shape)
         mean, std = mean or computed_mean, std or computed_std
     return DatasetInfo(
         name=dataset.name,
@@ -70,16 +70,16 @@ def describe(dataset: Dataset, config) -> DatasetInfo:
     )
 
 
-def _mean_and_std(dataset: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per channel, in [0, 1], of the training split; of a fixed random sample of it where images are encoded."""
-    images = dataset.train.images
+def mean_and_std(split: Split, image_shape: tuple[int, int, int]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per channel, in [0, 1], of a split; where images are encoded, of a fixed random sample at `image_shape`."""
+    images = split.images
     if not isinstance(images, np.ndarray):
         chosen = np.arange(len(images))
         if len(images) > _STATISTICS_SAMPLE:
             chosen = np.sort(np.random.default_rng(0).choice(len(images), _STATISTICS_SAMPLE, replace=False))
-        size, channels = dataset.image_shape[:2], dataset.image_shape[2]
+        *size, channels = image_shape
         images = image_files.decode_all(
-            images.take(chosen), size=size, channels=channels, decoding=dataset.train.decoding
+            images.take(chosen), size=tuple(size), channels=channels, decoding=split.decoding
         )
     moments = [_moments(counts) for counts in _histograms(images).tolist()]
     return tuple(mean for mean, _ in moments), tuple(max(std, 1e-3) for _, std in moments)

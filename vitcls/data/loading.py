@@ -25,6 +25,13 @@ def load(config, *, data_dir: str = "", max_value: float | None = None) -> Datas
     (`DatasetInfo.max_value`), which is kept; None takes `config.max_value`, or finds it. Raises UserError, one line
     that says what to do, where the data are not there or cannot be used. Writes nothing but the cache.
     """
+    return load_with_originals(config, data_dir=data_dir, max_value=max_value)[0]
+
+
+def load_with_originals(
+    config, *, data_dir: str = "", max_value: float | None = None
+) -> tuple[Dataset, dict[str, Split]]:
+    """As `load`, and besides its splits as they came: images in memory not yet resized, and without corrections."""
     config = config.copy_and_resolve_references()
     config.data_dir = data_dir or config.data_dir
     if max_value is not None:
@@ -60,6 +67,7 @@ def load(config, *, data_dir: str = "", max_value: float | None = None) -> Datas
         splits["train"] = train.take(kept)
     image_shape = _image_shape(source, config.image_size)
     decoding = Decoding(eval_crop=config.eval_crop, interpolation=config.interpolation)
+    originals = splits
     in_memory = isinstance(splits["train"].images, np.ndarray)
     decodings = dict.fromkeys(splits, decoding)
     if in_memory and config.random_resized_crop:  # which takes its boxes from whole images
@@ -72,9 +80,10 @@ def load(config, *, data_dir: str = "", max_value: float | None = None) -> Datas
     for name, split in splits.items():
         decoding = dataclasses.replace(decodings[name], max_value=max_value)
         splits[name] = dataclasses.replace(split, decoding=decoding)
+    originals = {name: dataclasses.replace(split, decoding=splits[name].decoding) for name, split in originals.items()}
     if config.corrections:
         splits = corrections.apply(splits, config, source.class_names, image_shape)
-    return Dataset(
+    dataset = Dataset(
         source.name,
         source.class_names,
         splits["train"],
@@ -84,6 +93,7 @@ def load(config, *, data_dir: str = "", max_value: float | None = None) -> Datas
         source.skipped,
         tuple(max(shape[axis] for shape in source.shapes) for axis in (0, 1)) if source.shapes else None,
     )
+    return dataset, originals
 
 
 def _check(source: Source) -> None:
