@@ -245,6 +245,11 @@ NPZ_ERRORS = {
     "sizes": ({"x_test": IMAGES[:6, :4, :4]}, "differ in size, from 4x4 to 5x5; set config.dataset.image_size"),
     "names": ({"class_names": np.array(["a", "b", "c"])}, "class 'c' .* has no training image"),
     "same name": ({"class_names": np.array(["a", "a"])}, "two classes .* have the name 'a'"),
+    "bytes": ({"class_names": np.array([b"\xff", b"b"])}, "'class_names' .* bytes that are not UTF-8; save them as"),
+    "two spellings": (
+        {"train_images": IMAGES, "train_labels": LABELS},
+        "has 'x_train' and 'train_images'; leave one of them out",
+    ),
     "number names": ({"class_names": np.arange(2)}, "'class_names' .* is int64"),
 }
 

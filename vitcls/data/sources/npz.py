@@ -35,6 +35,8 @@ class Npz:
                     found, missing = sorted((images_key, labels_key), key=arrays.__contains__, reverse=True)
                     raise UserError(f"{path} has '{found}' but no '{missing}'")
                 if images_key in arrays:
+                    if split in splits:
+                        raise UserError(f"{path} has '{choices[0][0]}' and '{images_key}'; leave one of them out")
                     images = _images(path, images_key, arrays[images_key])
                     if split == "train" and not max_value and images.max() > _natural(images):
                         max_value = announce_white(float(images.max()))
@@ -111,7 +113,10 @@ def _class_names(path: pathlib.Path, arrays: dict[str, np.ndarray], labels: np.n
         names = arrays["class_names"]
         if names.ndim != 1 or names.dtype.kind not in "US":
             raise UserError(f"'class_names' of {path} is {names.dtype} {names.shape}; it is a list of strings")
-        return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist())
+        try:
+            return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist())
+        except UnicodeDecodeError:
+            raise UserError(f"'class_names' of {path} are bytes that are not UTF-8; save them as strings") from None
     used = np.unique(labels)
     gaps = np.flatnonzero(used != np.arange(len(used)))
     if len(gaps):
