@@ -145,6 +145,7 @@ def test_names_that_cannot_be_prepared(capsys, tmp_path):
         return captured.err
 
     assert "'cifar1000' is not known; did you mean 'cifar100'?" in said("cifar1000", f"--data_dir={tmp_path}")
+    assert "'huggingface:x/y' has a namespace" in said("huggingface:x/y", f"--data_dir={tmp_path}")
     assert "needs no preparation" in said("digits")
     assert "required: NAME" in said()
     assert "flag '--nothing' is not known" in said("cifar10", "--nothing")

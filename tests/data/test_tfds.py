@@ -262,6 +262,9 @@ def test_tfds_sets_that_are_not_there(tmp_path):
     for name in ("cifar10:9.9.9", "cifar10/nothing", "cifar10/x=3", "", "a/b/c d"):
         with pytest.raises(UserError, match="is not known"):
             load(tfds_config(tmp_path, name=name))
+    for name in ("huggingface:x/y", "kaggle:digits", "some-one:cifar10/a:1.0.0"):
+        with pytest.raises(UserError, match=f"'{name}' has a namespace"):
+            load(tfds_config(tmp_path, name=name))
     with pytest.raises(UserError, match=r"not prepared in .*cifar100.*vitcls prepare cifar100 --data_dir="):
         load(tfds_config(tmp_path, name="cifar100"))
     assert not list(tmp_path.iterdir())
