@@ -17,6 +17,8 @@ def test_files_are_named_below_the_root(tmp_path):
     file.write_text("\ufefffile,group\n./cat/2.png,indoors\ncat/1.png,outdoors\n")
     files = ["cat/1.png", "cat/2.png"]
     assert groups.read(file, 2, files.__getitem__) == ["outdoors", "indoors"]
+    file.write_text("file,group\n cat /1.png,a\n cat/2.png ,b\n./ cat/2.png,c\n")
+    assert groups.read(file, 3, [" cat /1.png", "cat/2.png", " cat/2.png"].__getitem__) == ["a", "b", "c"]
 
 
 def test_names_of_files_need_not_be_utf8(tmp_path):

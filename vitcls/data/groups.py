@@ -55,7 +55,8 @@ def read(file: os.PathLike | str, count: int, name: Callable[[int], str] | None)
     places = {name(i).replace(os.sep, "/") if key == "file" else str(i): i for i in range(count)}
     groups: list[str] = [""] * count
     for row in rows:
-        place = places.get(_index(row[key]) if key == "index" else row[key].strip().removeprefix("./"))
+        written = [_index(row[key])] if key == "index" else [row[key], row[key].strip()]  # names may have outer spaces
+        place = next((places[text] for name in written if (text := name.removeprefix("./")) in places), None)
         if place is None and key == "index":
             raise UserError(f"{file}: the index {row[key]!r} is none of this split's, which are 0 to {count - 1}")
         if place is None:
