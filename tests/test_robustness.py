@@ -4,12 +4,13 @@ import csv
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from vitcls import cli, robustness
 from vitcls.data.corruptions import CORRUPTIONS, SEVERITIES
-from vitcls.data.corruptions.curves import CURVES
+from vitcls.data.corruptions.curves import CURVES, levels_of, shift
 from vitcls.data.corruptions.files import CorruptedFiles
 from vitcls.data.dataset import Split
 from vitcls.metrics import robustness as rates
@@ -48,7 +49,8 @@ def test_each_level_has_accuracy_and_consistency_with_intervals(measured):
     rows += [
         point[key] for points in found["curves"].values() for point in points for key in ("accuracy", "consistency")
     ]
-    assert len(rows) == 2 * (2 * 5 + len(CURVES["occlusion"].levels) + len(CURVES["shift"].levels))
+    assert [point["level"] for point in found["curves"]["shift"]] == [12.5, 18.75, 25]  # of 8 pixels, 6 % are none
+    assert len(rows) == 2 * (2 * 5 + len(CURVES["occlusion"].levels) + 3)
     assert all(0 <= row["low"] <= row["value"] <= row["high"] <= 1 for row in rows)
     errors = [1 - row["value"] for one in found["corruptions"].values() for row in one["accuracy"]]
     assert found["mean_error"]["value"] == pytest.approx(np.mean(errors))
@@ -154,6 +156,16 @@ def test_what_cannot_be_is_one_line(measured, tmp_path, capsys):
     assert "--images=-1" in refused([*flags, "--images=-1"], capsys)
     assert str(tmp_path / "none") in refused([*flags, f"--against={tmp_path / 'none'}"], capsys)
     assert "once" in refused([*flags, "--data_dir=a", "--data_dir=b"], capsys)
+
+
+@pytest.mark.parametrize("side, count", [(2, 0), (4, 2), (8, 3), (9, 4), (16, 4), (17, 5), (32, 5)])
+def test_every_level_of_a_shift_moves_something(side, count):
+    levels = levels_of("shift", [side, 64])
+    assert len(levels) == count and len(levels_of("occlusion", [side])) == 9
+    image = np.arange(side**2, dtype=np.float32).reshape(side, side, 1)
+    for level in levels:
+        moved = jax.vmap(shift, (0, None, None))(jax.random.split(jax.random.key(0), 20), image, level / 100)
+        assert (np.asarray(moved) != image).any()
 
 
 def test_mce_by_hand():

@@ -20,7 +20,7 @@ from vitcls.core import errors
 from vitcls.core.errors import UserError
 from vitcls.core.progress import show_progress
 from vitcls.data.corruptions import CORRUPTIONS, SEVERITIES, VALIDATION, applies_to, corrupt, perturb
-from vitcls.data.corruptions.curves import CURVES
+from vitcls.data.corruptions.curves import CURVES, levels_of
 from vitcls.data.corruptions.files import CorruptedFiles, is_corrupted
 from vitcls.metrics import robustness as rates
 from vitcls.metrics.promises import proportion
@@ -78,22 +78,26 @@ def robustness(
     other = _open(against, images, "", data_dir)[0] if against else None
     if other is not None:
         _check_same(opened, other)
+    levels = _levels(names, [run for run in (opened, other) if run is not None])
     where = opened.trained.path
     with Part(where / PART) as made:
-        answers = _answers(opened, names, files, "robustness")
-        others = _answers(other, names, files, f"robustness of {against}") if other is not None else None
+        answers = _answers(opened, levels, files, "robustness")
+        others = _answers(other, levels, files, f"robustness of {against}") if other is not None else None
 
         metrics = {
             "dataset": opened.trained.info.name,
             "checkpoint_step": opened.step,
             "num_examples": len(answers.labels),
             "source": f"files in {kept[0]}" if kept else "made here",
-            **_found(answers),
+            **_found(answers, levels),
         }
         if others is not None:
-            metrics["against"] = {"workdir": str(against), "checkpoint_step": other.step, **_compared(answers, others)}
-        names = [*metrics["corruptions"], *metrics["curves"]]
-        _write(made, metrics, lambda: _examples(opened, names, files))
+            metrics["against"] = {
+                "workdir": str(against),
+                "checkpoint_step": other.step,
+                **_compared(answers, others, levels),
+            }
+        _write(made, metrics, lambda: _examples(opened, levels, files))
     places.publish(path, where, PART)
     return metrics
 
@@ -131,19 +135,25 @@ def _check_same(opened: Opened, other: Opened) -> None:
         )
 
 
-def _answers(opened: Opened, names: Sequence[str], files: CorruptedFiles | None, what: str) -> Answers:
+def _levels(names: Sequence[str], runs: Sequence[Opened]) -> dict[str, tuple[float, ...]]:
+    """The levels of each that are measured; raises UserError where none changes the images of all runs."""
+    sides = [max(run.trained.info.image_shape[:2]) for run in runs]
+    levels = {name: SEVERITIES if name in CORRUPTIONS else levels_of(name, sides) for name in names}
+    levels = {name: row for name, row in levels.items() if row}
+    if not levels:
+        raise UserError(f"--only={','.join(names)} moves nothing in images of {min(sides)} pixels; give others")
+    return levels
+
+
+def _answers(opened: Opened, levels: dict[str, tuple[float, ...]], files: CorruptedFiles | None, what: str) -> Answers:
     batches = opened.batches("test")
-    jobs = [(name, level) for name in names for level in _levels(name)]
+    jobs = [(name, level) for name, row in levels.items() for level in row]
     count = len(batches.labels)
     clean = opened.classes(batches, count)
-    changed: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    changed: dict[str, list[np.ndarray]] = {name: [] for name in levels}
     for name, level in show_progress(jobs, len(jobs), what):
         changed[name].append(opened.classes(_changed(opened, batches, files, name, level), count))
     return Answers(batches.labels, clean, {name: np.stack(rows) for name, rows in changed.items()})
-
-
-def _levels(name: str) -> tuple[float, ...]:
-    return SEVERITIES if name in CORRUPTIONS else CURVES[name].levels
 
 
 def _changed(opened: Opened, batches: Iterable[dict], files: CorruptedFiles | None, name: str, level: Any) -> Iterable:
@@ -153,7 +163,7 @@ def _changed(opened: Opened, batches: Iterable[dict], files: CorruptedFiles | No
     return corrupt(batches, name, level) if files is None else opened.batches_of(files.split(name, level))
 
 
-def _found(answers: Answers) -> dict[str, Any]:
+def _found(answers: Answers, levels: dict[str, tuple[float, ...]]) -> dict[str, Any]:
     """The figures of one run."""
     labels, clean, changed = answers
     corruptions = [name for name in CORRUPTIONS if name in changed]
@@ -173,7 +183,7 @@ def _found(answers: Answers) -> dict[str, Any]:
     found["curves"] = {
         name: [
             {"level": level, "accuracy": proportion(row == labels), "consistency": proportion(row == clean)}
-            for level, row in zip(CURVES[name].levels, changed[name], strict=True)
+            for level, row in zip(levels[name], changed[name], strict=True)
         ]
         for name in CURVES
         if name in changed
@@ -181,7 +191,7 @@ def _found(answers: Answers) -> dict[str, Any]:
     return found
 
 
-def _compared(ours: Answers, theirs: Answers) -> dict[str, Any]:
+def _compared(ours: Answers, theirs: Answers, levels: dict[str, tuple[float, ...]]) -> dict[str, Any]:
     """The figures of the other run, and what is ours less theirs."""
     labels = ours.labels
 
@@ -189,7 +199,7 @@ def _compared(ours: Answers, theirs: Answers) -> dict[str, Any]:
         wrong = {"mine": mine != labels, "other": other != labels}
         return estimate(wrong, lambda e: rates.mean_error(e["other"]) - rates.mean_error(e["mine"]))
 
-    found = _found(theirs)
+    found = _found(theirs, levels)
     found["difference"] = {"clean": difference(ours.clean, theirs.clean)} | {
         name: [difference(a, b) for a, b in zip(ours.changed[name], theirs.changed[name], strict=True)]
         for name in ours.changed
@@ -253,7 +263,9 @@ def _write(made: Part, metrics: dict[str, Any], examples: Callable[[], dict]) ->
     )
 
 
-def _examples(opened: Opened, names: Iterable[str], files: CorruptedFiles | None) -> dict[str, list[np.ndarray]]:
+def _examples(
+    opened: Opened, levels: dict[str, tuple[float, ...]], files: CorruptedFiles | None
+) -> dict[str, list[np.ndarray]]:
     """The first image uint8 [H, W, C] as it is, and as it became at each level; by the programs that there are."""
     first = next(iter(opened.batches("test")))
 
@@ -261,8 +273,8 @@ def _examples(opened: Opened, names: Iterable[str], files: CorruptedFiles | None
         return opened.partition.to_host(next(iter(batches))["image"])[0]
 
     return {
-        name: [image_of([first]), *(image_of(_changed(opened, [first], files, name, level)) for level in _levels(name))]
-        for name in names
+        name: [image_of([first]), *(image_of(_changed(opened, [first], files, name, level)) for level in row)]
+        for name, row in levels.items()
     }
 
 

@@ -3,7 +3,7 @@
 Each is a pure function like the corruptions: (key, image float32 [H, W, C] in [0, 1], parameters) -> image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -108,3 +108,9 @@ CURVES: dict[str, Curve] = {
     "resolution": Curve(resolution, (75, 50, 37.5, 25, 12.5), "resolution [%]", "Resolution", _resolution_sides),
     "jpeg": Curve(jpeg_compression, (95, 75, 50, 25, 10, 5), "JPEG quality", "JPEG", jpeg_tables),
 }
+
+
+def levels_of(name: str, sides: Iterable[int]) -> tuple[float, ...]:
+    """The levels of a curve that change images of all these longer sides: shifts by less than a pixel do not."""
+    least = min(sides)
+    return tuple(level for level in CURVES[name].levels if name != "shift" or round(level / 100 * least))
