@@ -330,10 +330,33 @@ def test_curves_are_by_epoch(runs):
         (["vit_small_lr_1e-3"], ["vit_s…1e-3"]),
         (["same_start_a_long_name", "same_start_another"], ["…a_lo…name", "…another"]),
         (["_run", "x$y"], [" run", r"x\$y"]),
+        (["network_a_dropout", "network_b_dropout", "vit"], ["network…a…", "network…b…", "vit"]),
+        (["abcdefghijklmno", "abcdefgXhijklmno", "z"], ["abcde…lmno", "abcd…mno 2", "z"]),
+        (["猫猫猫猫猫猫", "犬"], ["猫猫…猫猫", "犬"]),
     ],
 )
 def test_what_names_have_in_common_is_left_out_where_they_are_long(names, expected):
     assert list(comparison_plots.short_names(names, 10).values()) == expected
+
+
+@pytest.mark.parametrize("end", ["", "-HOMOGENEOUS-WARMUP", "-とても長い名前の設定"])
+def test_groups_have_labels_of_their_own_and_a_legend_inside_the_picture(end):
+    families = ("resnext_wide_stem_conv_A{:02}_mixup_bottleneck", "MobileNet_w{:02}_augment", "vit{:02}_gamma_warmup_M")
+    names = [families[k % 3].format(k) + end for k in range(12)]
+    for length in (11, 22, 26):
+        labels = list(comparison_plots.short_names(names, length).values())
+        assert len(set(labels)) == 12 and max(map(plots.columns, labels)) <= length
+    seeds = [(np.arange(3.0), np.arange(3.0))]
+
+    def draw():
+        figure = comparison_plots.curves({"accuracy": dict.fromkeys(names, seeds)})
+        figure.canvas.draw()
+        return figure
+
+    figure = plots.styled(draw)
+    box = figure.legends[0].get_window_extent()
+    assert len(figure.legends) == 1 and box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+    assert figure.axes[0].get_position().height > 0.4
 
 
 def test_more_seeds_are_told_pair_by_pair_where_the_deviation_is_known():

@@ -284,6 +284,7 @@ def test_the_series_of_a_history_leave_out_what_is_missing():
 def test_names_are_shortened_to_what_can_be_drawn():
     assert plots.shorten("a" * 30, 10) == "a" * 9 + "…"
     assert plots.shorten("two\n lines") == "two lines"
+    assert plots.columns("猫a") == 3 and len(plots.shorten("猫" * 12, 10)) == 5  # each as wide as two letters
     assert plots.shorten("$x$ \U0010fffd") == r"\$x\$ □"
 
 

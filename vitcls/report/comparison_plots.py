@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitcls.metrics import METRICS
-from vitcls.report.plots import BLUE, GRAY, ORANGE, RED, SKY, shorten
+from vitcls.report.plots import BLUE, GRAY, ORANGE, RED, SKY, columns, shorten
 
 # The rest of Okabe & Ito's colours; more groups than these differ in their dashes.
 _COLORS = (BLUE, ORANGE, "#009E73", RED, "#CC79A7", SKY, "#1F2937")
@@ -92,7 +92,7 @@ def curves(histories: Mapping[str, Curves]) -> Figure | None:
         return None
     order = list(next(iter(histories.values())))
     shown = short_names(order, 26)
-    figure = Figure(figsize=(10, 4.0 + 0.2 * (len(order) // 3)), layout="constrained")
+    figure = Figure(figsize=(10, 4.0), layout="constrained")
     for axes, (name, groups) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
         scale, unit = _scale(name)
         for place, group in enumerate(order):
@@ -106,7 +106,12 @@ def curves(histories: Mapping[str, Curves]) -> Figure | None:
         axes.locator_params(axis="x", nbins=6, integer=True)
         axes.margins(x=0.02)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
+    for ncols in range(min(len(labels), 4), 0, -1):  # as many as there is room for
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=ncols)
+        if ncols == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+    figure.set_figheight(4.0 + 0.2 * (len(order) // min(ncols, 3)))
     return figure
 
 
@@ -140,18 +145,53 @@ def disagreements(
 
 
 def short_names(names: Sequence[str], length: int) -> dict[str, str]:
-    """Names of groups that fit into `length` characters: what long ones begin with in common is left out."""
+    """Names of groups that fit into `length` characters, each another: what long ones begin with in common is left out.
+
+    Of names that would look the same the start is kept, and the words in which they differ; at the last a number.
+    """
     cut = 0
     if len(names) > 1 and max(map(len, names)) > length:
-        common = 0
-        while len({name[: common + 1] for name in names}) == 1:
-            common += 1
-        cut = max((found.end() for found in _SEPARATOR.finditer(names[0][:common])), default=0)
-    return {name: _squeezed(f"…{name[cut:]}" if cut else name, length) for name in names}
+        cut = max((found.end() for found in _SEPARATOR.finditer(_common(names))), default=0)
+    short = {name: f"…{name[cut:]}" if cut else name for name in names}
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(_squeezed(short[name], length), []).append(name)
+    for same in alike.values():
+        if len(same) > 1:
+            short |= _told_apart(same, length)
+    shown: dict[str, str] = {}
+    for name in names:
+        label, number = _squeezed(short[name], length), 1
+        while label in shown.values():
+            number += 1
+            label = f"{_squeezed(short[name], length - len(f' {number}'))} {number}"
+        shown[name] = label
+    return shown
+
+
+def _common(names: Sequence[str]) -> str:
+    """What names, which are not all the same, begin with."""
+    count = 0
+    while len({name[: count + 1] for name in names}) == 1:
+        count += 1
+    return names[0][:count]
+
+
+def _told_apart(names: Sequence[str], length: int) -> dict[str, str]:
+    """The start of each name, and the words between those that all of them begin and end with."""
+    first = _common(names)
+    last = _common([name[len(first) :][::-1] for name in names])[::-1]
+    start = max((found.end() for found in _SEPARATOR.finditer(first)), default=0)
+    end = next((len(last) - found.start() for found in _SEPARATOR.finditer(last)), 0)
+    words = {name: name[start : len(name) - end] + ("…" if end else "") for name in names}
+    room = length - 1 - max(map(columns, words.values()))
+    return {name: f"{name[: min(room, start)]}…{words[name]}" if room > 0 else words[name] for name in names}
 
 
 def _squeezed(name: str, length: int) -> str:
     """Without its middle where it is too long, and with a first character that no legend hides."""
-    half = (length - 1) // 2
-    name = name if len(name) <= length else f"{name[: length - 1 - half]}…{name[-half:]}"
+    if columns(name) > length:
+        letters = length * len(name) // columns(name)
+        half = (letters - 1) // 2
+        name = f"{name[: letters - 1 - half]}…{name[-half:]}"
     return shorten(name, length).replace("_", " ", name.startswith("_"))

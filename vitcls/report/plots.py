@@ -1,5 +1,6 @@
 """The plots of a report; each function draws on a new matplotlib figure and returns it."""
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -262,8 +263,15 @@ def mistakes(
 def shorten(name: str, length: int = 24) -> str:
     """A class name that fits on an axis: one line, no formula, and a box for what no font here can draw."""
     name = " ".join(printable(name).split())
-    name = name if len(name) <= length else f"{name[: length - 1]}…"
+    if columns(name) > length:
+        widths = np.cumsum([columns(letter) for letter in name])
+        name = f"{name[: np.searchsorted(widths, length - 1, side='right')]}…"
     return "".join(c if fonts.can_draw(c) else "□" for c in name).replace("$", r"\$")
+
+
+def columns(text: str) -> int:
+    """How many letters of the Latin alphabet have the width of a text: those of East Asia are as wide as two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def _marker(steps: np.ndarray) -> str | None:
