@@ -99,6 +99,28 @@ def test_pictures_have_the_letters_of_names():
     assert len(drawn) == (2 if fonts.can_draw("\u732b") else 1)
 
 
+@pytest.mark.parametrize(
+    "name", ["Cavalier King Charles spaniel, one of many, 98.2%", "猫" * 60, "_".join(["long"] * 30)]
+)
+def test_long_names_stay_in_the_picture(name):
+    pixels, row = np.zeros((8, 8, 3), np.uint8), [overlays.Drawn(np.eye(8), ["gradcam"], True)]
+    short, long = (np.asarray(overlays.sheet(pixels, text, [(text, row)])) for text in ("cat", name))
+    assert (long[:, -8:] == 255).all() and (long < 255).sum() > (short < 255).sum()
+    assert (len(long) > len(short)) == (" " in name)  # words go to further lines, one alone loses its end
+    assert overlays._wrapped(name, 11, 150) != [name]
+    assert all(overlays._font(11, name).getlength(line) <= 150 for line in overlays._wrapped(name, 11, 150))
+
+
+def test_a_verdict_that_does_not_fit_is_below_the_map():
+    pixels, heat = np.zeros((8, 64, 3), np.uint8), np.random.default_rng(0).random((8, 64))
+    drawn = overlays.Drawn(heat, ["gradcam"], False)
+    assert np.ptp(np.asarray(overlays.overlay(pixels, drawn)).astype(int), axis=-1).max() == 0  # no word is in it
+    true = overlays.beside(pixels, "a", drawn._replace(true=True))
+    assert overlays.beside(pixels, "a", drawn).height == true.height + overlays._LINE
+    said = drawn._replace(lines=["gradcam", f"p = 0.50: {overlays.WORD}"])
+    assert overlays._lines(said, (128, 16)) == said.lines  # once is enough
+
+
 @pytest.mark.by_turns
 def test_the_forward_of_a_run_is_what_its_report_says(trained):
     opened = open_with_data(trained, splits=("test",))

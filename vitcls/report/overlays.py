@@ -59,7 +59,7 @@ def photo(pixels: np.ndarray) -> Image.Image:
 
 
 def overlay(pixels: np.ndarray, drawn: Drawn) -> Image.Image:
-    """A map in colours over the grey photo; in greys alone, crossed out with a word, where it is not true."""
+    """A map in colours over the grey photo; in greys alone, crossed out with a word that fits, where it is not true."""
     under = photo(pixels)
     heat = Image.fromarray((255 * scaled(drawn.heat)).astype(np.uint8))
     heat = np.asarray(heat.resize(under.size, Image.Resampling.BILINEAR), np.float64) / 255
@@ -67,13 +67,40 @@ def overlay(pixels: np.ndarray, drawn: Drawn) -> Image.Image:
     over = colours(heat).astype(np.float64) if drawn.true else np.full((*heat.shape, 3), 160.0) + 60 * heat[..., None]
     share = 0.2 + 0.5 * heat[..., None] if drawn.true else 0.75
     picture = Image.fromarray(((1 - share) * gray + share * over).round().astype(np.uint8))
-    if not drawn.true:
+    if not drawn.true and (box := _word_box(picture.size)):
         draw, font = ImageDraw.Draw(picture), _font(_FONT + 2)
         middle = (picture.width // 2, picture.height // 2)
-        box = draw.textbbox(middle, WORD, font=font, anchor="mm")
         draw.rectangle([box[0] - 4, box[1] - 3, box[2] + 4, box[3] + 3], fill="white")
         draw.text(middle, WORD, fill=_WARN, font=font, anchor="mm")
     return picture
+
+
+def _word_box(size: tuple[int, int]) -> tuple[float, ...] | None:
+    """Left, top, right and bottom of the word in the middle of a panel; None where it is too small for it."""
+    middle, draw = (size[0] // 2, size[1] // 2), ImageDraw.Draw(Image.new("L", (1, 1)))
+    box = draw.textbbox(middle, WORD, font=_font(_FONT + 2), anchor="mm")
+    return box if box[0] >= 0 and box[1] >= 0 else None
+
+
+def _lines(drawn: Drawn, size: tuple[int, int]) -> list[str]:
+    """The lines below a panel, with the word that is not in it."""
+    said = drawn.true or _word_box(size) or any(WORD in line for line in drawn.lines)
+    return [*drawn.lines, *([] if said else [WORD])]
+
+
+def _wrapped(text: str, size: int, room: int) -> list[str]:
+    """A text in lines of at most `room` pixels; a word that is longer loses its end."""
+    text = " ".join(text.splitlines())
+    length = _font(size, text).getlength
+    lines = [text]
+    while length(lines[-1]) > room:
+        words = lines.pop().split(" ")
+        count = next((n for n in range(len(words) - 1, 0, -1) if length(" ".join(words[:n])) <= room), 0)
+        first, rest = " ".join(words[:count]), " ".join(words[count:] if count else words[1:])
+        if not count:
+            first = next(words[0][:n] for n in range(len(words[0]), -1, -1) if length(f"{words[0][:n]}…") <= room) + "…"
+        lines += [first, rest] if rest else [first]
+    return lines
 
 
 def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
@@ -97,27 +124,32 @@ def beside(pixels: np.ndarray, title: str, drawn: Drawn) -> Image.Image:
 
 
 def sheet(pixels: np.ndarray, title: str, rows: Sequence[tuple[str, Sequence[Drawn]]]) -> Image.Image:
-    """The photo on the left, and a row of maps for each class below its name."""
+    """The photo on the left, and a row of maps for each class below its name; long names take several lines."""
     first = photo(pixels)
     width, height = first.size
-    lines = max(len(drawn.lines) for _, row in rows for drawn in row)
-    texts = [line for _, row in rows for drawn in row for line in drawn.lines]
-    column = int(max(width, _SIDE, *map(_font(_FONT).getlength, texts))) + _GAP
-    row_height = height + _LINE * (lines + 2) + _GAP
+    texts = [_lines(drawn, first.size) for _, row in rows for drawn in row]
+    column = int(max(width, _SIDE, *(_font(_FONT).getlength(line) for lines in texts for line in lines))) + _GAP
     columns = 1 + max(len(row) for _, row in rows)
-    whole = Image.new("RGB", (columns * column + _GAP, _LINE + 2 * _GAP + len(rows) * row_height), "white")
+    titles = _wrapped(title, _FONT + 2, columns * column - _GAP)
+    names = [_wrapped(name, _FONT, (columns - 1) * column - _GAP) for name, _ in rows]
+    above = _LINE * max(map(len, names))
+    row_height = above + height + _LINE * (max(map(len, texts)) + 1) + _GAP
+    head = 2 * _GAP + _LINE * len(titles)
+    whole = Image.new("RGB", (columns * column + _GAP, head + len(rows) * row_height), "white")
     draw, font = ImageDraw.Draw(whole), _font(_FONT)
-    draw.text((_GAP, _GAP), title, fill=_INK, font=_font(_FONT + 2, title))
-    for i, (name, row) in enumerate(rows):
-        top = 2 * _GAP + _LINE + i * row_height
-        draw.text((_GAP + column, top), name, fill=_INK, font=_font(_FONT, name))
+    for k, line in enumerate(titles):
+        draw.text((_GAP, _GAP + k * _LINE), line, fill=_INK, font=_font(_FONT + 2, title))
+    for i, (_, row) in enumerate(rows):
+        top = head + i * row_height
+        for k, line in enumerate(names[i]):
+            draw.text((_GAP + column, top + k * _LINE), line, fill=_INK, font=_font(_FONT, rows[i][0]))
         if not i:
-            whole.paste(first, (_GAP, top + _LINE))
+            whole.paste(first, (_GAP, top + above))
         for j, drawn in enumerate(row, start=1):
             left = _GAP + j * column
-            whole.paste(overlay(pixels, drawn), (left, top + _LINE))
-            for k, line in enumerate(drawn.lines):
-                at = (left, top + _LINE + height + 3 + k * _LINE)
+            whole.paste(overlay(pixels, drawn), (left, top + above))
+            for k, line in enumerate(_lines(drawn, first.size)):
+                at = (left, top + above + height + 3 + k * _LINE)
                 draw.text(at, line, fill=_INK if not k else _SOFT, font=font)
     return whole
 
