@@ -72,6 +72,16 @@ def test_files_of_one_name_are_told_apart_and_one_image_gives_no_verdict(explain
     assert "FAILS" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "value, said",
+    [(0.7, "0.70 [0.60, 0.80], FAILS: alike"), (-0.7, "-0.70 [-0.80, -0.60], FAILS: opposite"), (0.1, "")],
+)
+def test_maps_that_are_alike_or_opposite_without_weights_fail(value, said):
+    correlation = {"value": value, "low": value - 0.1, "high": value + 0.1}
+    found = {"randomisation": {"all": correlation}, "depends_on_weights": explain._depends(correlation)}
+    assert explain._correlation(found) == (said or "0.10 [0.00, 0.20]")
+
+
 def test_what_is_no_better_than_random_is_grey():
     pixels, heat = np.full((8, 8, 3), 200, np.uint8), np.eye(8)
     true, untrue = (np.asarray(overlays.overlay(pixels, overlays.Drawn(heat, [], good))) for good in (True, False))

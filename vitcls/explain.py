@@ -37,7 +37,7 @@ PART = "explain"  # of the workdir
 _SAMPLE = 512  # test images from which those that are shown and those of the tests are drawn
 _RANDOMISED = 16  # images of the randomisation test
 _MOSAICS = 64  # at most, of twice as many
-_STAYS = 0.5  # a rank correlation that a map of a network without its weights should not have
+_STAYS = 0.5  # a rank correlation, or the opposite, that a map of a network without its weights should not have
 
 
 class Shown(NamedTuple):
@@ -190,7 +190,7 @@ def _tests(explainer: Explainer, method: str, sample: Shown, tested: Shown) -> d
 
 
 def _depends(correlation: dict[str, float | None]) -> bool | None:
-    """Whether maps change with the weights; None where one image says it."""
+    """Whether maps change with the weights, and are not merely turned round; None where one image says it."""
     if correlation["low"] is None:
         return None
     return max(map(abs, correlation.values())) < _STAYS
@@ -280,8 +280,11 @@ def _methods_table(methods: dict[str, Any]) -> Table:
 
 def _correlation(found: dict[str, Any]) -> str:
     """With the maps of the network without any of its weights, and the verdict."""
-    verdict = ", FAILS" if found["depends_on_weights"] is False else ""
-    return interval(found["randomisation"]["all"], "{:.2f}") + verdict
+    correlation = found["randomisation"]["all"]
+    said = interval(correlation, "{:.2f}")
+    if found["depends_on_weights"] is not False:
+        return said
+    return f"{said}, FAILS: {'alike' if correlation['value'] > 0 else 'opposite'}"
 
 
 def _completeness(found: dict[str, Any]) -> str:
