@@ -164,6 +164,15 @@ def test_features_of_another_crop_are_computed_anew(photos, tmp_path):
 
 
 @pytest.mark.by_turns
+def test_training_images_are_prepared_as_those_of_an_evaluation(tmp_path):
+    made = with_features(make_tiny_config(), "pixels")
+    made.probe.classifier = "centroid"
+    made.dataset.update(name="digits", image_size=4, eval_crop=0.5)
+    plain = prepare(made, tmp_path, "").dataset.train.images
+    made.dataset.random_resized_crop = True
+    np.testing.assert_array_equal(prepare(made, tmp_path, "").dataset.train.images, plain)
+
+
 def test_features_of_a_run_are_what_its_network_gives_its_classifier(trained, tmp_path):
     made = with_features(config.default_config("lenet5"), str(trained))
     run = vitcls.open_run(trained)
