@@ -80,12 +80,19 @@ start_one() { # NUMBER COORDINATOR COMMAND...
   exec "${with_launcher[@]}" "$@"
 }
 
+number_lines() { # NUMBER; to the end of its input, whatever signals all others get
+  trap '' INT TERM
+  exec sed -u "s/^/$1: /"
+}
+
 start() { # COMMAND...
   local i coordinator
   coordinator=localhost:$(free_port)
   pids=() codes=()
   for ((i = 0; i < processes; i++)); do
-    start_one "$i" "$coordinator" "$@" > >(exec sed -u "s/^/$i: /") 2> >(exec sed -u "s/^/$i: /" >&2) &
+    set -m # a process group of its own, which Ctrl-C in a terminal does not reach: it is passed on, once
+    start_one "$i" "$coordinator" "$@" </dev/null > >(number_lines "$i") 2> >(number_lines "$i" >&2) &
+    set +m
     pids+=($!)
   done
   echo "local.sh: process ids ${pids[*]}" >&2

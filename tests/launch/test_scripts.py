@@ -122,6 +122,23 @@ def test_a_signal_is_passed_on_and_nothing_is_started_again(ready):
     assert ready.returncode == 143 and err.count("process ids") == 1 and "again" not in err
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_in_a_terminal_reaches_each_process_once_and_what_it_says_comes_through(processes):
+    """The terminal sends it to all processes of its foreground group, and the second one stops a training unsaved."""
+    code = "import signal, sys, time; got = []; signal.signal(2, lambda *_: got.append(1)); print('ready', flush=True)\n"
+    code += "while not got: time.sleep(0.1)\ntime.sleep(1); print('saved after', len(got), flush=True); sys.exit(130)"
+    terminal = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    launch = [ROOT / "launch" / "local.sh", f"--processes={processes}", "--", sys.executable, "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", terminal, *launch], **pipes) as run:
+        said = [run.stdout.readline() for _ in range(1 + processes)]  # the process ids come first
+        assert sum("ready" in line for line in said) == processes, said
+        out, _ = run.communicate("\x03", timeout=30)
+    assert run.returncode == 130
+    said = sorted(line.removeprefix("^C") for line in out.splitlines())
+    assert said == [f"{i}: saved after 1" for i in range(processes)]
+
+
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="setpriv (of util-linux) is not installed")
 def test_a_launcher_that_is_killed_leaves_nothing_running(ready):
     ready.kill()
