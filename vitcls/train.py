@@ -221,7 +221,8 @@ def fit(
                 lock.check()
 
             progress = progress.trained(seconds_until_ready(sums))
-            check_finite(partition.to_host(state.nonfinite), config.nonfinite_limit)
+            skipped = partition.to_host(state.nonfinite)
+            check_finite(skipped, config.nonfinite_limit)
             if log_due:
                 event = progress.interval_event(partition.to_host(sums), config.batch_size, training.task.means) | {
                     "train/learning_rate": _learning_rate(training, state, step, partition),
@@ -230,15 +231,16 @@ def fit(
                 writer.write(step, event)
                 bar.report(step, event)
                 sums, progress = new_sums(partition, training.task), progress.next_interval()
-            scores = None
+            scores = None  # of what may be the best, or a reason to stop: the whole of the pruning is behind it
             if eval_due:
                 named = evaluator.scores(state.variables, validation, watched)
-                scores = {f"eval/{name}": value for name, value in named.items()}
-                writer.write(step, scores)
-                bar.report(step, scores)
-                progress = progress.evaluated(scores, config)
-                state = reduce_on_plateau(config.schedule, state, scores, partition)
-                save_due = save_due or progress.improved or progress.finished
+                event = {f"eval/{name}": value for name, value in named.items()}
+                writer.write(step, event)
+                bar.report(step, event)
+                state = reduce_on_plateau(config.schedule, state, event, partition)
+                if step - int(skipped.total) >= plan.pruned or step == plan.total:
+                    scores, progress = event, progress.evaluated(event, config)
+                    save_due = save_due or progress.improved or progress.finished
             if save_due or stop_code:
                 writer.sync()
                 tree = {"state": partition.to_savable(state), "sums": partition.to_savable(sums)}

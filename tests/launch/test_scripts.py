@@ -125,7 +125,9 @@ def test_a_signal_is_passed_on_and_nothing_is_started_again(ready):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_ctrl_c_in_a_terminal_reaches_each_process_once_and_what_it_says_comes_through(processes):
     """The terminal sends it to all processes of its foreground group, and the second one stops a training unsaved."""
-    code = "import signal, sys, time; got = []; signal.signal(2, lambda *_: got.append(1)); print('ready', flush=True)\n"
+    code = (
+        "import signal, sys, time; got = []; signal.signal(2, lambda *_: got.append(1)); print('ready', flush=True)\n"
+    )
     code += "while not got: time.sleep(0.1)\ntime.sleep(1); print('saved after', len(got), flush=True); sys.exit(130)"
     terminal = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
     launch = [ROOT / "launch" / "local.sh", f"--processes={processes}", "--", sys.executable, "-c", code]

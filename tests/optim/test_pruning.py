@@ -82,9 +82,20 @@ def test_half_of_a_trained_network_is_zero_also_where_it_went_on(tmp_path, no_pi
     assert np.all(np.asarray(found[0]["norm"]["scale"]) != 0)
 
 
-def weights(path):
+@pytest.mark.by_turns
+def test_what_is_best_and_what_stops_early_is_as_sparse_as_was_asked(tmp_path, no_pictures):
+    config = make_tiny_config()
+    config.optimizer.update(prune=0.5, prune_end="6 steps", prune_every="2 steps")
+    config.eval_every = "2 steps"
+    config.early_stopping.update(patience=1, min_delta=100.0)  # the second evaluation that counts ends the run
+    assert train_and_evaluate(config, tmp_path)["checkpoint_step"] == 10
+    for which in ("best", "last"):
+        assert np.mean(np.asarray(weights(tmp_path, which)["block_0"]["feed_forward"]["expand"]["kernel"]) == 0) == 0.5
+
+
+def weights(path, which="last"):
     opened = run_dir.open_workdir(path)
-    return opened.restore(build.make_model(opened.config, opened.info), "last")[1]["params"]
+    return opened.restore(build.make_model(opened.config, opened.info), which)[1]["params"]
 
 
 def test_pruning_must_leave_time_for_fine_tuning(tiny_config, tmp_path):

@@ -32,7 +32,8 @@ class OptimizerSettings:
     base_batch_size: int = 0  # scale the learning rate by batch_size / base_batch_size; 0 for off
     prune: float = 0.0  # the share of each kernel's weights that is 0 in the end; 0 for none (Zhu & Gupta 2017)
     prune_begin: str = "0%"  # when the first of them go
-    prune_end: str = "70%"  # when the last are gone; what follows is fine-tuning
+    # When the last are gone; what follows is fine-tuning, and only that may be the best or stop early.
+    prune_end: str = "70%"
     prune_every: str = "1%"
 
     def __post_init__(self):

@@ -43,6 +43,7 @@ class Plan:
     log_every: int
     eval_every: int
     checkpoint_every: int
+    pruned: int  # updates after which nothing more is pruned
     steps_per_call: int
     steps_per_epoch: float
 
@@ -58,6 +59,7 @@ def make_plan(config, info: DatasetInfo) -> Plan:
         log_every=to_steps(config.log_every, total_steps=total),
         eval_every=to_steps(config.eval_every, total_steps=total),
         checkpoint_every=to_steps(config.checkpoint_every, total_steps=total),
+        pruned=to_steps(config.optimizer.prune_end, total_steps=total) + 1 if config.optimizer.prune else 0,
         steps_per_call=min(config.steps_per_call, total),
         steps_per_epoch=info.num_examples["train"] / config.batch_size,
     )
