@@ -132,9 +132,13 @@ def add_import_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+imported: list[str] = []  # by the flag
+
+
 def _import(module: str) -> None:
     try:
         importlib.import_module(module)
+        imported.append(module)
     except ImportError as error:
         raise argparse.ArgumentTypeError(f"{module} cannot be imported ({error})") from None
 

@@ -1,6 +1,7 @@
 """Config files: Python modules with `get_config()` or `get_config(preset)`, and the command line's changes to it."""
 
 import ast
+import contextlib
 import difflib
 import importlib.machinery
 import importlib.util
@@ -9,7 +10,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -20,6 +22,7 @@ from vitcls.core.errors import UserError
 from vitcls.core.registry import defaults
 from vitcls.tasks import TASKS
 
+_MODULE = "vitcls.config_file:"  # and the path: the module of a config file
 _RETURNS = {"get_config": "the config", "get_table": "a table of runs", "get_space": "what is searched"}
 NAMES = ("model.name", "task.name")  # they decide which keys their block has, so they come first
 
@@ -52,8 +55,30 @@ def call(file: os.PathLike | str, function: str) -> Any:
             "is a directory; name a file in it" if os.path.isdir(path) else "is not there; see the directory configs/"
         )
         raise UserError(f"the config file '{path}' {what}")
+    with _in_words(path):
+        return _returned(execute(path), path, preset, function)
+
+
+def execute(path: str) -> types.ModuleType:
+    """Runs a config file and returns its module; raises UserError, one line, for whatever is wrong with it."""
+    name = f"{_MODULE}{path}"
+    loader = importlib.machinery.SourceFileLoader(name, path)  # whatever the file's name ends in
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    sys.modules[name] = module  # where dataclasses look for their module
+    with _in_words(path):
+        loader.exec_module(module)
+    return module
+
+
+def executed() -> list[str]:
+    """The config files that this process has run; they, and what they import, may have registered parts."""
+    return [name.removeprefix(_MODULE) for name in sys.modules if name.startswith(_MODULE)]
+
+
+@contextlib.contextmanager
+def _in_words(path: str) -> Iterator[None]:
     try:
-        return _run(path, preset, function)
+        yield
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # whatever a config file can do
@@ -68,12 +93,7 @@ def _parts(file: os.PathLike | str) -> tuple[str, str]:
     return text[:end], text[end + 1 :]
 
 
-def _run(path: str, preset: str, function: str) -> Any:
-    name = f"vitcls.config_file:{path}"
-    loader = importlib.machinery.SourceFileLoader(name, path)  # whatever the file's name ends in
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
-    sys.modules[name] = module  # where dataclasses look for their module
-    loader.exec_module(module)
+def _returned(module: types.ModuleType, path: str, preset: str, function: str) -> Any:
     if not callable(getattr(module, function, None)):
         raise UserError(f"{path} has no function {function}(), which returns {_RETURNS[function]}")
     parameters = list(inspect.signature(getattr(module, function)).parameters.values())

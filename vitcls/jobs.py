@@ -1,10 +1,11 @@
 """Training runs in processes of their own: what one does, or how it ends, is that run's alone.
 
-python -m vitcls.jobs WORKDIR < config.json
+python -m vitcls.jobs [--import=MODULE] WORKDIR [CONFIG_FILE ...] < config.json
 """
 
 import contextlib
 import json
+import logging
 import pathlib
 import signal
 import subprocess
@@ -13,9 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from vitcls import cli
+from vitcls import cli, config_file
 from vitcls import config as configs
-from vitcls.core.errors import Stopped
+from vitcls.core.errors import Stopped, UserError
 from vitcls.train import train_and_evaluate
 from vitcls.training.lock import IN_USE
 
@@ -68,9 +69,10 @@ class Jobs(contextlib.AbstractContextManager):
     def start(self, name: str, workdir: pathlib.Path, config: configs.ConfigDict) -> None:
         """Begins or goes on with the run of a resolved config."""
         workdir.mkdir(parents=True, exist_ok=True)
+        imports = [f"--import={module}" for module in cli.imported]
         with open(workdir / LOG_FILE, "a", encoding="utf-8") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "vitcls.jobs", str(workdir)],
+                [sys.executable, "-m", "vitcls.jobs", *imports, "--", str(workdir), *config_file.executed()],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -117,10 +119,19 @@ def last_line(workdir: pathlib.Path) -> str:
 
 
 def main(argv: list[str]) -> None:
-    (workdir,) = argv
+    parser = cli.Parser(prog="python -m vitcls.jobs", description=__doc__.splitlines()[0])
+    parser.add_argument("workdir", metavar="WORKDIR", help="directory of the run")
+    parser.add_argument("files", nargs="*", metavar="CONFIG_FILE", help="one that registers parts which the run uses")
+    cli.add_import_argument(parser)
+    flags = parser.parse_args(argv)
+    for file in flags.files:
+        try:
+            config_file.execute(file)
+        except UserError as error:  # it has changed since, and the run may need nothing of it
+            logging.getLogger("vitcls").warning("%s; what it registers is missing", error)
     config = configs.from_json(sys.stdin.read())
     cli.start_jax(cpu_devices=config.partition.cpu_devices or 1)  # others run beside this one
-    train_and_evaluate(config, workdir)
+    train_and_evaluate(config, flags.workdir)
 
 
 if __name__ == "__main__":

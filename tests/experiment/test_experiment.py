@@ -55,8 +55,8 @@ def file(tmp_path_factory):
     return path
 
 
-def start(*arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+def start(*arguments, path=ROOT):
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{path}", "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, "-m", "vitcls.experiment", *arguments],
         cwd=ROOT,
@@ -290,14 +290,47 @@ def test_files_that_were_damaged_are_one_line_each(copy, file, capsys):
     assert "ledger.db cannot be used: the disk is read-only" in error_of(f"--config={file}")
 
 
+OWN_PARTS = {  # the first is imported by the flag, the second by the config
+    "own_optimizer.py": """
+from vitcls.optim import optimizers
+
+class Own(optimizers.SGD):
+    pass
+
+optimizers.OPTIMIZERS.add("own", Own)
+""",
+    "own_loss.py": """
+from vitcls.tasks import losses
+
+class Own(losses.CrossEntropy):
+    pass
+
+losses.LOSSES.add("own", Own)
+""",
+    "tiny.py": """
+import own_loss
+from tests.conftest import make_tiny_config
+
+def get_config():
+    config = make_tiny_config()
+    config.loss.name = "own"
+    return config
+""",
+}
+
+
 @pytest.mark.by_turns
-def test_folds_are_pooled(tmp_path, capsys):
-    """Against scikit-learn on the predictions of all folds; each training image is in one of them."""
-    (tmp_path / "tiny.py").write_text(
-        "from tests.conftest import make_tiny_config\n\ndef get_config():\n    return make_tiny_config()\n"
-    )
+def test_folds_are_pooled(tmp_path):
+    """Against scikit-learn on the predictions of all folds; each training image is in one of them.
+
+    Their processes know the parts that come from outside of the package.
+    """
+    for name, text in OWN_PARTS.items():
+        (tmp_path / name).write_text(text)
     arguments = [f"--config={ROOT}/configs/experiments/kfold.py:{tmp_path}/tiny.py", f"--workdir={tmp_path}/folds"]
-    out, err = (worker := start(*arguments, "--folds=2", "--workers=2")).communicate(timeout=300)
+    own = ["--import=own_optimizer", "--override=optimizer.name=own"]
+    worker = start(*arguments, *own, "--folds=2", "--workers=2", path=tmp_path)
+    out, err = worker.communicate(timeout=300)
     assert worker.returncode == 0, err
     kept = [np.load(tmp_path / "folds" / "runs" / f"fold{k}-seed0" / "report" / "predictions.npz") for k in (0, 1)]
     labels = np.concatenate([each["labels"] for each in kept])
@@ -307,8 +340,8 @@ def test_folds_are_pooled(tmp_path, capsys):
     (row,) = [line for line in out.splitlines() if line.startswith("| all 2 folds, seed 0")]
     assert f"{len(labels):,}" in row and f"{np.mean(predicted == labels):.2%} [" in row
     assert f"{f1_score(labels, predicted, average='macro'):.4f} [" in row
-    assert cli.run(command.main, [*arguments, "--folds=1", "--list"]) == 2
-    assert "must name a config, with 2 to 100 folds" in capsys.readouterr().err
+    _, err = (worker := start(*arguments, "--folds=1", "--list", path=tmp_path)).communicate(timeout=60)
+    assert worker.returncode == 2 and "must name a config, with 2 to 100 folds" in err
 
 
 @pytest.mark.by_turns("done")

@@ -83,6 +83,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--storage", default="", metavar="URL", help=ledger.HELP)
     parser.add_argument("--list", action="store_true", help="say what would run, and how long it may take")
     parser.add_argument("--report_only", action="store_true", help="write the results of what has finished")
+    cli.add_import_argument(parser)
     flags = parser.parse_args(argv)
     places.check_many(flags.workdir)
     if os.path.exists(flags.workdir) and not os.path.isdir(flags.workdir):

@@ -161,6 +161,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, configs.ConfigDict]:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="trials at a time")
     parser.add_argument("--storage", default="", metavar="URL", help=ledger.HELP)
     parser.add_argument("--seed", type=int, default=0, help="of the search; the runs have that of the config")
+    cli.add_import_argument(parser)
     flags = parser.parse_args(rest)
     places.check_many(flags.workdir)
     for name in ("trials", "workers"):
