@@ -19,6 +19,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from vitcls import cli, evaluate, ledger, models
+from vitcls.core.errors import UserError
 from vitcls.experiment import __main__ as command
 from vitcls.experiment import results, table, work
 from vitcls.models.variables import variable_shapes
@@ -367,6 +368,16 @@ def test_a_stopped_run_that_was_evaluated_is_not_finished(trained, tmp_path, tin
     shutil.rmtree(workdir / "checkpoints" / "12")
     evaluate.evaluate(workdir)
     assert work.state_of(run).status == "interrupted"
+
+
+def test_a_table_goes_on_with_the_runs_that_a_training_goes_on_with(trained, tmp_path, tiny_config):
+    """Those of an older version, whose defaults compute the same."""
+    config = json.loads((trained / "config.json").read_text())
+    config["model"]["attention"], config["total"], config["partition"]["cpu_devices"] = "xla", "12step", 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    work.check_config(table.Run(table.Row("run", tiny_config), tiny_config.seed, tmp_path))
+    with pytest.raises(UserError, match="holds a run of another config: seed was 0, is 1; use another --workdir"):
+        work.check_config(table.Run(table.Row("run", tiny_config), 1, tmp_path))
 
 
 @pytest.mark.by_turns("done")

@@ -15,12 +15,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vitcls import config as configs
 from vitcls import jobs, ledger, status
 from vitcls.core.errors import UserError
 from vitcls.experiment.table import Run, row_of
 from vitcls.ledger import Entry
-from vitcls.training.files import CONFIG_FILE
+from vitcls.training import run_dir
 
 Entries = Mapping[str, Entry]
 
@@ -50,18 +49,15 @@ def state_of(run: Run) -> State:
 
 
 def check_config(run: Run) -> None:
-    """Raises UserError where the workdir holds a run of another config."""
+    """Raises UserError where the workdir holds a run that would not go on with the config."""
     try:
-        there = configs.flatten(configs.from_json((run.workdir / CONFIG_FILE).read_text(encoding="utf-8")).to_dict())
+        changes = run_dir.config_changes(run.workdir, run.config)
     except (OSError, UserError):  # it has just begun, or the run itself will say what is wrong
         return
-    wanted = configs.flatten(run.config.to_dict())
-    changed = sorted(key for key in there.keys() | wanted.keys() if there.get(key) != wanted.get(key))
-    if changed:
-        key = changed[0]
+    for key, (was, now) in changes.items():
         raise UserError(
-            f"{run.workdir} holds a run of another config: {key} was {there.get(key)!r}, is {wanted.get(key)!r}; use "
-            "another --workdir, or remove that run"
+            f"{run.workdir} holds a run of another config: {key} was {was!r}, is {now!r}; use another --workdir, or "
+            "remove that run"
         )
 
 

@@ -198,7 +198,7 @@ def begin(
     moved = place not in ("", config.dataset.data_dir)
     free = {
         DATASET_FILE: {"name"} if moved else set(),  # that of a folder
-        CONFIG_FILE: {f"task.{key}" for key in paths(TASKS[config.task.name])} | _PATHS | _FORMS | _PLACES,
+        CONFIG_FILE: _free_keys(config),
         FROZEN_FILE: set(),
         INIT_FILE: set(),
     }
@@ -236,15 +236,10 @@ def _digest(tree: PyTree) -> str:
 
 def _check_same(path: pathlib.Path, name: str, text: str, free: Collection[str]) -> None:
     """Raises UserError where the file `name` says otherwise than `text`, but for the keys that are `free`."""
-    try:
-        old = configs.flatten(_READERS[name]((path / name).read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path / name} is damaged ({error}); restore it, or use another --workdir") from None
-    new = configs.flatten(_READERS[name](text))
-    keys = (old.keys() | new.keys()) - set(free)
-    changed = sorted(key for key in keys if not _same(old.get(key), new.get(key)))
-    if changed:
-        shown = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:3])
+    changes = _changes(path, name, text, free)
+    if changes:
+        changed = list(changes)
+        shown = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in list(changes.items())[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         advice = "use another --workdir"
         if changed == ["dataset.data_dir"]:
@@ -262,6 +257,30 @@ def _check_same(path: pathlib.Path, name: str, text: str, free: Collection[str])
                 "another --workdir"
             )
         raise UserError(f"{path} holds a run with another {name}: {shown}{more}; {advice}")
+
+
+def _changes(path: pathlib.Path, name: str, text: str, free: Collection[str]) -> dict[str, tuple[Any, Any]]:
+    """key -> (what the file `name` says, what `text` does) where they differ, by key, but for those that are `free`."""
+    try:
+        old = configs.flatten(_READERS[name]((path / name).read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path / name} is damaged ({error}); restore it, or use another --workdir") from None
+    new = configs.flatten(_READERS[name](text))
+    pairs = {key: (old.get(key), new.get(key)) for key in sorted((old.keys() | new.keys()) - set(free))}
+    return {key: pair for key, pair in pairs.items() if not _same(*pair)}
+
+
+def _free_keys(config: configs.ConfigDict) -> set[str]:
+    """Of a config, what may change when a run goes on."""
+    return {f"task.{key}" for key in paths(TASKS[config.task.name])} | _PATHS | _FORMS | _PLACES
+
+
+def config_changes(path: pathlib.Path, config: configs.ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """key -> (what it was, what it is) for which the run in the workdir `path` would not go on with `config`.
+
+    Raises OSError where there is no run, UserError where its config is damaged.
+    """
+    return _changes(path, CONFIG_FILE, configs.to_json(config), _free_keys(config))
 
 
 def _same(old: Any, new: Any) -> bool:
