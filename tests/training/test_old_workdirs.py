@@ -113,6 +113,10 @@ def test_the_data_of_a_run_may_move_but_not_change(tiny_config, tmp_path):
     train_and_evaluate(tiny_config, run)  # the same command goes on
     evaluate.evaluate(run)
     assert (run / "config.json").read_text() == config_file
+    (tmp_path / "second").rename(tmp_path / "first")
+    train_and_evaluate(tiny_config, run, data_dir=str(tmp_path / "first"))
+    train_and_evaluate(tiny_config, run)  # they are back
+    (tmp_path / "first").rename(tmp_path / "second")
 
     changed = tiny_config.copy_and_resolve_references()
     changed.dataset.data_dir = str(tmp_path / "second")
@@ -123,4 +127,4 @@ def test_the_data_of_a_run_may_move_but_not_change(tiny_config, tmp_path):
     with pytest.raises(UserError, match=r"holds a run with another dataset.json: "):
         train_and_evaluate(tiny_config, run, data_dir=str(tmp_path / "second"))
     with pytest.raises(UserError, match=r"are not those of the training: 2 classes of 8x8x3, .* images now"):
-        evaluate.evaluate(run)
+        evaluate.evaluate(run, data_dir=str(tmp_path / "second"))

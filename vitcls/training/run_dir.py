@@ -214,6 +214,8 @@ def begin(
         write_atomically(path / name, texts[name])
     if moved:
         write_atomically(path / MOVED_FILE, json.dumps({"data_dir": place}) + "\n")
+    elif place:  # they are back
+        (path / MOVED_FILE).unlink(missing_ok=True)
     (path / FAILED_FILE).unlink(missing_ok=True)
 
 
