@@ -577,6 +577,17 @@ def test_ctrl_c_while_it_is_loaded_is_one_line_too(module, tmp_path):
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
+def test_sigterm_ends_the_first_process_of_a_container_also_before_it_trains(tmp_path):
+    container = ["unshare", "--user", "--map-root-user", "--pid", "--fork"]
+    if not shutil.which("unshare") or subprocess.run([*container, "true"], capture_output=True).returncode:
+        pytest.skip("unshare (of util-linux) is not there, or may not make namespaces")
+    file = tmp_path / "config.py"
+    file.write_text("import os, signal, sys\nos.kill(os.getpid(), signal.SIGTERM)\nsys.exit(f'{os.getpid()} lives')")
+    command = [*container, sys.executable, "-m", "vitcls.main", f"--config={file}", "--dry_run"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (143, "")
+
+
 def test_a_module_that_cannot_be_imported_is_one_line(capsys):
     code, _, err = run(predict.main, ["--workdir=x", "--import=nowhere", "a.png"], capsys)
     assert (code, err) == (

@@ -12,6 +12,7 @@ docs/api.md has the rest. Nothing is imported before it is used.
 
 import importlib
 import os
+import signal
 import sys
 
 __version__ = "0.1.0"
@@ -48,3 +49,5 @@ def _end(kind, error, trace) -> None:
 
 if sys.argv and (sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) == "vitcls"):  # a command begins
     sys.excepthook = _end
+    if os.getpid() == 1:  # of a container, where a signal without a handler is none
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
