@@ -116,6 +116,21 @@ def test_values_that_once_failed_late_are_refused_by_their_key(key, value, tmp_p
     assert not os.listdir(tmp_path)
 
 
+def test_how_long_some_examples_are_depends_on_the_batch(tiny_config):
+    """Their size is checked with that of the steps, and before anything is written."""
+    tiny_config.update(total="3e9 examples", batch_size=4096)
+    assert prepare(tiny_config, None, "", range(0)).plan.total == 732_422
+    tiny_config.batch_size = 1
+    with pytest.raises(UserError, match=r"duration '3e9 examples' is 3e.09 steps; make it at most 2147483647 steps"):
+        prepare(tiny_config, None, "", range(0))
+    config = configs.default_config("lenet5", "certified")
+    config.update(total="4 steps", batch_size=8)
+    config.dataset.update(name="synthetic", num_examples=60, num_classes=3, image_size=8)
+    config.task.ramp = "1e12 examples"
+    with pytest.raises(UserError, match=r"duration '1e12 examples' is 1.25e.11 steps"):
+        prepare(config, None, "", range(0))
+
+
 @pytest.mark.parametrize("config", [{"model": {"name": "lenet5"}}, ml_collections.ConfigDict({"model": None})])
 def test_what_is_no_config_is_refused(config, tmp_path):
     with pytest.raises(UserError, match="a config is what `default_config"):

@@ -15,6 +15,8 @@ from typing import Any
 from vitcls.core import durations, errors
 from vitcls.core.errors import UserError
 
+_LARGEST = 2**31  # examples of a batch
+
 
 class Registry(Mapping[str, Any]):
     """name -> dataclass, for the block `key` of a config. The registry of models has presets of their modules."""
@@ -173,12 +175,15 @@ def require_range(entry: Any, **bounds: tuple[float, float]) -> None:
 
 
 def require_durations(entry: Any, *fields: str) -> None:
-    """Raises ValueError unless each field is a duration or a tuple of such."""
+    """Raises ValueError unless each field is a duration or a tuple of such.
+
+    How many steps some examples are is not known here: that depends on the batch.
+    """
     for field in fields:
         value = getattr(entry, field)
         for duration in value if isinstance(value, tuple) else (value,):
             try:
-                durations.to_steps(duration, batch_size=1, num_examples=1, total_steps=1)
+                durations.to_steps(duration, batch_size=_LARGEST, num_examples=_LARGEST, total_steps=1)
             except UserError as error:
                 raise ValueError(f"{field}: {error}") from None
 

@@ -34,6 +34,8 @@ class Certified:
         require_durations(self, "warmup", "ramp")
 
     def build(self, context: Context) -> Task:
+        warmup, ramp = context.to_steps(self.warmup), context.to_steps(self.ramp)
+
         def wrap(model):
             shapes = variable_shapes(model, context.image_shape)
             image = jax.ShapeDtypeStruct((1, *context.image_shape), jnp.float32)
@@ -44,7 +46,6 @@ class Certified:
             return model
 
         def loss(tools, params, batch_stats, inputs, extra, frozen, key):
-            warmup, ramp = context.to_steps(self.warmup), context.to_steps(self.ramp)
             progress = jnp.clip((extra - warmup) / max(ramp, 1), 0.0, 1.0)
             eps, weight = self.eps * progress, 1 - (1 - self.weight) * progress
             images, targets = inputs["image"], inputs["target"]
