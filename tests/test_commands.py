@@ -577,6 +577,21 @@ def test_ctrl_c_while_it_is_loaded_is_one_line_too(module, tmp_path):
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("JAX_PLATFORMS", "foo", "error: JAX_PLATFORMS=foo cannot be used: "),
+        ("JAX_NUM_CPU_DEVICES", "x", "error: the environment variable JAX_NUM_CPU_DEVICES=x is impossible; unset it"),
+        ("JAX_ENABLE_X64", "x", "error: the environment variable JAX_ENABLE_X64=x is impossible; unset it"),
+    ],
+)
+def test_what_jax_cannot_do_with_the_environment_is_one_line(name, value, line):
+    command = [sys.executable, "-m", "vitcls.main", DIGITS, "--dry_run"]
+    environment = os.environ | {name: value}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith(line) and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_sigterm_ends_the_first_process_of_a_container_also_before_it_trains(tmp_path):
     container = ["unshare", "--user", "--map-root-user", "--pid", "--fork"]
     if not shutil.which("unshare") or subprocess.run([*container, "true"], capture_output=True).returncode:

@@ -12,6 +12,7 @@ docs/api.md has the rest. Nothing is imported before it is used.
 
 import importlib
 import os
+import re
 import signal
 import sys
 
@@ -40,10 +41,17 @@ def __dir__() -> list[str]:
 
 
 def _end(kind, error, trace) -> None:
-    """In place of sys.excepthook: Ctrl-C while modules are imported is no error, as it is none later (cli.run)."""
+    """In place of sys.excepthook: Ctrl-C while modules are imported is no error, as it is none later (cli.run).
+
+    What JAX does not understand in the environment is bad input; it says so when it is imported.
+    """
     if kind is KeyboardInterrupt:
         os.write(2, b"interrupted\n")
         os._exit(130)
+    if kind is ValueError and (found := re.search(r"for (?:JAX flag|environment) '?(\w+)", str(error))):
+        name = found[1].upper()
+        os.write(2, f"error: the environment variable {name}={os.environ.get(name)} is impossible; unset it\n".encode())
+        os._exit(2)
     sys.__excepthook__(kind, error, trace)
 
 

@@ -304,6 +304,12 @@ def start_jax(
             raise RunError(f"the processes of the run did not find each other ({found.found}): {error}") from None
         global _watch
         _watch = peers.watch()
+    if platforms := jax.config.jax_platforms:
+        try:
+            jax.devices()
+        except (RuntimeError, AssertionError) as error:  # the latter of a plugin that is not installed
+            reason = one_line(error).partition(" (set JAX_PLATFORMS")[0].rstrip(".") or "it is not there"
+            raise UserError(f"JAX_PLATFORMS={platforms} cannot be used: {reason}; set another, or unset it") from None
     use_cache()
 
 

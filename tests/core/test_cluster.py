@@ -110,6 +110,7 @@ def test_a_flag_of_two_launchers_is_refused(capsys):
         (JAX, ("b:2", 2, 0), "two coordinators, --coordinator=b:2 and JAX_COORDINATOR_ADDRESS=a:1; give one"),
         (JAX | {"JAX_PROCESS_ID": ""}, (), "but not JAX_PROCESS_ID"),
         (SLURM | {"SLURM_PROCID": "x"}, (), "SLURM_PROCID='x' is not a number"),
+        ({"MEGASCALE_NUM_SLICES": "x"}, (), "MEGASCALE_NUM_SLICES='x' is not a number"),
         (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": ""}, (), "Open MPI does not say where its processes meet"),
         ({"KUBERNETES_SERVICE_HOST": "a", "JOB_COMPLETION_INDEX": "1"}, (), "indexed Kubernetes Job"),
     ],

@@ -153,7 +153,7 @@ def _open_mpi_coordinator(environment: Mapping[str, str]) -> str:
 def _from_tpu(environment: Mapping[str, str]) -> Cluster | None:
     """A TPU pod: its own service, or Kubernetes, names the workers, and JAX asks it."""
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
-    slices = int(environment.get("MEGASCALE_NUM_SLICES") or 1)
+    slices = _number(environment, "MEGASCALE_NUM_SLICES") if environment.get("MEGASCALE_NUM_SLICES") else 1
     if workers:
         if len(workers.split(",")) * slices == 1:
             return Cluster("a TPU host", None, 1, 0)
