@@ -321,8 +321,34 @@ def test_a_full_disk_is_one_line(capsys):
             file.write("x" * 2**20)
 
     code, out, err = run(command, [], capsys)
+    sys.stderr.close()  # what comes after that line goes nowhere
     assert (code, out) == (1, "") and len(err.splitlines()) == 1
     assert "No space left on device" in err and "make room" in err
+
+
+def namespaces(*flags):
+    """The beginning of a command in namespaces of its own."""
+    command = ["unshare", "--user", "--map-root-user", *flags]
+    if not shutil.which("unshare") or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("unshare (of util-linux) is not there, or may not make namespaces")
+    return command
+
+
+@pytest.mark.by_turns
+def test_a_training_that_fills_its_disk_says_so_in_one_line_and_leaves_the_reason(tmp_path):
+    (tmp_path / "config.py").write_text("from tests.conftest import make_tiny_config as get_config\n")
+    train = [sys.executable, "-m", "vitcls.main", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/disk/run"]
+    train += ["--config.total=2000 steps", "--config.checkpoint_every=2 steps", "--config.checkpoint.keep=900"]
+    disk = f"mkdir {tmp_path}/disk && mount -t tmpfs -o size=600k none {tmp_path}/disk"
+    script = f"{disk} && {shlex.join(train)}; echo $?; cd {tmp_path}/disk/run && ls && cat failed.json"
+    command = [*namespaces("--mount"), "sh", "-c", script]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    code, *names, failed = done.stdout.splitlines()
+    *before, last = done.stderr.splitlines()
+    assert (code, last) == ("1", "failed: [Errno 28] No space left on device; make room and run it again")
+    assert not any("Error" in line or "Traceback" in line for line in before), done.stderr
+    assert not any(name.startswith("lock.json") for name in names)
+    assert json.loads(failed)["failure"] == "OSError: [Errno 28] No space left on device"
 
 
 def test_predict_takes_a_directory_as_the_files_below_it(trained, capsys, tmp_path):
@@ -593,12 +619,9 @@ def test_what_jax_cannot_do_with_the_environment_is_one_line(name, value, line):
 
 
 def test_sigterm_ends_the_first_process_of_a_container_also_before_it_trains(tmp_path):
-    container = ["unshare", "--user", "--map-root-user", "--pid", "--fork"]
-    if not shutil.which("unshare") or subprocess.run([*container, "true"], capture_output=True).returncode:
-        pytest.skip("unshare (of util-linux) is not there, or may not make namespaces")
     file = tmp_path / "config.py"
     file.write_text("import os, signal, sys\nos.kill(os.getpid(), signal.SIGTERM)\nsys.exit(f'{os.getpid()} lives')")
-    command = [*container, sys.executable, "-m", "vitcls.main", f"--config={file}", "--dry_run"]
+    command = [*namespaces("--pid", "--fork"), sys.executable, "-m", "vitcls.main", f"--config={file}", "--dry_run"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (143, "")
 

@@ -55,7 +55,14 @@ def _end(kind, error, trace) -> None:
     sys.__excepthook__(kind, error, trace)
 
 
+def _pass_over(unraisable) -> None:
+    """In place of sys.unraisablehook: once a save has failed, each of TensorStore's threads says that of its own."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 if sys.argv and (sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) == "vitcls"):  # a command begins
     sys.excepthook = _end
+    sys.unraisablehook = _pass_over
     if os.getpid() == 1:  # of a container, where a signal without a handler is none
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))

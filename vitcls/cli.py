@@ -197,6 +197,7 @@ def run(command: Callable[[list[str]], int | None], argv: list[str] | None = Non
     except Exception as error:
         if _watch is None and isinstance(error, OSError) and error.errno in _FULL:
             print(f"failed: {one_line(error)}; make room and run it again", file=sys.stderr)
+            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (whoever still writes fails as well)
             return 1
         if _watch is None and isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             print(f"error: a name is too long for the disk: {one_line(error)}", file=sys.stderr)

@@ -7,6 +7,7 @@ folder that does not match (a bad disk, a torn copy) is passed over for the next
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ import math
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -30,6 +32,27 @@ PyTree = Any
 _UNSTABLE = "_CHECKPOINT_METADATA"  # Orbax stamps it with the time of the commit, after the manifest
 _SMALLEST_SLICE = 2**22  # bytes of a replicated array that a device saves on its own, beside the others
 _logger = logging.getLogger("vitcls")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the tracebacks that Orbax logs of what it raises as well."""
+    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_news)
+
+
+@contextlib.contextmanager
+def _full_disk_in_short() -> Iterator[None]:
+    """Raises as OSError what TensorStore says of a full disk, in a paragraph of its own."""
+    try:
+        yield
+    except ValueError as error:
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if f"[os_error_code='{number}']" in str(error):
+                raise OSError(number, os.strerror(number)) from None
+        raise
 
 
 def _score(metrics: dict[str, float], metric: str) -> float:
@@ -107,25 +130,28 @@ class Checkpoints(contextlib.AbstractContextManager):
             tree = sharding.to_first_process(tree)
         if tree is None or step in self._manager.all_steps():
             return
-        self._manager.wait_until_finished()
+        self.wait()
         self._saving = step
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                tree=ocp.args.PyTreeSave(tree), record=ocp.args.JsonSave(record | {"metrics": metrics})
-            ),
-            metrics=metrics,
-            force=True,
-        )
+        with _full_disk_in_short():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    tree=ocp.args.PyTreeSave(tree), record=ocp.args.JsonSave(record | {"metrics": metrics})
+                ),
+                metrics=metrics,
+                force=True,
+            )
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
         if self._writes:
-            self._manager.wait_until_finished()
+            with _full_disk_in_short():
+                self._manager.wait_until_finished()
 
     def __exit__(self, *error) -> None:
         if self._writes:
-            self._manager.close()  # waits
+            with _full_disk_in_short():
+                self._manager.close()  # waits
 
     def _write_manifest(self) -> None:
         """Runs in Orbax's thread, when all files of a checkpoint are written and before it takes its final name."""

@@ -59,8 +59,11 @@ class LockFile:
 
     def replace(self, text: str, token: str) -> None:
         own = self._path.with_name(f"{LOCK_FILE}.{token}")
-        own.write_text(text, encoding="utf-8")
-        os.replace(own, self._path)
+        try:
+            own.write_text(text, encoding="utf-8")
+            os.replace(own, self._path)
+        finally:  # where the disk is full
+            own.unlink(missing_ok=True)
 
     def remove_dead(self, holder: str, token: str) -> None:
         """Removes the lock of the dead `holder`, and no other that was made meanwhile."""
@@ -72,9 +75,14 @@ class LockFile:
             aside.unlink()
 
     def fail(self, text: str, token: str) -> None:
-        """Makes failed.json of the lock; where the disk is full it has no reason, but it is there."""
+        """Makes failed.json of the lock; where the disk is full its reason takes the room of the lock, if it can."""
         with contextlib.suppress(OSError):
-            self.replace(text, token)
+            try:
+                self.replace(text, token)
+            except OSError:
+                with open(self._path, "r+", encoding="utf-8") as file:
+                    file.write(text)
+                    file.truncate()
         with contextlib.suppress(OSError):
             os.replace(self._path, self._path.with_name(FAILED_FILE))
 
