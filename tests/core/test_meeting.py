@@ -71,6 +71,14 @@ def test_processes_that_are_no_run_are_told_so(address, processes, message):
     assert {type(outcome) for outcome in outcomes} == {UserError} and {*map(str, outcomes)} == {message}
 
 
+def test_who_comes_after_the_verdict_is_told_it_too(address):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        early = pool.submit(meet, address, (0, 3), (1, 2))
+        time.sleep(0.5)
+        outcomes = [*meet(address, (2, 3)), *early.result()]
+    assert {type(outcome) for outcome in outcomes} == {UserError} and len({*map(str, outcomes)}) == 1
+
+
 def test_versions_differ(address, monkeypatch):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         zero = pool.submit(meet, address, (0, 2))

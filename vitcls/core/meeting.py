@@ -35,12 +35,15 @@ def meet(cluster: Cluster) -> None:
         _report(cluster)
         return
     visitors: list[socket.socket] = []
-    try:
-        with _listen(cluster) as listener:
+    with _listen(cluster) as listener:
+        try:
             _gather(cluster, listener, visitors)
-    except (RunError, UserError) as error:
-        _tell(visitors, {"error": str(error), "is_users": isinstance(error, UserError)})
-        raise
+        except (RunError, UserError) as error:
+            verdict = {"error": str(error), "is_users": isinstance(error, UserError)}
+            _tell(visitors, verdict)
+            if verdict["is_users"]:
+                _turn_away(listener, cluster.num_processes - 1 - len(visitors), verdict)
+            raise
     _tell(visitors, {})  # after the port is free for JAX
 
 
@@ -88,6 +91,18 @@ def _gather(cluster: Cluster, listener: socket.socket, visitors: list[socket.soc
         if process in there and _is_there(there[process]):  # else it was started again
             raise UserError(f"two processes are number {process} of {cluster.num_processes}; number them from 0")
         there[process] = connection
+
+
+def _turn_away(listener: socket.socket, count: int, verdict: dict) -> None:
+    """Tells the `count` processes that are still to come, if they do within some seconds."""
+    end = time.monotonic() + _SOON
+    while count > 0 and time.monotonic() < end:
+        with contextlib.suppress(TimeoutError):
+            connection, _ = listener.accept()
+            connection.settimeout(_HELLO)
+            with connection.makefile("rb") as file:
+                count -= bool(_heard(file))
+            _tell([connection], verdict)
 
 
 def _report(cluster: Cluster) -> None:
