@@ -19,6 +19,7 @@ from vitcls import config as configs
 from vitcls.core.errors import RunError, UserError
 from vitcls.train import train_and_evaluate
 from vitcls.training import lock, run_dir
+from vitcls.training.files import RECORD
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOW = datetime.datetime(2026, 3, 1, 12, tzinfo=datetime.UTC)
@@ -104,6 +105,10 @@ def test_an_evaluation_finishes_no_run(trained, tmp_path, no_pictures):
             accuracy = evaluate.evaluate(workdir, checkpoint=str(step))["accuracy"]
             words = f", test accuracy {accuracy:.2%}" if step == steps[end] else ""
             assert line(workdir)[-1].strip() == f"finished{words}"
+    shutil.rmtree(workdir / "checkpoints" / "6")  # as older versions did with the best when a run was resumed
+    record = workdir / "checkpoints" / "12" / RECORD
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"best": 0.99}))
+    assert line(workdir)[-1].strip() == f"finished, test accuracy {accuracy:.2%}"
     (workdir / "config.json").write_text(json.dumps(config | {"total": "24 steps"}))
     run = status.status(workdir, NOW)
     assert (run["step"], run["total_steps"], run["state"], run["test_accuracy"]) == (12, 24, "stopped", None)

@@ -87,21 +87,22 @@ def final_report(workdir: pathlib.Path, config: dict) -> dict:
     `vitcls evaluate` may have written it since, also of another checkpoint.
     """
     report = _read(workdir / "report" / "metrics.json")
-    return report if _is_probe(config) or report.get("checkpoint_step") == _final_step(workdir, config) else {}
+    return report if _is_probe(config) or report.get("checkpoint_step") in _final_steps(workdir, config) else {}
 
 
-def _final_step(workdir: pathlib.Path, config: dict) -> int | None:
-    """The step of the checkpoint 'last' or 'best', as config.report.checkpoint says (`checkpoint.best`)."""
+def _final_steps(workdir: pathlib.Path, config: dict) -> list[int]:
+    """The step of the checkpoint 'last' or 'best', as config.report.checkpoint says (`checkpoint.best`).
+
+    Older versions removed the best when a run was resumed: then the steps of all that may be the best now.
+    """
     folder = workdir / CHECKPOINTS
     last = _last_checkpoint(folder)
     if last is None or config.get("report", {}).get("checkpoint") != "best":
-        return last
+        return [] if last is None else [last]
     best, metric = _read(folder / str(last) / RECORD).get("best"), config.get("checkpoint", {}).get("metric")
-    for step in _checkpoints(folder):
-        scores = _read(folder / str(step) / RECORD).get("metrics") or {}
-        if metric in scores and _number(scores[metric]) == _number(best):
-            return step
-    return None
+    scores = {step: _read(folder / str(step) / RECORD).get("metrics") or {} for step in _checkpoints(folder)}
+    scored = [step for step in scores if metric in scores[step]]
+    return [step for step in scored if _number(scores[step][metric]) == _number(best)][:1] or scored
 
 
 def _has_ended(workdir: pathlib.Path, config: dict, total_steps: int | None) -> bool:
