@@ -7,7 +7,7 @@
 # process writes begins with its number. When one is killed, or stops after saving (143), the others end by themselves
 # and all are started again, at most --restarts times; they go on from the last checkpoint. SIGTERM and Ctrl-C are
 # passed on, and nothing is started again; nor where one ends with 2 (bad input): the others get SIGTERM then. They get it
-# as well when local.sh itself is killed, on Linux.
+# as well when local.sh itself is killed, on Linux. Ctrl-Z stops local.sh alone.
 #
 # Exit code: 0 done; 1 failure; 2 bad input, be it of one process; 143 stopped after saving; 128 + signal if one was
 # killed once too often.
@@ -105,7 +105,7 @@ pass_on() { # SIGNAL
     [ -n "${codes[$i]:-}" ] || kill -s "$1" "${pids[$i]}" 2>/dev/null
   done
 }
-trap 'pass_on TERM' TERM
+trap 'pass_on TERM' TERM HUP
 trap 'pass_on INT' INT
 
 # Waits until all have ended, and fills `codes`. Those that outlive a dead one for too long are killed; bad input ends

@@ -107,6 +107,16 @@ def test_mobilenet_v3_that_pads_as_tensorflow_has_its_colours():
     assert means == [(0.5, 0.5, 0.5), (0.485, 0.456, 0.406)]
 
 
+def test_a_resnet_that_halves_its_maps_elsewhere_takes_only_what_was_exported_so(tmp_path):
+    fields = {"depths": (1, 1), "width": 4, "stride_on": "1x1"}
+    arrays = to_torch("resnet50", drawn("resnet50", 5, (32, 32, 3), **fields), **fields)
+    theirs = load.open_weights(safetensors(tmp_path / "theirs.safetensors", arrays))
+    with pytest.raises(UserError, match="resnet50 can take weights of PyTorch with stride_on='3x3' only"):
+        load.convert("resnet50", theirs, head=True, **fields)
+    ours = theirs._replace(metadata={"vitcls": '"0.1.0"'})
+    assert load.convert("resnet50", ours, head=True, **fields).num_classes == 5
+
+
 @pytest.mark.parametrize(
     ("weights", "name", "fields", "words"),
     [

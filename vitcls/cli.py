@@ -305,7 +305,7 @@ def start_jax(
             raise RunError(f"the processes of the run did not find each other ({found.found}): {error}") from None
         global _watch
         _watch = peers.watch()
-    if platforms := jax.config.jax_platforms:
+    elif platforms := jax.config.jax_platforms:
         try:
             jax.devices()
         except (RuntimeError, AssertionError) as error:  # the latter of a plugin that is not installed

@@ -108,7 +108,8 @@ def test_eval_crop_is_that_of_every_split_and_of_predict(tmp_path, npz):
         block.random_resized_crop = True  # of whole images
         dataset = load(block)
         assert (dataset.test.images == 255).mean() > 0.5
-        assert dataset.train.images.mean() == pytest.approx(255 / 4, rel=0.05)
+        assert dataset.whole.images.mean() == pytest.approx(255 / 4, rel=0.05)
+        assert (dataset.train.images == 255).mean() > 0.5  # as an evaluation sees it
 
 
 def test_folds_take_the_place_of_the_validation_split_and_leave_test_alone():

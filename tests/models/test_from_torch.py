@@ -226,11 +226,6 @@ def test_models_that_pytorch_has_no_names_for(name, message):
         from_torch(name, {})
 
 
-def test_a_resnet_that_halves_its_maps_elsewhere_is_refused():
-    with pytest.raises(ValueError, match="resnet50 can take weights of PyTorch with stride_on='3x3' only"):
-        from_torch("resnet50", {}, stride_on="1x1")
-
-
 def test_positions_of_another_size_do_not_fit():
     name, _, fields, *_ = CASES["vit"]
     message = r"the shape \(1, 9, 32\) of 'pos_embed' does not fit 'params/position_embedding'"

@@ -41,6 +41,7 @@ class Dataset:
     image_shape: tuple[int, int, int]  # H, W, C as the model will see them
     skipped: tuple[SkippedFile, ...] = ()
     largest: tuple[int, int] | None = None  # height and width, at most, of its images as they came, where known
+    whole: Split | None = None  # training images in memory before `eval_crop`, for random crops; None: those of `train`
 
     @property
     def num_classes(self) -> int:
@@ -63,3 +64,4 @@ class Source:
     shapes: tuple[tuple[int, int, int], ...]  # the distinct H, W, C of its images
     skipped: tuple[SkippedFile, ...] = ()
     max_value: float = 0.0  # by which arrays of more than 8 bits were scaled; see `images.Decoding`
+    complete: bool = True  # whether `shapes` are those of all images, not of the first

@@ -67,22 +67,21 @@ def load_with_originals(
         splits["train"] = train.take(kept)
     image_shape = _image_shape(source, config.image_size)
     decoding = Decoding(eval_crop=config.eval_crop, interpolation=config.interpolation)
-    originals = splits
     in_memory = isinstance(splits["train"].images, np.ndarray)
-    decodings = dict.fromkeys(splits, decoding)
-    if in_memory and config.random_resized_crop:  # which takes its boxes from whole images
-        decodings["train"] = dataclasses.replace(decoding, eval_crop=1.0)
-    splits = {name: _at_size(split, image_shape, decodings[name]) for name, split in splits.items()}
     if in_memory:
         max_value = source.max_value
     elif max_value is None:
         max_value = config.max_value or find_max_value(splits["train"].images)
-    for name, split in splits.items():
-        decoding = dataclasses.replace(decodings[name], max_value=max_value)
-        splits[name] = dataclasses.replace(split, decoding=decoding)
-    originals = {name: dataclasses.replace(split, decoding=splits[name].decoding) for name, split in originals.items()}
+    decoding = dataclasses.replace(decoding, max_value=max_value)
+    originals = {name: dataclasses.replace(split, decoding=decoding) for name, split in splits.items()}
+    splits = {name: _at_size(split, image_shape) for name, split in originals.items()}
+    whole = None
+    if in_memory and config.random_resized_crop and config.eval_crop < 1:  # whose boxes are of whole images
+        uncropped = dataclasses.replace(decoding, eval_crop=1.0)
+        whole = _at_size(dataclasses.replace(originals["train"], decoding=uncropped), image_shape)
     if config.corrections:
         splits = corrections.apply(splits, config, source.class_names, image_shape)
+        whole = whole and corrections.apply({"train": whole}, config, source.class_names, image_shape)["train"]
     dataset = Dataset(
         source.name,
         source.class_names,
@@ -91,7 +90,10 @@ def load_with_originals(
         splits["test"],
         image_shape,
         source.skipped,
-        tuple(max(shape[axis] for shape in source.shapes) for axis in (0, 1)) if source.shapes else None,
+        tuple(max(shape[axis] for shape in source.shapes) for axis in (0, 1))
+        if source.shapes and source.complete
+        else None,
+        whole,
     )
     return dataset, originals
 
@@ -150,9 +152,9 @@ def _image_shape(source: Source, image_size: int | tuple[int, int]) -> tuple[int
     return *sizes[0], max(channels)
 
 
-def _at_size(split: Split, image_shape: tuple[int, int, int], decoding: Decoding) -> Split:
+def _at_size(split: Split, image_shape: tuple[int, int, int]) -> Split:
     """Images in memory are resized once; encoded ones are resized as they are decoded."""
     images = split.images
-    if not isinstance(images, np.ndarray) or (images.shape[1:] == image_shape and decoding.eval_crop == 1):
+    if not isinstance(images, np.ndarray) or (images.shape[1:] == image_shape and split.decoding.eval_crop == 1):
         return split
-    return Split(image_files.resize_all(images, image_shape[:2], decoding), split.labels)
+    return dataclasses.replace(split, images=image_files.resize_all(images, image_shape[:2], split.decoding))

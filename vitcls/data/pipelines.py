@@ -124,7 +124,7 @@ def _whole_images(dataset: Dataset, config) -> tuple[np.ndarray, np.ndarray]:
     """The training images uint8 [N, h, w, C], each squeezed into one shape, and the width / height that they had."""
     train, (height, width, channels) = dataset.train, kept_shape(dataset, config)
     if isinstance(train.images, np.ndarray):
-        return train.images, np.full(len(train.labels), width / height, np.float32)
+        return (dataset.whole or train).images, np.full(len(train.labels), width / height, np.float32)
     images = image_files.decode_all(
         train.images, size=(height, width), channels=channels, decoding=train.decoding, whole=True
     )

@@ -85,9 +85,7 @@ def prepare(config: configs.ConfigDict, path: pathlib.Path, data_dir: str) -> Pr
         raise errors.unknown("--classifier", config.probe.classifier, CLASSIFIERS)
     source = run_dir.data_dir(path, config, data_dir)
     start = initial.look(config, None)  # whose file is needed each time
-    settings = config.dataset.copy_and_resolve_references()
-    settings.random_resized_crop = False  # the training images too are seen as those of an evaluation
-    dataset = data.load(settings, data_dir=source, max_value=run_dir.max_value(path))
+    dataset = data.load(config.dataset, data_dir=source, max_value=run_dir.max_value(path))
     if dataset.validation is None:
         raise UserError("a probe chooses its setting on a validation split; set config.dataset.validation above 0")
     check_size(config, dataset)

@@ -18,7 +18,7 @@ from vitcls.training.run_dir import Workdir, data_dir
 _OF_CARVED_TEST = ("test", "split_seed")  # keys of config.dataset
 _OF_CARVED_VALIDATION = ("validation", "num_folds", "fold")
 _OF_TRAINING = ("fraction", "corrections", "correction_weight")  # which of the others are trained on
-_OF_PIXELS = ("image_size", "eval_crop", "interpolation", "random_resized_crop", "max_value", "mean", "std")
+_OF_PIXELS = ("image_size", "eval_crop", "interpolation", "max_value", "mean", "std")
 _ARRAYS = ("labels", "probabilities", "ids")
 
 

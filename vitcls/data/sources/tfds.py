@@ -83,7 +83,7 @@ class Tfds:
         else:
             shapes.add(tuple(declared))
         names = tuple(builder.info.features[label_key].names)
-        return Source(config.name, names, splits, tuple(shapes))
+        return Source(config.name, names, splits, tuple(shapes), complete=None not in declared)
 
 
 @contextlib.contextmanager
@@ -102,7 +102,7 @@ def _descriptions(store: Any, config) -> Iterator[str]:
 
 def find_builder(name: str, data_dir: str):
     """The TFDS builder of a data set, prepared or not; raises UserError for a name that nobody knows."""
-    if re.match(r"[\w-]+:[a-zA-Z]", name):  # not NAME:VERSION
+    if re.match(r"[\w.-]+:[a-zA-Z]", name):  # not NAME:VERSION
         raise UserError(
             f"the data set '{name}' has a namespace, from which TFDS would fetch more than data; name one of its own "
             "sets, or make a folder of images of it (config.dataset.name='folder')"

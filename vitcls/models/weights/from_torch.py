@@ -66,8 +66,6 @@ def from_torch(
     do not fit or are too many.
     """
     model = models.create(name, num_classes, **fields)
-    if isinstance(model, resnet.ResNet) and model.stride_on != "3x3":
-        raise UserError(f"{name} can take weights of PyTorch with stride_on='3x3' only")
     known = names_for(name, model, weights)
     return collect(
         name,

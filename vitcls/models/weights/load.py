@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import numpy as np
 from flax import traverse_util
 
@@ -95,6 +96,7 @@ def convert(name: str, file: WeightsFile, *, head: bool, **fields: Any) -> Given
     are missing, do not fit or are too many.
     """
     model = models.create(name, 1, **fields)
+    _check_strides(name, model, file)
     stem, classifier = _ends(name, model, file)
     channels, num_classes = _size(file, stem, 2), _size(file, classifier, -1)
     if file.source == "safetensors":
@@ -119,6 +121,13 @@ def convert(name: str, file: WeightsFile, *, head: bool, **fields: Any) -> Given
     return Given(flat, channels, num_classes, found, fields)
 
 
+def _check_strides(name: str, model: nn.Module, file: WeightsFile) -> None:
+    """Raises UserError where PyTorch's network halves its maps elsewhere; not for what vitcls itself has exported."""
+    halves = getattr(model, "stride_on", "3x3"), getattr(model, "block", "")
+    if file.source == "safetensors" and "vitcls" not in file.metadata and halves == ("1x1", "bottleneck"):
+        raise UserError(f"{name} can take weights of PyTorch with stride_on='3x3' only")
+
+
 def published(name: str, file: WeightsFile, **fields: Any) -> Preprocessing:
     """How the images were prepared on which a file's weights for a model were trained; `fields` are the model's."""
     model, source = models.create(name, 1, **fields), file.source
@@ -129,7 +138,7 @@ def published(name: str, file: WeightsFile, **fields: Any) -> Preprocessing:
     return preprocessing_of(name, source)
 
 
-def _ends(name: str, model, file: WeightsFile) -> tuple[str, str]:
+def _ends(name: str, model: nn.Module, file: WeightsFile) -> tuple[str, str]:
     """The keys of the kernels of the first layer and of the classifier."""
     if file.source == "npz":
         rules = from_npz.rules_for(name, model)
