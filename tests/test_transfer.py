@@ -121,7 +121,7 @@ def test_a_resnet_that_halves_its_maps_elsewhere_takes_only_what_was_exported_so
     ("weights", "name", "fields", "words"),
     [
         ("timm/efficientnet_b0.ra_in1k", "efficientnet_b0", {}, "pads as PyTorch does.*; take timm/tf_efficientnet_b0"),
-        ("timm/mobilenetv3_large_100.ra_in1k", "mobilenet_v3_large", {}, "with config.model.padding='even' only"),
+        ("timm/mobilenetv3_large_100.ra_in1k", "mobilenet_v3_large", {}, "with padding='even' only"),
         ("timm/tf_mobilenetv3_large_100.in1k", "mobilenet_v3_large", {"padding": "even"}, "padding='same' only"),
         ("timm/tf_efficientnet_b0.in1k", "efficientnet_b0", {}, ""),
         ("timm/mobilenetv2_100.ra_in1k", "mobilenet_v2", {"padding": "even"}, ""),

@@ -57,7 +57,7 @@ def identify(file: load.WeightsFile, weights: str = "") -> list[Adopted]:
     """
     found, failed = [], []
     for name in models.names():
-        fields = from_torch.FIELDS.get(name, {}).copy() if file.source == "safetensors" else {}
+        fields = from_torch.fields_for(name) if file.source == "safetensors" else {}
         if hub.is_name(weights) and not hub.pads_as_tensorflow(weights) and "padding" in models.fields(name):
             fields["padding"] = "even"
         if file.source == "keras" and "stride_on" in models.fields(name):

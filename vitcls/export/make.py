@@ -159,7 +159,7 @@ def _weights(job: Job, _: None, place: pathlib.Path) -> None:
     fields = {key: value for key, value in trained.config.model.items() if key != "name"}
     name = trained.config.model.name
     arrays = to_torch(name, job.source.variables, **fields)
-    usual = models.fields(name) | from_torch.FIELDS.get(name, {})
+    usual = models.fields(name) | from_torch.fields_for(name)
     others = [f"{key}={value}" for key, value in fields.items() if _changes_answers(key) and value != usual.get(key)]
     if others:
         _logger.warning("these are weights of %s with %s; build PyTorch's network alike", name, ", ".join(others))

@@ -13,7 +13,7 @@ from vitcls import models
 from vitcls.core.errors import UserError
 from vitcls.models import convnext, densenet, efficientnet, inception, mobilenet, resnet, vgg
 from vitcls.models.weights.arrays import Arrays
-from vitcls.models.weights.matching import Rule, collect, shapes_of
+from vitcls.models.weights.matching import Rule, collect, require_fields, shapes_of
 
 _NORM_LEAVES = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"}
 _OTHER_LEAVES = {"kernel": "kernel", "bias": "bias", "scale": "variable"}  # 'scale': of a layer scale
@@ -73,9 +73,7 @@ def names_for(name: str, model: nn.Module) -> dict[str, list]:
     """
     if type(model) not in _FAMILIES:
         raise UserError(f"{name} cannot take weights of Keras: no names are known for it")
-    for family, field, needed in _NEEDED:
-        if isinstance(model, family) and getattr(model, field) != needed:
-            raise UserError(f"{name} can take weights of Keras with {field}={needed!r} only")
+    require_fields(name, model, _NEEDED, "Keras")
     return {path: rule for path, *rule in _FAMILIES[type(model)](model, name)}
 
 

@@ -32,10 +32,10 @@ from vitcls.models import (
     vit,
 )
 from vitcls.models.weights.arrays import Arrays
-from vitcls.models.weights.matching import Rule, collect, shapes_of
+from vitcls.models.weights.matching import Rule, collect, require_fields, shapes_of
 
-# Fields by which the networks of PyTorch differ from ours by default.
-FIELDS: dict[str, dict[str, Any]] = {"inception_v3": {"count_padding": True}, "mobilenet_v2": {"padding": "even"}}
+# Fields by which the networks of PyTorch differ from ours, with weights of the same names and shapes.
+_NEEDED = ((inception.InceptionV3, "count_padding", True), (mobilenet.MobileNetV2, "padding", "even"))
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 TORCHVISION_POSITIONS = "encoder.pos_embedding"  # of a ViT; timm has another name
 _LEFT_OUT = re.compile(r"aux\d\.|AuxLogits\.|.*\.num_batches_tracked$")  # auxiliary classifiers, counts of batches
@@ -77,6 +77,11 @@ def from_torch(
     )
 
 
+def fields_for(name: str) -> dict[str, Any]:
+    """Those of the model `name` that PyTorch's network needs to be other than ours are by default."""
+    return {field: value for family, field, value in _NEEDED if issubclass(models.preset(name).module, family)}
+
+
 def names_for(name: str, model: nn.Module, weights: Container[str] = (), publisher: str = "") -> dict[str, tuple]:
     """Our path of a module or a weight -> its name in PyTorch, what is done to the array first, and what undoes it.
 
@@ -85,10 +90,7 @@ def names_for(name: str, model: nn.Module, weights: Container[str] = (), publish
     """
     if type(model) not in _FAMILIES:
         raise UserError(f"{name} cannot take weights of PyTorch: no names are known for it")
-    if isinstance(model, inception.InceptionV3) and not model.count_padding:
-        raise UserError(f"{name} can take weights of PyTorch with count_padding=True only")
-    if isinstance(model, mobilenet.MobileNetV2) and model.padding == "same":
-        raise UserError(f"{name} can take weights of PyTorch with padding='even' only")
+    require_fields(name, model, _NEEDED, "PyTorch")
     families = _FAMILIES[type(model)]
     if publisher:
         if publisher not in families:

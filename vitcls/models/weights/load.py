@@ -86,7 +86,7 @@ def check_publisher(weights: str, name: str, **fields: Any) -> None:
         return
     if isinstance(model, efficientnet.EfficientNet):
         raise UserError(f"{weights} pads as PyTorch does, and {name} as its authors do; take timm/tf_{name}...")
-    raise UserError(f"{name} takes {weights} with config.model.padding='{theirs}' only")
+    raise UserError(f"{name} takes {weights} with padding='{theirs}' only")
 
 
 def convert(name: str, file: WeightsFile, *, head: bool, **fields: Any) -> Given:

@@ -3,8 +3,9 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 from flax import traverse_util
@@ -83,6 +84,13 @@ def shapes_of(name: str, model, image_shape: tuple[int, int, int] | None) -> dic
     """The weights of a model by path, such as 'params/stem/kernel', by shapes alone."""
     shapes = variable_shapes(model, tuple(image_shape or models.preset(name).image_shape))
     return traverse_util.flatten_dict(shapes, sep="/")
+
+
+def require_fields(name: str, model: nn.Module, needed: Iterable[tuple[type, str, Any]], publisher: str) -> None:
+    """Raises UserError where a field of the model is not as a network of its family `needed` it for its weights."""
+    for family, field, value in needed:
+        if isinstance(model, family) and getattr(model, field) != value:
+            raise UserError(f"{name} can take weights of {publisher} with {field}={value!r} only")
 
 
 def is_head(path: str) -> bool:
