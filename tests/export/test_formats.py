@@ -52,6 +52,16 @@ def call(arguments, capsys):
     return code, *capsys.readouterr()
 
 
+def written(format, workdir, folder, capsys):
+    """The file of a run in float32, and what the command said."""
+    if format in NEEDS:
+        pytest.importorskip(NEEDS[format])
+    out = folder / f"run{make.FORMATS[format].ending}"
+    code, said, err = call([f"--workdir={workdir}", f"--format={format}", f"--out={out}"], capsys)
+    assert code == 0 and "of the run" in said, err
+    return out, said, err
+
+
 def like_tiny(model, **dataset):
     """The config of `trained` with another model, for four steps."""
     made, base = config.default_config(model), make_tiny_config()
@@ -80,11 +90,7 @@ def about_of(path, format):
 @pytest.mark.parametrize("format", ALONE)
 def test_a_file_answers_in_its_own_runtime_as_the_run_does(format, calibrated, tmp_path, capsys):
     """In a process without vitcls, in batches of two sizes, calibrated; and it says what it is."""
-    if format in NEEDS:
-        pytest.importorskip(NEEDS[format])
-    out = tmp_path / f"run{make.FORMATS[format].ending}"
-    code, said, err = call([f"--workdir={calibrated}", f"--format={format}", f"--out={out}"], capsys)
-    assert code == 0 and "of the run" in said, err
+    out, _, err = written(format, calibrated, tmp_path, capsys)
     assert err.splitlines() == [
         f"converting to {format}, float32",
         "trying it on 24 test images in a process of its own",
@@ -202,11 +208,7 @@ def in_forms_of_its_device(tmp_path_factory):
 @pytest.mark.by_turns
 @pytest.mark.parametrize("format", ALONE)
 def test_forms_and_types_of_a_device_stay_behind(format, in_forms_of_its_device, tmp_path, capsys):
-    if format in NEEDS:
-        pytest.importorskip(NEEDS[format])
-    out = tmp_path / f"run{make.FORMATS[format].ending}"
-    code, said, err = call([f"--workdir={in_forms_of_its_device}", f"--format={format}", f"--out={out}"], capsys)
-    assert code == 0 and "of the run" in said, err
+    out, said, _ = written(format, in_forms_of_its_device, tmp_path, capsys)
     opened = open_with_data(in_forms_of_its_device, splits=("test",))
     found = artefact.load(str(out)).answer(opened.dataset.test.images)
     np.testing.assert_allclose(found, opened.predictions("test")[1], atol=0.01)

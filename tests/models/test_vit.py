@@ -537,7 +537,9 @@ def test_tiny_grey_images(patch_size):
 
 
 def test_a_whole_number_is_a_fraction_too_where_one_is_asked_for():
-    variable_shapes(plain(dropout=0, layer_scale=0, drop_path=0), (8, 8, 3))
+    fields = ("dropout", "layer_scale", "drop_path")
+    whole, fractions = (variable_shapes(plain(**dict.fromkeys(fields, zero)), (8, 8, 3)) for zero in (0, 0.0))
+    assert whole == fractions
 
 
 @pytest.mark.parametrize(

@@ -65,3 +65,10 @@ class Source:
     skipped: tuple[SkippedFile, ...] = ()
     max_value: float = 0.0  # by which arrays of more than 8 bits were scaled; see `images.Decoding`
     complete: bool = True  # whether `shapes` are those of all images, not of the first
+
+    @property
+    def largest(self) -> tuple[int, int] | None:
+        """Height and width, at most, of its images; None where not all of them are known."""
+        if not (self.shapes and self.complete):
+            return None
+        return max(height for height, _, _ in self.shapes), max(width for _, width, _ in self.shapes)

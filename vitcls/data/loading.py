@@ -90,9 +90,7 @@ def load_with_originals(
         splits["test"],
         image_shape,
         source.skipped,
-        tuple(max(shape[axis] for shape in source.shapes) for axis in (0, 1))
-        if source.shapes and source.complete
-        else None,
+        source.largest,
         whole,
     )
     return dataset, originals
